@@ -1,0 +1,220 @@
+"""Runs an engine: one iteration at a time, or by jumps from event to event. Both give the same schedule.
+
+Between two events the batch is constant and every running request gains one token an iteration, so a run of decode
+iterations has a closed form (latency.py). A jump takes one scheduled iteration, whatever it is, and after it as many plain
+decode iterations as end at the next event: the instant to stop at, a completion, or a KV block that cannot be had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, blocks_for
+from jaxroute.simulator.latency import decode_run, iteration_time, iterations_started_before, run_time
+from jaxroute.simulator.scheduler import Decision, prefill_limit, schedule
+
+
+@struct.dataclass
+class Progress:
+    """What an engine did while it was advanced. Counts are int32 [], times float [] in seconds."""
+
+    iterations: chex.Array
+    idle_iterations: (
+        chex.Array
+    )  # iterations in a row, up to now, that scheduled nothing (a stall, when they do not end)
+    prefill_tokens: chex.Array  # sum of np
+    decodes: chex.Array  # sum of nd
+    context_tokens: chex.Array  # sum of ctx
+    busy_time: chex.Array  # sum of the durations of iterations
+    block_seconds: (
+        chex.Array
+    )  # KV blocks held, integrated over busy time (taken as growing linearly in a run of decodes)
+
+    @classmethod
+    def none(cls, idle_iterations: jax.Array | int = 0) -> Progress:
+        """Nothing done yet, after `idle_iterations` that scheduled nothing."""
+        count, time = jnp.int32(0), jnp.zeros((), float)
+        return cls(count, jnp.int32(idle_iterations), count, count, count, time, time)
+
+
+def run_iteration(
+    params: EngineParams, state: EngineState, progress: Progress
+) -> tuple[EngineState, Progress, Decision]:
+    """Schedules and executes one iteration, whose tokens appear at its end."""
+    decision = schedule(params, state)
+    duration = iteration_time(
+        params.latency, decision.prefill_tokens, decision.decodes, decision.context_tokens.astype(state.clock.dtype)
+    )
+    clock = state.clock + duration
+    position = jnp.arange(state.num_slots, dtype=jnp.int32)
+    # 6: a request whose computed tokens reach its length yields a token; 3: a preempted one starts again from nothing.
+    computed = jnp.where(position < decision.num_running, state.computed + decision.tokens, 0)
+    sampled = (decision.tokens > 0) & (computed >= state.prompt_tokens + state.generated)
+    generated = state.generated + sampled
+    nothing = ~jnp.any(decision.tokens > 0)
+    state = state.replace(
+        clock=clock,
+        num_running=decision.num_running,
+        computed=computed,
+        generated=generated,
+        preemptions=state.preemptions + decision.preempted,
+        first_token_time=jnp.where(sampled & (state.generated == 0), clock, state.first_token_time),
+        finish_time=jnp.where(sampled & (generated >= state.target_tokens), clock, state.finish_time),
+    )
+    progress = Progress(
+        iterations=progress.iterations + 1,
+        idle_iterations=jnp.where(nothing, progress.idle_iterations + 1, 0),
+        prefill_tokens=progress.prefill_tokens + decision.prefill_tokens,
+        decodes=progress.decodes + decision.decodes,
+        context_tokens=progress.context_tokens + decision.context_tokens,
+        busy_time=progress.busy_time + duration,
+        block_seconds=progress.block_seconds + duration * decision.used_blocks,
+    )
+    return state, progress, decision
+
+
+def _is_blocked(params: EngineParams, state: EngineState, batch: jax.Array, next_blocks: jax.Array) -> jax.Array:
+    """bool []: the head of `waiting` cannot join a batch of `batch` decodes that will hold `next_blocks` (rules 4, 5).
+
+    While the batch only decodes it stays so: seats and budget do not change, and blocks only become scarcer.
+    """
+    position = jnp.arange(state.num_slots, dtype=jnp.int32)
+    waiting = state.unfinished() & (position >= state.num_running)
+    head = jnp.min(jnp.where(waiting, position, LARGE))
+    length = jnp.sum(jnp.where(position == head, state.prompt_tokens + state.generated, 0), dtype=jnp.int32)
+    budget = params.max_num_batched_tokens - batch
+    wanted = jnp.minimum(length, prefill_limit(params))
+    tokens = jnp.minimum(wanted, budget)
+    held = jnp.where(params.reserve_full_isl, jnp.maximum(length, tokens), tokens)
+    return (
+        (head == LARGE)
+        | (tokens <= 0)
+        | ((tokens < wanted) & ~params.enable_chunked_prefill)
+        | (batch >= params.max_num_seqs)
+        | (next_blocks + blocks_for(held, params.block_size) > params.usable_blocks)
+    )
+
+
+def _iterations_until_full(
+    params: EngineParams, blocks_after: Callable[[jax.Array], jax.Array], batch: jax.Array, context: jax.Array
+) -> jax.Array:
+    """Decode iterations that the KV cache has room for, int32 []: exact for blocks of up to 16 tokens, else at most that.
+
+    Rounding every request's last block up or down bounds the answer within `block_size - 1`; four bisections close 16.
+    """
+    batch = jnp.maximum(batch, 1)
+    spare = params.usable_blocks * params.block_size - context
+    low = (spare - batch * (params.block_size - 1)) // batch
+    high = spare // batch
+    for _ in range(4):
+        middle = (low + high + 1) >> 1
+        fits = blocks_after(middle) <= params.usable_blocks
+        low, high = jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
+    return low
+
+
+def run_decodes(
+    params: EngineParams,
+    state: EngineState,
+    progress: Progress,
+    stalled: jax.Array,
+    until: jax.Array,
+    most_iterations: jax.Array | int,
+    stall_iterations: jax.Array | int,
+) -> tuple[EngineState, Progress]:
+    """Runs the plain iterations that follow, up to the next event; none where the next iteration is something else.
+
+    `stalled`, bool []: the last iteration changed nothing, so that it repeats until something arrives.
+    """
+    position = jnp.arange(state.num_slots, dtype=jnp.int32)
+    running = state.unfinished() & (position < state.num_running) & ~stalled
+    batch = jnp.sum(running, dtype=jnp.int32)
+    context = jnp.sum(jnp.where(running, state.computed, 0), dtype=jnp.int32)
+
+    def blocks_after(iterations: jax.Array | int) -> jax.Array:
+        blocks = blocks_for(state.computed + iterations, params.block_size)
+        return jnp.sum(jnp.where(running, blocks, 0), dtype=jnp.int32)
+
+    decoding = (state.generated > 0) & (state.computed == state.prompt_tokens + state.generated - 1)
+    decoding = jnp.all(~running | decoding)
+    plain = decoding & (batch > 0) & (batch <= params.max_num_batched_tokens)
+    plain &= _is_blocked(params, state, batch, blocks_after(1))
+    to_event = jnp.minimum(
+        jnp.min(jnp.where(running, state.target_tokens - state.generated, LARGE)),
+        _iterations_until_full(params, blocks_after, batch, context),
+    )
+    to_event = jnp.where(stalled, stall_iterations - progress.idle_iterations, to_event)
+    gap = until - state.clock
+    first, growth = decode_run(params.latency, batch, context.astype(state.clock.dtype))
+    count = jnp.minimum(to_event, most_iterations - progress.iterations)
+    count = jnp.minimum(count, iterations_started_before(first, growth, jnp.maximum(gap, 0)))
+    count = jnp.where((plain | stalled) & (gap > 0), jnp.maximum(count, 0), 0)
+
+    duration = run_time(first, growth, count)
+    clock = state.clock + duration
+    added = jnp.where(running, count, 0)
+    generated = state.generated + added
+    finished = (added > 0) & (generated >= state.target_tokens)
+    tokens = batch * count
+    held = blocks_after(0) + 0.5 * tokens / params.block_size
+    state = state.replace(
+        clock=clock,
+        computed=state.computed + added,
+        generated=generated,
+        finish_time=jnp.where(finished, clock, state.finish_time),
+    )
+    progress = progress.replace(
+        iterations=progress.iterations + count,
+        idle_iterations=jnp.where(stalled, progress.idle_iterations + count, progress.idle_iterations),
+        decodes=progress.decodes + tokens,
+        context_tokens=progress.context_tokens + context * count + batch * (count * (count + 1) // 2),
+        busy_time=progress.busy_time + duration,
+        block_seconds=progress.block_seconds + duration * held.astype(duration.dtype),
+    )
+    return state, progress
+
+
+def advance(
+    params: EngineParams,
+    state: EngineState,
+    progress: Progress,
+    until: jax.Array,
+    most_iterations: jax.Array | int = LARGE,
+    stall_iterations: jax.Array | int = LARGE,
+) -> tuple[EngineState, Progress]:
+    """Runs one engine by jumps: every iteration that starts before `until` (s from the present; rule 9).
+
+    Ends sooner when the queue is empty, when `progress` counts `most_iterations`, or `stall_iterations` empty ones in a
+    row. Requests that finish are marked, not removed.
+    """
+
+    def goes_on(carry: tuple[EngineState, Progress]) -> jax.Array:
+        return may_run(carry[0], carry[1], until, most_iterations, stall_iterations)
+
+    def jump(carry: tuple[EngineState, Progress]) -> tuple[EngineState, Progress]:
+        state, progress, decision = run_iteration(params, *carry)
+        stalled = ~jnp.any((decision.tokens > 0) | decision.preempted)
+        return run_decodes(params, state, progress, stalled, until, most_iterations, stall_iterations)
+
+    return jax.lax.while_loop(goes_on, jump, (state, progress))
+
+
+def may_run(
+    state: EngineState,
+    progress: Progress,
+    until: jax.Array,
+    most_iterations: jax.Array | int = LARGE,
+    stall_iterations: jax.Array | int = LARGE,
+) -> jax.Array:
+    """bool []: the next iteration belongs to an advance with these bounds (see `advance`)."""
+    return (
+        jnp.any(state.unfinished())
+        & (state.clock < until)
+        & (progress.iterations < most_iterations)
+        & (progress.idle_iterations < stall_iterations)
+    )

@@ -1,0 +1,113 @@
+"""One serving engine: its options, and the state of its queue.
+
+vLLM keeps `running` in order of admission and puts preempted requests, last admitted first, back at the head of `waiting`.
+So one array in order, with a boundary, holds both queues: the first `num_running` positions run, the rest wait.
+Preemption and admission only move the boundary.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+NEVER = jnp.inf
+"""Time of an event that has not happened."""
+
+LARGE = 2**30
+"""An integer no count of tokens, iterations or positions reaches."""
+
+
+@struct.dataclass
+class LatencyModel:
+    """Seconds an iteration takes: `c0 + c1*np + c2*nd + c3*ctx + c4*max(np + nd - knee, 0)` (physics.md section 2).
+
+    np = prefill and recompute tokens, nd = decode entries, ctx = computed tokens of the scheduled entries afterwards.
+    The last term is the steeper slope of a real GPU above some number of tokens in the iteration; c4 = 0 turns it off.
+    All fields are traced floats of one shape: [] for one engine, [N] for a cluster.
+    """
+
+    base: chex.Array  # c0, s
+    per_prefill_token: chex.Array  # c1, s
+    per_decode: chex.Array  # c2, s
+    per_context_token: chex.Array  # c3, s
+    knee_tokens: chex.Array  # knee, tokens
+    per_token_above_knee: chex.Array  # c4, s
+
+
+@struct.dataclass
+class EngineParams:
+    """Options of one engine under vLLM's names. Every field is traced: [] for one engine, [N] for a cluster."""
+
+    latency: LatencyModel
+    usable_blocks: chex.Array  # int32, KV blocks that requests can hold: `num_gpu_blocks - 1`
+    block_size: chex.Array  # int32, tokens a KV block
+    max_num_seqs: chex.Array  # int32, most running requests
+    max_num_batched_tokens: chex.Array  # int32, token budget of an iteration
+    max_model_len: chex.Array  # int32, a request ends when prompt + generated reaches it
+    long_prefill_token_threshold: chex.Array  # int32, most tokens of one request an iteration; 0: no such limit
+    enable_chunked_prefill: chex.Array  # bool
+    reserve_full_isl: chex.Array  # bool, admit only what fits with its whole prompt
+
+
+@struct.dataclass
+class EngineState:
+    """Queue of one engine with S slots, in order. Times are seconds relative to the present, so they stay small.
+
+    A slot in [0, num_requests) is in use. A request that finishes during an advance keeps its slot, marked by its
+    finish time, until the slots are compacted (`slots.remove_finished`); schedulers pass over it.
+    """
+
+    num_requests: chex.Array  # int32 [], slots in use
+    num_running: chex.Array  # int32 [], boundary: slots before it run, those from it on wait
+    clock: chex.Array  # float [], start of the next iteration; in the past when the engine is idle
+    prompt_tokens: chex.Array  # int32 [S]
+    target_tokens: chex.Array  # int32 [S], tokens to generate: the true length, cut at max_model_len
+    generated: chex.Array  # int32 [S], tokens generated so far, kept over preemptions
+    computed: chex.Array  # int32 [S], tokens in the KV cache; 0 while waiting
+    preemptions: chex.Array  # int32 [S]
+    first_token_time: chex.Array  # float [S], NEVER before it
+    finish_time: chex.Array  # float [S], NEVER before it
+
+    @property
+    def num_slots(self) -> int:
+        """S, the shape of the slot arrays (static)."""
+        return self.prompt_tokens.shape[-1]
+
+    def unfinished(self) -> jax.Array:
+        """bool [S]: the slot holds a request that has not finished."""
+        return (jnp.arange(self.num_slots) < self.num_requests) & (self.finish_time == NEVER)
+
+
+def empty_engine(num_slots: int) -> EngineState:
+    """An idle engine with `num_slots` free slots."""
+    integers = jnp.zeros(num_slots, jnp.int32)
+    never = jnp.full(num_slots, NEVER, float)
+    return EngineState(
+        num_requests=jnp.int32(0),
+        num_running=jnp.int32(0),
+        clock=jnp.zeros((), float),
+        prompt_tokens=integers,
+        target_tokens=integers,
+        generated=integers,
+        computed=integers,
+        preemptions=integers,
+        first_token_time=never,
+        finish_time=never,
+    )
+
+
+def blocks_for(tokens: jax.Array, block_size: jax.Array) -> jax.Array:
+    """KV blocks that hold `tokens`: ceil(tokens / block_size), int32.
+
+    By a float multiplication, since CPUs have no SIMD integer division. The half keeps the quotient off the integers, so
+    the rounding is exact below 2**21 tokens.
+    """
+    reciprocal = 1.0 / block_size.astype(jnp.float32)
+    return jnp.floor((tokens + (block_size - 1)).astype(jnp.float32) * reciprocal + 0.5 * reciprocal).astype(jnp.int32)
+
+
+def target_tokens(prompt_tokens: jax.Array, output_tokens: jax.Array, max_model_len: jax.Array) -> jax.Array:
+    """Tokens that a request generates: its length, or fewer where max_model_len cuts it (vLLM's check_stop); at least 1."""
+    return jnp.maximum(jnp.minimum(output_tokens, max_model_len - prompt_tokens), 1)

@@ -1,0 +1,50 @@
+"""Time of one iteration, of a run of decode iterations, and how many of them start before an instant."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxroute.simulator.engine import LARGE, LatencyModel
+
+
+def iteration_time(
+    model: LatencyModel, prefill_tokens: jax.Array, decodes: jax.Array, context_tokens: jax.Array
+) -> jax.Array:
+    """Seconds of an iteration (physics.md section 2), from np, nd and ctx."""
+    above_knee = jnp.maximum(prefill_tokens + decodes - model.knee_tokens, 0)
+    return (
+        model.base
+        + model.per_prefill_token * prefill_tokens
+        + model.per_decode * decodes
+        + model.per_context_token * context_tokens
+        + model.per_token_above_knee * above_knee
+    )
+
+
+def decode_run(model: LatencyModel, decodes: jax.Array, context_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(first, growth) in seconds: iteration j = 0, 1, ... of an unchanged decode batch takes `first + growth * j`.
+
+    `context_tokens` is the batch's computed tokens before the run; every iteration adds one for each of the `decodes`.
+    """
+    return iteration_time(model, jnp.int32(0), decodes, context_tokens + decodes), model.per_context_token * decodes
+
+
+def run_time(first: jax.Array, growth: jax.Array, iterations: jax.Array) -> jax.Array:
+    """Seconds of the first `iterations` of a decode run: `k*first + growth*k*(k-1)/2`."""
+    count = iterations.astype(first.dtype)
+    return count * first + growth * (0.5 * count * (count - 1))
+
+
+def iterations_started_before(first: jax.Array, growth: jax.Array, gap: jax.Array) -> jax.Array:
+    """How many iterations of a decode run start less than `gap` seconds (> 0) after its beginning, int32 >= 1.
+
+    The root of the quadratic, in the form that is stable for small growth. Rounding can put it one off, so the result is
+    checked against the run's own times on both sides.
+    """
+    linear = first - 0.5 * growth
+    root = 2 * gap / (linear + jnp.sqrt(linear * linear + 2 * growth * gap))
+    count = jnp.ceil(jnp.clip(root, 1, LARGE)).astype(jnp.int32)
+    count -= (run_time(first, growth, count - 1) >= gap) & (count > 1)
+    count += run_time(first, growth, count) < gap
+    return count

@@ -1,0 +1,177 @@
+"""One engine on a recorded list of requests: by jumps, or iteration by iteration with every decision.
+
+Pure functions of arrays: `jax.vmap` runs many engines and lists of one shape. A request's slot is its position in the
+list, so there are as many slots as requests and nothing is ever rejected. The command is `python -m jaxroute.replay`.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxroute.simulator.advance import Progress, advance, may_run, run_iteration
+from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, empty_engine, target_tokens
+from jaxroute.simulator.scheduler import Decision
+from jaxroute.simulator.slots import append
+
+AFTER_ALL = 1e30
+"""s, later than anything: an engine advanced to it drains."""
+
+
+@struct.dataclass
+class Recording:
+    """R requests in order of arrival; those from the `count`-th on are padding. Times in seconds."""
+
+    gap: chex.Array  # float [R], since the arrival before (the first one: since the start)
+    arrival_iteration: chex.Array  # int32 [R], joins before the iteration of this index, where `by_iteration`
+    prompt_tokens: chex.Array  # int32 [R]
+    output_tokens: chex.Array  # int32 [R]
+    count: chex.Array  # int32 []
+    by_iteration: chex.Array  # bool [], arrivals are by iteration, not by time
+    max_iterations: chex.Array  # int32 []
+    stall_iterations: chex.Array  # int32 [], so many empty iterations in a row with no arrival left are a stall
+
+
+@struct.dataclass
+class Outcome:
+    """What became of the requests. Times are seconds since `arrival`, which counts from the present of the moment:
+    with arrivals by time each request's own arrival, so 0; with arrivals by iteration the start of the recording.
+    """
+
+    first_token: chex.Array  # float [R], NEVER where no token came
+    finish: chex.Array  # float [R], NEVER where it did not finish
+    preemptions: chex.Array  # int32 [R]
+    emitted: chex.Array  # int32 [R]
+    end: chex.Array  # float [], end of the last iteration, since the last arrival (by iteration: since the start)
+    progress: Progress
+    stalled: chex.Array  # bool []
+    drained: chex.Array  # bool [], every request finished
+
+
+@struct.dataclass
+class _Run:
+    state: EngineState
+    progress: Progress
+    joined: chex.Array  # int32 [], requests so far
+    age: chex.Array  # float [R], seconds since a request's arrival; stays 0 with arrivals by iteration
+    first_token: chex.Array
+    finish: chex.Array
+    skipped: chex.Array  # int32 [], iterations that an idle engine passed over to the index of an arrival
+
+
+def _start(recording: Recording) -> _Run:
+    slots = recording.gap.shape[0]
+    never, zeros = jnp.full(slots, NEVER, float), jnp.zeros(slots, float)
+    return _Run(empty_engine(slots), Progress.none(), jnp.int32(0), zeros, never, never, jnp.int32(0))
+
+
+def _harvest(run: _Run) -> _Run:
+    """Notes the new first tokens and finishes, relative to arrival, before the present moves on."""
+    state = run.state
+    return run.replace(
+        first_token=jnp.where(run.first_token == NEVER, state.first_token_time + run.age, run.first_token),
+        finish=jnp.where(run.finish == NEVER, state.finish_time + run.age, run.finish),
+    )
+
+
+def _is_due(recording: Recording, run: _Run) -> jax.Array:
+    """bool []: the next request joins before the next iteration. An idle engine goes to it at once."""
+    index = jnp.minimum(run.joined, recording.gap.shape[0] - 1)
+    idle = ~jnp.any(run.state.unfinished())
+    reached = jnp.where(
+        recording.by_iteration,
+        recording.arrival_iteration[index] <= run.progress.iterations + run.skipped,
+        recording.gap[index] <= run.state.clock,
+    )
+    return (run.joined < recording.count) & (idle | reached) & (run.progress.iterations < recording.max_iterations)
+
+
+def _join(params: EngineParams, recording: Recording, run: _Run) -> _Run:
+    """Moves the present to the next arrival, and lets the request join."""
+    run = _harvest(run)
+    index = run.joined
+    gap = jnp.where(recording.by_iteration, 0, recording.gap[index])
+    state = run.state.replace(
+        clock=run.state.clock - gap,
+        first_token_time=run.state.first_token_time - gap,
+        finish_time=run.state.finish_time - gap,
+    )
+    prompt = recording.prompt_tokens[index]
+    target = target_tokens(prompt, recording.output_tokens[index], params.max_model_len)
+    # By iteration, an idle engine moves the index, not the clock.
+    at = jnp.where(recording.by_iteration, state.clock, 0)
+    to_index = recording.arrival_iteration[index] - run.progress.iterations
+    # An engine that is already stuck when the last request joins gets one more iteration to show it.
+    idle = jnp.minimum(run.progress.idle_iterations, recording.stall_iterations - 1)
+    return run.replace(
+        progress=run.progress.replace(idle_iterations=idle),
+        state=append(state, jnp.bool_(True), prompt, target, at),
+        joined=run.joined + 1,
+        age=jnp.where(jnp.arange(run.age.shape[0]) < run.joined, run.age + gap, 0),
+        skipped=jnp.where(recording.by_iteration, jnp.maximum(run.skipped, to_index), run.skipped),
+    )
+
+
+def _outcome(recording: Recording, run: _Run) -> Outcome:
+    run = _harvest(run)
+    drained = (run.joined == recording.count) & ~jnp.any(run.state.unfinished())
+    idle_out = run.progress.idle_iterations >= recording.stall_iterations
+    return Outcome(
+        first_token=run.first_token,
+        finish=run.finish,
+        preemptions=run.state.preemptions,
+        emitted=run.state.generated,
+        end=run.state.clock,
+        progress=run.progress,
+        stalled=(run.joined == recording.count) & ~drained & idle_out,
+        drained=drained,
+    )
+
+
+def replay_by_jumps(params: EngineParams, recording: Recording) -> Outcome:
+    """Runs the recording from event to event."""
+
+    def to_next_arrival(run: _Run, _: None) -> tuple[_Run, None]:
+        index = run.joined
+        present = (index < recording.count) & (run.progress.iterations < recording.max_iterations)
+        until = jnp.where(recording.by_iteration, AFTER_ALL, recording.gap[index])
+        most = jnp.where(recording.by_iteration, recording.arrival_iteration[index] - run.skipped, LARGE)
+        most = jnp.minimum(most, recording.max_iterations)
+        state, progress = advance(params, run.state, run.progress, jnp.where(present, until, -AFTER_ALL), most)
+        run = run.replace(state=state, progress=progress)
+        return jax.lax.cond(_is_due(recording, run), lambda: _join(params, recording, run), lambda: run), None
+
+    run, _ = jax.lax.scan(to_next_arrival, _start(recording), length=recording.gap.shape[0])
+    after_all = jnp.asarray(AFTER_ALL, float)
+    state, progress = advance(
+        params, run.state, run.progress, after_all, recording.max_iterations, recording.stall_iterations
+    )
+    return _outcome(recording, run.replace(state=state, progress=progress))
+
+
+def replay_by_iterations(
+    params: EngineParams, recording: Recording, num_iterations: int
+) -> tuple[Outcome, Decision, jax.Array, jax.Array]:
+    """Runs at most `num_iterations` (static, M) one by one.
+
+    Returns the outcome; the decisions, stacked [M, ...]; bool [M], whether the iteration took place; int32 [M], the number
+    of waiting requests after the decision. The readable way, and the test of the other.
+    """
+
+    def step(run: _Run, _: None) -> tuple[_Run, tuple[Decision, jax.Array, jax.Array]]:
+        run = jax.lax.while_loop(lambda run: _is_due(recording, run), lambda run: _join(params, recording, run), run)
+        no_arrival_left = run.joined == recording.count
+        stall = jnp.where(no_arrival_left, recording.stall_iterations, LARGE)
+        runs = may_run(run.state, run.progress, jnp.asarray(AFTER_ALL, float), recording.max_iterations, stall)
+        present = jnp.sum(run.state.unfinished(), dtype=jnp.int32)
+        state, progress, decision = run_iteration(params, run.state, run.progress)
+        seated = run.state.unfinished() & (jnp.arange(run.age.shape[0]) < decision.num_running)
+        waiting = present - jnp.sum(seated, dtype=jnp.int32)
+        after = run.replace(state=state, progress=progress)
+        run = jax.tree.map(lambda new, old: jnp.where(runs, new, old), after, run)
+        return run, (decision, runs, waiting)
+
+    run, (decisions, took_place, waiting) = jax.lax.scan(step, _start(recording), length=num_iterations)
+    return _outcome(recording, run), decisions, took_place, waiting

@@ -1,0 +1,83 @@
+"""The scheduling decision of one iteration: vLLM's V1 scheduler without its loops (physics.md section 1).
+
+vLLM walks over `running`, preempting from the tail when blocks run out, and then over `waiting` until the first request
+that cannot be admitted. Because the queue is one array in order, both walks together schedule a prefix of it:
+
+- the token budget left for position i is the budget less what the positions before it want;
+- a running request at i survives iff the blocks of positions 0..i, after this iteration, fit the cache. Victims are
+  taken from the tail, so the survivors are the longest prefix that fits, and its tail is what vLLM preempts;
+- a waiting request at i is admitted iff everyone before it is and its own conditions hold.
+
+So the new boundary is the first position that fails: before the old one it means preemption (and no admission), behind it
+admission. Cumulative sums and one minimum replace the loops.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, blocks_for
+
+
+@struct.dataclass
+class Decision:
+    """What one iteration does, for a queue of S slots."""
+
+    num_running: chex.Array  # int32 [], the boundary afterwards
+    tokens: chex.Array  # int32 [S], tokens scheduled for each slot, 0 for the others
+    preempted: chex.Array  # bool [S]
+    prefill_tokens: chex.Array  # int32 [], np
+    decodes: chex.Array  # int32 [], nd
+    context_tokens: chex.Array  # int32 [], ctx
+    used_blocks: chex.Array  # int32 [], KV blocks held during the iteration
+
+
+def prefill_limit(params: EngineParams) -> jax.Array:
+    """Most tokens of one request in an iteration, int32 []: the long-prefill threshold, where there is one."""
+    threshold = params.long_prefill_token_threshold
+    return jnp.where(threshold > 0, threshold, LARGE)
+
+
+def schedule(params: EngineParams, state: EngineState) -> Decision:
+    """The decision for the iteration that starts now. Numbers in comments are the rules of physics.md section 1."""
+    position = jnp.arange(state.num_slots, dtype=jnp.int32)
+    present = state.unfinished()
+    running = position < state.num_running
+    length = state.prompt_tokens + state.generated
+
+    # 2 and 4: tokens each request asks for, then gets from the budget that those before it leave.
+    room = jnp.where(running, params.max_model_len - 1 - state.computed, LARGE)
+    wanted = jnp.minimum(jnp.minimum(length - state.computed, prefill_limit(params)), room)
+    wanted = jnp.where(present, jnp.maximum(wanted, 0), 0)
+    budget = params.max_num_batched_tokens
+    capped = jnp.minimum(wanted, budget)
+    tokens = jnp.clip(budget - (jnp.cumsum(capped) - capped), 0, wanted)
+
+    # 3 and 5: blocks held afterwards by everyone up to here; for an admission also with the whole prompt.
+    blocks = jnp.where(present, blocks_for(state.computed + tokens, params.block_size), 0)
+    blocks_up_to = jnp.cumsum(blocks)
+    fits = blocks_up_to <= params.usable_blocks
+    whole = blocks_up_to - blocks + blocks_for(length, params.block_size)
+    whole_fits = (whole <= params.usable_blocks) | ~params.reserve_full_isl
+    unchunked = (tokens == wanted) | params.enable_chunked_prefill
+    seated = jnp.cumsum(present, dtype=jnp.int32) <= params.max_num_seqs
+    passes = fits & (running | ((tokens > 0) & unchunked & whole_fits & seated))
+
+    failed = present & ~passes
+    num_running = jnp.minimum(jnp.min(jnp.where(failed, position, LARGE)), state.num_requests)
+    scheduled = present & (position < num_running)
+    tokens = jnp.where(scheduled, tokens, 0)
+    decode = (tokens == 1) & (state.generated > 0) & (state.computed == length - 1)
+    decodes = jnp.sum(decode, dtype=jnp.int32)
+    return Decision(
+        num_running=num_running,
+        tokens=tokens,
+        preempted=present & running & (position >= num_running),
+        prefill_tokens=jnp.sum(tokens, dtype=jnp.int32) - decodes,
+        decodes=decodes,
+        context_tokens=jnp.sum(jnp.where(tokens > 0, state.computed + tokens, 0), dtype=jnp.int32),
+        used_blocks=jnp.sum(jnp.where(scheduled, blocks, 0), dtype=jnp.int32),
+    )

@@ -1,0 +1,70 @@
+"""jump == per-iteration == plain Python reference on random engines and workloads; `make fuzz CASES=n` runs this file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from tests.reference.cases import MAX_ITERATIONS, MAX_REQUESTS, random_case
+from tests.reference.engine import simulate
+from tests.replaying import Batch
+
+CHUNK = 100
+FIELDS = ("first_token_time", "finish_time", "preemptions", "emitted")
+DECIDED = ("sched", "np", "nd", "ctx", "preempted", "waiting", "used_blocks")
+
+
+def differences(specs: list[dict[str, Any]]) -> list[str]:
+    """What differs between the three ways on these specs, in float64, exactly; a line each, with the spec's index."""
+    with jax.enable_x64(True):
+        batch = Batch(specs + specs[:1] * (CHUNK - len(specs)), MAX_REQUESTS)
+        jumps, iterations = batch.by_jumps(), batch.by_iterations(MAX_ITERATIONS)
+    found = []
+    for index, spec in enumerate(specs):
+        wanted = simulate(spec)
+        records = wanted["iterations"]
+        totals = {total: sum(record[total] for record in records) for total in ("np", "nd", "ctx")}
+        for way, got in (("jumps", jumps[index]), ("iterations", iterations[index])):
+            expected = {
+                "status": wanted["status"],
+                "summary": {key: wanted["summary"][key] for key in ("iterations", "preemptions", "end_time")},
+                "per_request": {
+                    identifier: {field: request[field] for field in FIELDS}
+                    for identifier, request in wanted["per_request"].items()
+                },
+                "totals": totals,
+            }
+            found += [
+                f"case {index}: by {way}: {key}: {got[key]} instead of {value}"
+                for key, value in expected.items()
+                if got[key] != value
+            ]
+        decided = [{field: record[field] for field in DECIDED} for record in records]
+        if iterations[index]["iterations"] != decided:
+            found.append(f"case {index}: the decisions of the iterations differ")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", type=int, nargs="?", default=200, help="how many (default 200)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    rng = np.random.default_rng(arguments.seed)
+    done = failed = 0
+    while done < arguments.cases:
+        specs = [random_case(rng) for _ in range(min(CHUNK, arguments.cases - done))]
+        for line in differences(specs):
+            failed += 1
+            print(line)
+        done += len(specs)
+        print(f"{done} of {arguments.cases} cases, {failed} differences", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

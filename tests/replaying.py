@@ -1,0 +1,74 @@
+"""Runs many recorded lists of requests at once, padded to one shape, and gives results in the schedule files' terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.replay import engine_and_recording, result
+from jaxroute.simulator.recorded import Recording, replay_by_iterations, replay_by_jumps
+
+_by_jumps = jax.jit(jax.vmap(replay_by_jumps))
+_by_iterations = jax.jit(jax.vmap(replay_by_iterations, in_axes=(0, 0, None)), static_argnums=2)
+
+
+def _pad(recording: Recording, size: int) -> Recording:
+    pad = lambda leaf: jnp.pad(leaf, (0, size - leaf.shape[0])) if leaf.ndim else leaf  # noqa: E731
+    return jax.tree.map(pad, recording)
+
+
+class Batch:
+    """Specs on one padded shape; `by_jumps` and `by_iterations` give one result dictionary a spec."""
+
+    def __init__(self, specs: list[dict[str, Any]], num_requests: int):
+        parts = [engine_and_recording(spec, f"spec {index}") for index, spec in enumerate(specs)]
+        stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
+        self.engine = jax.tree.map(stack, *(part[0] for part in parts))
+        self.recording = jax.tree.map(stack, *(_pad(part[1], num_requests) for part in parts))
+        self.ids = [part[2] for part in parts]
+        self.times = [part[3] for part in parts]
+
+    def _results(self, outcome: Any) -> list[dict[str, Any]]:
+        outcome = jax.device_get(outcome)
+        results = []
+        for index, (ids, times) in enumerate(zip(self.ids, self.times, strict=True)):
+            one = jax.tree.map(lambda leaf, index=index: leaf[index], outcome)
+            cut = jax.tree.map(lambda leaf, ids=ids: leaf[: len(ids)] if np.ndim(leaf) else leaf, one)
+            totals = {
+                "np": int(cut.progress.prefill_tokens),
+                "nd": int(cut.progress.decodes),
+                "ctx": int(cut.progress.context_tokens),
+            }
+            results.append({**result(cut, ids, times), "totals": totals})
+        return results
+
+    def by_jumps(self) -> list[dict[str, Any]]:
+        return self._results(_by_jumps(self.engine, self.recording))
+
+    def by_iterations(self, num_iterations: int) -> list[dict[str, Any]]:
+        """As `by_jumps`, with `iterations`: a record each with the fields of the schedule files that are decided."""
+        outcome, decisions, took_place, waiting = _by_iterations(self.engine, self.recording, num_iterations)
+        results = self._results(outcome)
+        decisions, took_place, waiting = jax.device_get((decisions, took_place, waiting))
+        for index, (spec_result, ids) in enumerate(zip(results, self.ids, strict=True)):
+            records = []
+            for iteration in np.flatnonzero(took_place[index]):
+                tokens = decisions.tokens[index, iteration]
+                preempted = decisions.preempted[index, iteration]
+                records.append(
+                    {
+                        "sched": {str(ids[slot]): int(tokens[slot]) for slot in np.flatnonzero(tokens)},
+                        "np": int(decisions.prefill_tokens[index, iteration]),
+                        "nd": int(decisions.decodes[index, iteration]),
+                        "ctx": int(decisions.context_tokens[index, iteration]),
+                        # vLLM preempts from the tail
+                        "preempted": [str(ids[slot]) for slot in np.flatnonzero(preempted)[::-1]],
+                        "waiting": int(waiting[index, iteration]),
+                        "used_blocks": int(decisions.used_blocks[index, iteration]),
+                    }
+                )
+            spec_result["iterations"] = records
+        return results
