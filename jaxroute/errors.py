@@ -11,7 +11,7 @@ class UserError(Exception):
     """Input that cannot be used. The message is one line: what is wrong, where (file, line, key), and the remedy."""
 
 
-def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """Wraps a command's `main(argv) -> exit code`: a `UserError` becomes one line on stderr and exit code 2."""
 
     @functools.wraps(main)

@@ -9,30 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, blocks_for
+from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, blocks_for
 from jaxroute.simulator.latency import decode_run, iteration_time, iterations_started_before, run_time
 from jaxroute.simulator.scheduler import Decision, prefill_limit, schedule
 
 
-@struct.dataclass
-class Progress:
+class Progress(struct.PyTreeNode):
     """What an engine did while it was advanced. Counts are int32 [], times float [] in seconds."""
 
-    iterations: chex.Array
-    idle_iterations: (
-        chex.Array
-    )  # iterations in a row, up to now, that scheduled nothing (a stall, when they do not end)
-    prefill_tokens: chex.Array  # sum of np
-    decodes: chex.Array  # sum of nd
-    context_tokens: chex.Array  # sum of ctx
-    busy_time: chex.Array  # sum of the durations of iterations
+    iterations: jax.Array
+    idle_iterations: jax.Array  # iterations in a row, up to now, that scheduled nothing (a stall, when they do not end)
+    prefill_tokens: jax.Array  # sum of np
+    decodes: jax.Array  # sum of nd
+    context_tokens: jax.Array  # sum of ctx
+    busy_time: jax.Array  # sum of the durations of iterations
     block_seconds: (
-        chex.Array
+        jax.Array
     )  # KV blocks held, integrated over busy time (taken as growing linearly in a run of decodes)
 
     @classmethod

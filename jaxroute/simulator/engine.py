@@ -7,7 +7,6 @@ Preemption and admission only move the boundary.
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -19,8 +18,7 @@ LARGE = 2**30
 """An integer no count of tokens, iterations or positions reaches."""
 
 
-@struct.dataclass
-class LatencyModel:
+class LatencyModel(struct.PyTreeNode):
     """Seconds an iteration takes: `c0 + c1*np + c2*nd + c3*ctx + c4*max(np + nd - knee, 0)` (physics.md section 2).
 
     np = prefill and recompute tokens, nd = decode entries, ctx = computed tokens of the scheduled entries afterwards.
@@ -28,47 +26,45 @@ class LatencyModel:
     All fields are traced floats of one shape: [] for one engine, [N] for a cluster.
     """
 
-    base: chex.Array  # c0, s
-    per_prefill_token: chex.Array  # c1, s
-    per_decode: chex.Array  # c2, s
-    per_context_token: chex.Array  # c3, s
-    knee_tokens: chex.Array  # knee, tokens
-    per_token_above_knee: chex.Array  # c4, s
+    base: jax.Array  # c0, s
+    per_prefill_token: jax.Array  # c1, s
+    per_decode: jax.Array  # c2, s
+    per_context_token: jax.Array  # c3, s
+    knee_tokens: jax.Array  # knee, tokens
+    per_token_above_knee: jax.Array  # c4, s
 
 
-@struct.dataclass
-class EngineParams:
+class EngineParams(struct.PyTreeNode):
     """Options of one engine under vLLM's names. Every field is traced: [] for one engine, [N] for a cluster."""
 
     latency: LatencyModel
-    usable_blocks: chex.Array  # int32, KV blocks that requests can hold: `num_gpu_blocks - 1`
-    block_size: chex.Array  # int32, tokens a KV block
-    max_num_seqs: chex.Array  # int32, most running requests
-    max_num_batched_tokens: chex.Array  # int32, token budget of an iteration
-    max_model_len: chex.Array  # int32, a request ends when prompt + generated reaches it
-    long_prefill_token_threshold: chex.Array  # int32, most tokens of one request an iteration; 0: no such limit
-    enable_chunked_prefill: chex.Array  # bool
-    reserve_full_isl: chex.Array  # bool, admit only what fits with its whole prompt
+    usable_blocks: jax.Array  # int32, KV blocks that requests can hold: `num_gpu_blocks - 1`
+    block_size: jax.Array  # int32, tokens a KV block
+    max_num_seqs: jax.Array  # int32, most running requests
+    max_num_batched_tokens: jax.Array  # int32, token budget of an iteration
+    max_model_len: jax.Array  # int32, a request ends when prompt + generated reaches it
+    long_prefill_token_threshold: jax.Array  # int32, most tokens of one request an iteration; 0: no such limit
+    enable_chunked_prefill: jax.Array  # bool
+    reserve_full_isl: jax.Array  # bool, admit only what fits with its whole prompt
 
 
-@struct.dataclass
-class EngineState:
+class EngineState(struct.PyTreeNode):
     """Queue of one engine with S slots, in order. Times are seconds relative to the present, so they stay small.
 
     A slot in [0, num_requests) is in use. A request that finishes during an advance keeps its slot, marked by its
     finish time, until the slots are compacted (`slots.remove_finished`); schedulers pass over it.
     """
 
-    num_requests: chex.Array  # int32 [], slots in use
-    num_running: chex.Array  # int32 [], boundary: slots before it run, those from it on wait
-    clock: chex.Array  # float [], start of the next iteration; in the past when the engine is idle
-    prompt_tokens: chex.Array  # int32 [S]
-    target_tokens: chex.Array  # int32 [S], tokens to generate: the true length, cut at max_model_len
-    generated: chex.Array  # int32 [S], tokens generated so far, kept over preemptions
-    computed: chex.Array  # int32 [S], tokens in the KV cache; 0 while waiting
-    preemptions: chex.Array  # int32 [S]
-    first_token_time: chex.Array  # float [S], NEVER before it
-    finish_time: chex.Array  # float [S], NEVER before it
+    num_requests: jax.Array  # int32 [], slots in use
+    num_running: jax.Array  # int32 [], boundary: slots before it run, those from it on wait
+    clock: jax.Array  # float [], start of the next iteration; in the past when the engine is idle
+    prompt_tokens: jax.Array  # int32 [S]
+    target_tokens: jax.Array  # int32 [S], tokens to generate: the true length, cut at max_model_len
+    generated: jax.Array  # int32 [S], tokens generated so far, kept over preemptions
+    computed: jax.Array  # int32 [S], tokens in the KV cache; 0 while waiting
+    preemptions: jax.Array  # int32 [S]
+    first_token_time: jax.Array  # float [S], NEVER before it
+    finish_time: jax.Array  # float [S], NEVER before it
 
     @property
     def num_slots(self) -> int:

@@ -6,7 +6,6 @@ list, so there are as many slots as requests and nothing is ever rejected. The c
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -20,45 +19,42 @@ AFTER_ALL = 1e30
 """s, later than anything: an engine advanced to it drains."""
 
 
-@struct.dataclass
-class Recording:
+class Recording(struct.PyTreeNode):
     """R requests in order of arrival; those from the `count`-th on are padding. Times in seconds."""
 
-    gap: chex.Array  # float [R], since the arrival before (the first one: since the start)
-    arrival_iteration: chex.Array  # int32 [R], joins before the iteration of this index, where `by_iteration`
-    prompt_tokens: chex.Array  # int32 [R]
-    output_tokens: chex.Array  # int32 [R]
-    count: chex.Array  # int32 []
-    by_iteration: chex.Array  # bool [], arrivals are by iteration, not by time
-    max_iterations: chex.Array  # int32 []
-    stall_iterations: chex.Array  # int32 [], so many empty iterations in a row with no arrival left are a stall
+    gap: jax.Array  # float [R], since the arrival before (the first one: since the start)
+    arrival_iteration: jax.Array  # int32 [R], joins before the iteration of this index, where `by_iteration`
+    prompt_tokens: jax.Array  # int32 [R]
+    output_tokens: jax.Array  # int32 [R]
+    count: jax.Array  # int32 []
+    by_iteration: jax.Array  # bool [], arrivals are by iteration, not by time
+    max_iterations: jax.Array  # int32 []
+    stall_iterations: jax.Array  # int32 [], so many empty iterations in a row with no arrival left are a stall
 
 
-@struct.dataclass
-class Outcome:
+class Outcome(struct.PyTreeNode):
     """What became of the requests. Times are seconds since `arrival`, which counts from the present of the moment:
     with arrivals by time each request's own arrival, so 0; with arrivals by iteration the start of the recording.
     """
 
-    first_token: chex.Array  # float [R], NEVER where no token came
-    finish: chex.Array  # float [R], NEVER where it did not finish
-    preemptions: chex.Array  # int32 [R]
-    emitted: chex.Array  # int32 [R]
-    end: chex.Array  # float [], end of the last iteration, since the last arrival (by iteration: since the start)
+    first_token: jax.Array  # float [R], NEVER where no token came
+    finish: jax.Array  # float [R], NEVER where it did not finish
+    preemptions: jax.Array  # int32 [R]
+    emitted: jax.Array  # int32 [R]
+    end: jax.Array  # float [], end of the last iteration, since the last arrival (by iteration: since the start)
     progress: Progress
-    stalled: chex.Array  # bool []
-    drained: chex.Array  # bool [], every request finished
+    stalled: jax.Array  # bool []
+    drained: jax.Array  # bool [], every request finished
 
 
-@struct.dataclass
-class _Run:
+class _Run(struct.PyTreeNode):
     state: EngineState
     progress: Progress
-    joined: chex.Array  # int32 [], requests so far
-    age: chex.Array  # float [R], seconds since a request's arrival; stays 0 with arrivals by iteration
-    first_token: chex.Array
-    finish: chex.Array
-    skipped: chex.Array  # int32 [], iterations that an idle engine passed over to the index of an arrival
+    joined: jax.Array  # int32 [], requests so far
+    age: jax.Array  # float [R], seconds since a request's arrival; stays 0 with arrivals by iteration
+    first_token: jax.Array
+    finish: jax.Array
+    skipped: jax.Array  # int32 [], iterations that an idle engine passed over to the index of an arrival
 
 
 def _start(recording: Recording) -> _Run:

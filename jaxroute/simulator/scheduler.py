@@ -14,7 +14,6 @@ admission. Cumulative sums and one minimum replace the loops.
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -22,17 +21,16 @@ from flax import struct
 from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, blocks_for
 
 
-@struct.dataclass
-class Decision:
+class Decision(struct.PyTreeNode):
     """What one iteration does, for a queue of S slots."""
 
-    num_running: chex.Array  # int32 [], the boundary afterwards
-    tokens: chex.Array  # int32 [S], tokens scheduled for each slot, 0 for the others
-    preempted: chex.Array  # bool [S]
-    prefill_tokens: chex.Array  # int32 [], np
-    decodes: chex.Array  # int32 [], nd
-    context_tokens: chex.Array  # int32 [], ctx
-    used_blocks: chex.Array  # int32 [], KV blocks held during the iteration
+    num_running: jax.Array  # int32 [], the boundary afterwards
+    tokens: jax.Array  # int32 [S], tokens scheduled for each slot, 0 for the others
+    preempted: jax.Array  # bool [S]
+    prefill_tokens: jax.Array  # int32 [], np
+    decodes: jax.Array  # int32 [], nd
+    context_tokens: jax.Array  # int32 [], ctx
+    used_blocks: jax.Array  # int32 [], KV blocks held during the iteration
 
 
 def prefill_limit(params: EngineParams) -> jax.Array:

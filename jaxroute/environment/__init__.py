@@ -1,0 +1,1 @@
+"""The routing environment on the simulated cluster."""

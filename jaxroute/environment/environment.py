@@ -1,0 +1,241 @@
+"""The routing environment: one step is one arrival, which the action sends to an expert or drops (physics.md section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxroute.environment.impact import Queue, exact_impact, paper_impact, predicted_impact
+from jaxroute.environment.metrics import EpisodeTotals, Level, empty_totals, record_timings
+from jaxroute.environment.observation import GraphObservation, flatten, observe
+from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
+from jaxroute.simulator.advance import Progress, advance
+from jaxroute.simulator.engine import NEVER, EngineState, blocks_for, empty_engine, target_tokens
+from jaxroute.simulator.recorded import AFTER_ALL
+from jaxroute.simulator.slots import append, remove_finished
+from jaxroute.workload.request import Request
+
+Penalty = Literal["predicted", "paper", "exact", "off"]
+Observation = GraphObservation | jax.Array
+
+
+@dataclass(frozen=True)
+class RoutingEnvironment:
+    """N experts behind a router. All fields are static; whatever may vary in a sweep is in `EnvParams`.
+
+    `reset` and `step` are pure functions of one environment, for `jax.jit` and `jax.vmap`. The arrivals depend on the keys
+    alone, never on actions: the same keys are the same request stream for every router.
+    """
+
+    num_experts: int
+    slots: int = 64  # S: requests that one expert holds, running and waiting; one more is a counted rejection
+    queue_nodes: int = 10  # K: running and waiting requests that are observed of each expert
+    episode_length: int = 5000  # requests
+    observation: Literal["graph", "flat"] = "graph"
+    penalty: Penalty = "predicted"  # form of the action impact estimator
+    metrics: Level = "histogram"
+
+    @property
+    def num_actions(self) -> int:
+        """N + 1: send to expert 0..N-1, or drop."""
+        return self.num_experts + 1
+
+    def reset(self, key: jax.Array, params: EnvParams) -> tuple[Observation, EnvState]:
+        """A fresh episode at its first arrival, with idle experts."""
+        key_start, key_request = jax.random.split(key)
+        workload, _, request = params.workload.sample(key_request, params.workload.reset(key_start))
+        state = self._fresh(request, workload)
+        return self._observe(params, state), state
+
+    def step(
+        self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
+    ) -> tuple[Observation, EnvState, jax.Array, jax.Array, jax.Array, dict[str, Any]]:
+        """Routes the arriving request by `action` (int32 [], 0..N) and runs the cluster to the next arrival.
+
+        Returns (observation, state, reward, terminated, truncated, info). Reward, float []: QoS of the requests that
+        finished since the last decision, less penalty_weight times the penalty. An episode is truncated after
+        `episode_length` requests and never terminates; the returned observation and state are then the next episode's.
+
+        info: "final_observation", the observation at the next arrival before any reset; "qos", float []: QoS in this
+        step; "penalty", float []; "episode": the episode's `EpisodeTotals` so far (None with metrics off), complete,
+        with the drain, where truncated. What is drained counts in them and in no reward.
+        """
+        key_arrival, key_reset = jax.random.split(key)
+        penalty = self._penalty(params, state, action)
+        state, joined = self._route(params, state, action)
+        workload, gap, request = params.workload.sample(key_arrival, state.workload)
+        state, qos = self._advance(params, state, gap)
+        reward = qos - params.penalty_weight * jnp.where(joined, penalty, 0)
+        state = state.replace(request=request, workload=workload)
+        final_observation = self._observe(params, state)
+
+        truncated = state.step >= self.episode_length
+        totals = self._drain(params, state, truncated)
+        # The next episode may begin with the request at hand, which nothing has been done with; a trace starts anew.
+        start = params.workload.reset(key_reset)
+        workload, _, request = params.workload.sample(key_arrival, start)
+        fresh = self._fresh(request, workload)
+        one_slot = self._fresh(request, workload, slots=1)
+        choose = lambda new, old: jnp.where(truncated, new, old)  # noqa: E731
+        observation = jax.tree.map(choose, self._observe(params, one_slot), final_observation)
+        state = jax.tree.map(choose, fresh, state)
+        info = {
+            "final_observation": final_observation,
+            "qos": qos,
+            "penalty": jnp.where(joined, penalty, 0),
+            "episode": totals,
+        }
+        return observation, state, reward, jnp.bool_(False), truncated, info
+
+    def queue_lengths(self, state: EnvState) -> jax.Array:
+        """int32 [N]: requests running or waiting at each expert."""
+        return state.engines.num_requests
+
+    def _fresh(self, request: Request, workload: Any, slots: int | None = None) -> EnvState:
+        shape = (self.num_experts, slots or self.slots)
+        engine = empty_engine(shape[1])
+        engines = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_experts, *leaf.shape)), engine)
+        floats, integers = jnp.zeros(shape, float), jnp.zeros(shape, jnp.int32)
+        return EnvState(
+            engines=engines,
+            slots=SlotPayload(floats, integers, floats, floats, integers),
+            request=request,
+            workload=workload,
+            step=jnp.int32(0),
+            totals=empty_totals(self.num_experts, self.metrics, self.episode_length),
+        )
+
+    def _observe(self, params: EnvParams, state: EnvState) -> Observation:
+        observation = observe(params, state, self.queue_nodes)
+        return flatten(observation) if self.observation == "flat" else observation
+
+    def _penalty(self, params: EnvParams, state: EnvState, action: jax.Array) -> jax.Array:
+        """The penalty of sending the arriving request to the chosen expert, float []."""
+        if self.penalty == "off":
+            return jnp.zeros((), float)
+        expert = jnp.minimum(action, self.num_experts - 1)
+        engine, slots, engine_params = jax.tree.map(
+            lambda leaf: leaf[expert], (state.engines, state.slots, params.engines)
+        )
+        request = state.request
+        lengths = request.output_tokens if self.penalty == "paper" else request.predicted_output_tokens
+        queue = Queue(
+            engine=engine,
+            age=-slots.arrival,
+            score=slots.score,
+            predicted_score=slots.predicted_score,
+            predicted_tokens=slots.predicted_tokens,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=lengths[expert],
+        )
+        if self.penalty == "paper":
+            k1, k2 = params.penalty_prefill[expert], params.penalty_context[expert]
+            return paper_impact(k1, k2, params.latency_limit, queue, engine.target_tokens)
+        impact = exact_impact if self.penalty == "exact" else predicted_impact
+        return impact(engine_params, params.latency_limit, queue)
+
+    def _route(self, params: EnvParams, state: EnvState, action: jax.Array) -> tuple[EnvState, jax.Array]:
+        """Appends the request to the chosen expert's queue, if it fits there; also whether it did, bool []."""
+        request, engines = state.request, params.engines
+        chosen = jnp.arange(self.num_experts) == action
+        # physics.md section 1, rule 8: what could never finish is rejected here, by its true length.
+        length = jnp.minimum(request.prompt_tokens + request.output_tokens, engines.max_model_len)
+        feasible = blocks_for(length - 1, engines.block_size) <= engines.usable_blocks
+        whole = request.prompt_tokens + request.output_tokens - 1
+        feasible &= engines.enable_chunked_prefill | (whole <= engines.max_num_batched_tokens)
+        feasible &= request.prompt_tokens < engines.max_model_len
+        free = state.engines.num_requests < self.slots
+        joins = chosen & feasible & free
+
+        target = target_tokens(request.prompt_tokens, request.output_tokens, engines.max_model_len)
+        at_tail = joins[:, None] & (jnp.arange(self.slots) == state.engines.num_requests[:, None])
+        put = lambda new, old: jnp.where(at_tail, new, old)  # noqa: E731
+        slots = SlotPayload(
+            arrival=put(0.0, state.slots.arrival),
+            index=put(state.step, state.slots.index),
+            score=put(request.score[:, None], state.slots.score),
+            predicted_score=put(request.predicted_score[:, None], state.slots.predicted_score),
+            predicted_tokens=put(request.predicted_output_tokens[:, None], state.slots.predicted_tokens),
+        )
+        queues = jax.vmap(append, (0, 0, None, 0, None))(
+            state.engines, joins, request.prompt_tokens, target, jnp.zeros((), float)
+        )
+        totals = state.totals
+        if totals is not None:
+            totals = totals.replace(
+                arrived=totals.arrived + 1,
+                dropped=totals.dropped + (action == self.num_experts),
+                rejected_infeasible=totals.rejected_infeasible + (chosen & ~feasible),
+                rejected_full=totals.rejected_full + (chosen & feasible & ~free),
+            )
+        return state.replace(engines=queues, slots=slots, totals=totals, step=state.step + 1), jnp.any(joins)
+
+    def _advance(self, params: EnvParams, state: EnvState, gap: jax.Array) -> tuple[EnvState, jax.Array]:
+        """Runs all experts for `gap` seconds, which then is the present; also the QoS of what finished, float []."""
+        engines, progress = jax.vmap(advance, (0, 0, None, None))(params.engines, state.engines, Progress.none(), gap)
+        qos, totals = self._account(params, engines, state.slots, progress, state.totals)
+        if totals is not None:
+            totals = totals.replace(elapsed=totals.elapsed + gap)
+        engines, slots = jax.vmap(remove_finished)(engines, state.slots)
+        engines = engines.replace(clock=engines.clock - gap, first_token_time=engines.first_token_time - gap)
+        state = state.replace(engines=engines, slots=slots.replace(arrival=slots.arrival - gap), totals=totals)
+        return state, qos
+
+    def _account(
+        self,
+        params: EnvParams,
+        engines: EngineState,
+        slots: SlotPayload,
+        progress: Progress,
+        totals: EpisodeTotals | None,
+    ) -> tuple[jax.Array, EpisodeTotals | None]:
+        """QoS of the requests that are marked finished, float [], and the totals with them."""
+        finished = engines.finish_time < NEVER
+        finished &= jnp.arange(self.slots) < engines.num_requests[:, None]
+        tokens = jnp.maximum(engines.generated, 1)
+        latency = jnp.where(finished, engines.finish_time - slots.arrival, 0) / tokens
+        met = finished & (latency < params.latency_limit)
+        qos = jnp.sum(jnp.where(met, slots.score, 0), axis=1)
+        if totals is None:
+            return jnp.sum(qos), None
+        several = finished & (tokens > 1)
+        first = jnp.where(finished, engines.first_token_time - slots.arrival, 0)
+        tpot = jnp.where(several, engines.finish_time - engines.first_token_time, 0) / jnp.maximum(tokens - 1, 1)
+        timings = jnp.stack([latency, first, tpot])
+        present = jnp.stack([finished, finished, several])
+        count = lambda mask: jnp.sum(mask, axis=1).astype(jnp.float32)  # noqa: E731
+        totals = totals.replace(
+            completed=totals.completed + count(finished),
+            qos=totals.qos + qos,
+            score=totals.score + jnp.sum(jnp.where(finished, slots.score, 0), axis=1),
+            violations=totals.violations + count(finished & ~met),
+            preemptions=totals.preemptions + count(jnp.where(finished, engines.preemptions, 0)),
+            timings=totals.timings + jnp.sum(timings, axis=2),
+            several_tokens=totals.several_tokens + count(several),
+            busy=totals.busy + progress.busy_time,
+            block_seconds=totals.block_seconds + progress.block_seconds,
+            kv_seconds=totals.kv_seconds + progress.block_seconds / params.engines.usable_blocks,
+            histogram=record_timings(totals.histogram, self.metrics, timings, present, slots.index),
+        )
+        return jnp.sum(qos), totals
+
+    def _drain(self, params: EnvParams, state: EnvState, truncated: jax.Array) -> EpisodeTotals | None:
+        """The totals after the requests still open have run to their end, where `truncated`; else unchanged.
+
+        A loop of at most one round, since under `vmap` a loop is left out where nobody needs it, and a branch is not.
+        """
+        if state.totals is None:
+            return None
+
+        def run(carry: tuple[jax.Array, EpisodeTotals]) -> tuple[jax.Array, EpisodeTotals]:
+            engines, progress = jax.vmap(advance, (0, 0, None, None))(
+                params.engines, state.engines, Progress.none(), jnp.asarray(AFTER_ALL, float)
+            )
+            qos, totals = self._account(params, engines, state.slots, progress, carry[1])
+            assert totals is not None  # as state.totals
+            return jnp.bool_(False), totals.replace(drained_qos=totals.drained_qos + qos)
+
+        return jax.lax.while_loop(lambda carry: carry[0], run, (truncated, state.totals))[1]

@@ -1,0 +1,139 @@
+"""Action impact estimator: what sending a request to an expert costs the requests that are already there.
+
+Three forms (physics.md section 4), each a pure function of one engine's queue of S slots before the request joins:
+
+- `predicted_impact`, the default: from predictions and the expert's own latency model, waiting requests too, and only
+  requests that the action turns from met to missed;
+- `paper_impact`: the paper's formula, on true lengths and scores, running requests only;
+- `exact_impact`: runs the engine with and without the request, on predicted lengths and with no further arrivals.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxroute.simulator.advance import Progress, advance
+from jaxroute.simulator.engine import EngineParams, EngineState, blocks_for, target_tokens
+from jaxroute.simulator.latency import iteration_time
+from jaxroute.simulator.recorded import AFTER_ALL
+from jaxroute.simulator.slots import append
+
+
+class Queue(struct.PyTreeNode):
+    """One expert's queue and the request that may join it."""
+
+    engine: EngineState
+    age: jax.Array  # float [S], s since arrival
+    score: jax.Array  # float [S], true
+    predicted_score: jax.Array  # float [S]
+    predicted_tokens: jax.Array  # int32 [S]
+    prompt_tokens: jax.Array  # int32 [], of the request that may join
+    output_tokens: jax.Array  # int32 [], its length: predicted, or the true one for `paper_impact`
+
+
+def expected_length(predicted_tokens: jax.Array, generated: jax.Array) -> jax.Array:
+    """Output length to expect, int32: the prediction, or one more than there is where that is already past it."""
+    return jnp.maximum(predicted_tokens, generated + 1)
+
+
+def decode_time(params: EngineParams, engine: EngineState) -> jax.Array:
+    """Seconds of a decode iteration of the running batch and one request more, float []."""
+    running = engine.unfinished() & (jnp.arange(engine.num_slots) < engine.num_running)
+    batch = jnp.sum(running, dtype=jnp.int32) + 1
+    context = jnp.sum(jnp.where(running, engine.computed, 0), dtype=jnp.int32)
+    return iteration_time(params.latency, jnp.int32(0), batch, (context + batch).astype(engine.clock.dtype))
+
+
+def _overlap(remaining: jax.Array, length: jax.Array) -> jax.Array:
+    """Iterations that a request shares with the joining one after its prefill."""
+    return jnp.maximum(jnp.minimum(remaining, length) - 1, 0)
+
+
+def _context_sum(prompt: jax.Array, overlap: jax.Array) -> jax.Array:
+    """sum over k = 1..overlap of (prompt + k): context tokens that the joining request adds to those iterations."""
+    return overlap * prompt + overlap * (overlap + 1) / 2
+
+
+def paper_impact(
+    k1: jax.Array, k2: jax.Array, latency_limit: jax.Array, queue: Queue, true_tokens: jax.Array
+) -> jax.Array:
+    """The paper's penalty, float []: sum of the scores of running requests whose latency per token passes the limit.
+
+    `l+ = (k1*p + k2*sum_{k=1..n}(p + k)) / d` with n = max(min(d - o, d_i) - 1, 0); charged where l_now + l+ > L, with
+    l_now the time since arrival per token so far, 0 before the first. `true_tokens` int32 [S] are the true lengths d.
+    """
+    engine = queue.engine
+    running = engine.unfinished() & (jnp.arange(engine.num_slots) < engine.num_running)
+    overlap = _overlap(true_tokens - engine.generated, queue.output_tokens)
+    added = k1 * queue.prompt_tokens + k2 * _context_sum(queue.prompt_tokens, overlap)
+    so_far = jnp.where(engine.generated > 0, queue.age / jnp.maximum(engine.generated, 1), 0.0)
+    missed = so_far + added / jnp.maximum(true_tokens, 1) > latency_limit
+    return jnp.sum(jnp.where(running & missed, queue.score, 0.0))
+
+
+def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queue) -> jax.Array:
+    """Our penalty, float []: predicted scores of the requests that the action turns from met to missed.
+
+    As the paper's, with predicted lengths d = max(prediction, o + 1), the expert's own c1, c2 and c3 for k1, the
+    per-sequence cost and k2, and l_now over max(o, 1). A waiting request is judged by its predicted finish: the time
+    until the next iteration, the prefills up to and including its own, its decode iterations at the present batch, and,
+    if seats or blocks run out before it, the mean remaining time of a running request for every such one ahead.
+    """
+    engine, latency = queue.engine, params.latency
+    position = jnp.arange(engine.num_slots)
+    present = engine.unfinished()
+    running = present & (position < engine.num_running)
+    waiting = present & ~running
+    length = expected_length(queue.predicted_tokens, engine.generated)
+    remaining = length - engine.generated
+    overlap = _overlap(remaining, queue.output_tokens)
+    added = (
+        latency.per_prefill_token * queue.prompt_tokens
+        + latency.per_decode * overlap
+        + latency.per_context_token * _context_sum(queue.prompt_tokens, overlap)
+    ) / length
+
+    iteration = decode_time(params, engine)
+    batch = jnp.sum(running, dtype=jnp.int32)
+    tokens = engine.prompt_tokens + engine.generated
+    to_prefill = jnp.cumsum(jnp.where(waiting, tokens, 0))
+    held = jnp.where(running, engine.computed, tokens)
+    blocks = jnp.cumsum(jnp.where(present, blocks_for(held, params.block_size), 0))
+    seats = jnp.cumsum(present)
+    unseated = waiting & ((blocks > params.usable_blocks) | (seats > params.max_num_seqs))
+    turnover = iteration * jnp.sum(jnp.where(running, remaining, 0)) / jnp.maximum(batch, 1) ** 2
+    finish = (
+        queue.age
+        + jnp.maximum(engine.clock, 0)
+        + latency.per_prefill_token * to_prefill
+        + turnover * jnp.cumsum(unseated)
+        + iteration * remaining
+    )
+    so_far = queue.age / jnp.maximum(engine.generated, 1)
+    without = jnp.where(running, so_far, finish / length)
+    turned = present & (without < latency_limit) & (without + added >= latency_limit)
+    return jnp.sum(jnp.where(turned, queue.predicted_score, 0.0))
+
+
+def exact_impact(params: EngineParams, latency_limit: jax.Array, queue: Queue) -> jax.Array:
+    """As `predicted_impact`, with latencies from running the engine, float []. Costs two drains of the engine."""
+    engine = queue.engine
+    length = expected_length(queue.predicted_tokens, engine.generated)
+    target = jax.vmap(target_tokens, (0, 0, None))(engine.prompt_tokens, length, params.max_model_len)
+    engine = engine.replace(target_tokens=jnp.maximum(target, engine.generated + 1))
+    joined = append(
+        engine,
+        engine.num_requests < engine.num_slots,
+        queue.prompt_tokens,
+        target_tokens(queue.prompt_tokens, queue.output_tokens, params.max_model_len),
+        jnp.zeros((), float),
+    )
+
+    def met(state: EngineState) -> jax.Array:
+        done, _ = advance(params, state, Progress.none(), jnp.asarray(AFTER_ALL, float))
+        return (done.finish_time + queue.age) / engine.target_tokens < latency_limit
+
+    turned = engine.unfinished() & met(engine) & ~met(joined)
+    return jnp.sum(jnp.where(turned, queue.predicted_score, 0.0))

@@ -1,0 +1,141 @@
+"""Metrics of an episode: sums that are added to at every step, and what follows from them at the end.
+
+The sums are additive over episodes and environments. Percentiles come from a histogram with 4 % wide bins ("histogram"),
+so at most 2 % off, or from every request's own figures ("exact"); "off" keeps neither and no sums.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+Level = Literal["off", "histogram", "exact"]
+LEVELS: tuple[Level, ...] = ("off", "histogram", "exact")
+
+TIMINGS = ("latency_per_token", "ttft", "tpot")
+"""Seconds: (finish - arrival) / output tokens; first token - arrival; (finish - first token) / (output tokens - 1)."""
+
+_SMALLEST, _RATIO, _BINS = 1e-3, 1.04, 384  # bins from 1 ms to 3,500 s; below and above in the first and last
+
+
+class EpisodeTotals(struct.PyTreeNode):
+    """Sums over an episode's requests and time. Float32 counts are exact: an episode has fewer than 2**24 requests."""
+
+    arrived: jax.Array  # float []
+    dropped: jax.Array  # float []
+    rejected_full: jax.Array  # float [N], the expert had no free slot
+    rejected_infeasible: jax.Array  # float [N], the expert could never serve it
+    completed: jax.Array  # float [N]
+    qos: jax.Array  # float [N], sum over completed requests
+    drained_qos: jax.Array  # float [], the part of it that came after the last step
+    score: jax.Array  # float [N], sum over completed requests, met or missed
+    violations: jax.Array  # float [N], completed, but not below the latency limit
+    preemptions: jax.Array  # float [N], of completed requests
+    timings: jax.Array  # float [3, N], sums of TIMINGS over completed requests (tpot: those of two tokens or more)
+    several_tokens: jax.Array  # float [N], completed requests of two tokens or more
+    elapsed: jax.Array  # float [], s of simulated time between decisions (the drain is not part of it)
+    busy: jax.Array  # float [N], s of iterations, the drain included
+    block_seconds: jax.Array  # float [N], KV blocks held times s, the drain included
+    kv_seconds: jax.Array  # float [N], share of the KV cache held times s, the drain included
+    histogram: jax.Array  # float [3, bins] counts of TIMINGS; "exact": float [3, episode length], NaN where none
+
+
+def empty_totals(num_experts: int, level: Level, episode_length: int) -> EpisodeTotals | None:
+    """Totals of an episode that begins; None where metrics are off."""
+    if level == "off":
+        return None
+    one, each = jnp.zeros((), jnp.float32), jnp.zeros(num_experts, jnp.float32)
+    exact = jnp.full((3, episode_length), jnp.nan, jnp.float32)
+    return EpisodeTotals(
+        arrived=one,
+        dropped=one,
+        rejected_full=each,
+        rejected_infeasible=each,
+        completed=each,
+        qos=each,
+        drained_qos=one,
+        score=each,
+        violations=each,
+        preemptions=each,
+        timings=jnp.zeros((3, num_experts), jnp.float32),
+        several_tokens=each,
+        elapsed=one,
+        busy=each,
+        block_seconds=each,
+        kv_seconds=each,
+        histogram=exact if level == "exact" else jnp.zeros((3, _BINS), jnp.float32),
+    )
+
+
+def record_timings(
+    histogram: jax.Array, level: Level, timings: jax.Array, present: jax.Array, index: jax.Array
+) -> jax.Array:
+    """Adds the timings [3, N, S] of the requests that are `present` (bool [3, N, S]); `index` int32 [N, S] is theirs."""
+    size = histogram.shape[-1]
+    row = jnp.broadcast_to(jnp.arange(3)[:, None, None], timings.shape)
+    if level == "exact":
+        column = jnp.where(present, index[None], size)
+        return histogram.at[row, column].set(timings.astype(jnp.float32), mode="drop")
+    floor = jnp.floor(jnp.log(jnp.maximum(timings, _SMALLEST) / _SMALLEST) / np.log(_RATIO))
+    column = jnp.where(present, jnp.minimum(floor, size - 1).astype(jnp.int32), size)
+    return histogram.at[row, column].add(1.0, mode="drop")
+
+
+def _percentiles(totals: EpisodeTotals, level: Level) -> jax.Array:
+    """[3 timings, 3]: p50, p95 and p99; NaN where nothing completed."""
+    quantiles = jnp.asarray([0.5, 0.95, 0.99])
+    if level == "exact":
+        return jnp.nanquantile(totals.histogram, quantiles, axis=1).T
+    cumulative = jnp.cumsum(totals.histogram, axis=1)
+    wanted = quantiles[None, :] * cumulative[:, -1:]
+    bins = jnp.sum(cumulative[:, None, :] < wanted[:, :, None], axis=2)
+    values = _SMALLEST * jnp.exp((bins + 0.5) * np.log(_RATIO))
+    return jnp.where(cumulative[:, -1:] > 0, values, jnp.nan)
+
+
+def summarize(totals: EpisodeTotals, level: Level) -> dict[str, jax.Array]:
+    """Metrics of an episode (or of the sum of several, with "histogram"), float []; `expert_...` float [N].
+
+    Shares (`..._rate`) are of arrived requests, `qos` is the mean over all of them; `score`, timings and
+    `violation_rate` are over completed ones. `utilization` and `kv_use` are shares of the time between decisions, and
+    may pass 1 by the drain's part. NaN where there is nothing to average.
+    """
+    completed = jnp.sum(totals.completed)
+    several = jnp.sum(totals.several_tokens)
+    experts = totals.completed.shape[-1]
+    busy = jnp.sum(totals.busy)
+    percentiles = _percentiles(totals, level)
+    counts = jnp.stack([completed, completed, several])
+    means = jnp.sum(totals.timings, axis=1) / counts
+    timings = {}
+    for row, name in enumerate(TIMINGS):
+        timings[name] = means[row]
+        for column, quantile in enumerate(("p50", "p95", "p99")):
+            timings[f"{name}_{quantile}"] = percentiles[row, column]
+    return {
+        "qos": jnp.sum(totals.qos) / totals.arrived,
+        "score": jnp.sum(totals.score) / completed,
+        **timings,
+        "violation_rate": jnp.sum(totals.violations) / completed,
+        "drop_rate": totals.dropped / totals.arrived,
+        "rejection_rate": jnp.sum(totals.rejected_full + totals.rejected_infeasible) / totals.arrived,
+        "full_rejection_rate": jnp.sum(totals.rejected_full) / totals.arrived,
+        "preemptions": jnp.sum(totals.preemptions),
+        "utilization": busy / experts / totals.elapsed,
+        "kv_use": jnp.sum(totals.kv_seconds) / experts / totals.elapsed,
+        "qos_per_busy_second": jnp.sum(totals.qos) / busy,
+        "qos_per_block_second": jnp.sum(totals.qos) / jnp.sum(totals.block_seconds),
+        "expert_share": totals.completed / totals.arrived,
+        "expert_qos": totals.qos / totals.completed,
+        "expert_latency_per_token": totals.timings[0] / totals.completed,
+        "expert_violation_rate": totals.violations / totals.completed,
+        "expert_preemptions": totals.preemptions,
+        "expert_rejections": totals.rejected_full + totals.rejected_infeasible,
+        "expert_utilization": totals.busy / totals.elapsed,
+        "expert_kv_use": totals.kv_seconds / totals.elapsed,
+        "expert_qos_per_busy_second": totals.qos / totals.busy,
+    }

@@ -1,0 +1,72 @@
+"""Named environments: `jaxroute.make("paper-3")` gives an environment and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.state import EnvParams
+from jaxroute.errors import UserError
+from jaxroute.simulator.profiles import EXPERT_MEAN_SCORES, PROFILES, cluster, known
+from jaxroute.workload.arrivals import PoissonArrivals
+from jaxroute.workload.requests import FrozenRequests
+from jaxroute.workload.workload import Workload
+
+PAPER_PENALTY = {"chatglm-6b": (6.8e-5, 2.5e-5)}
+"""k1, k2 of the paper's penalty by expert, s (its first author's constants); `PAPER_PENALTY_DEFAULT` for the others."""
+
+PAPER_PENALTY_DEFAULT = (7.2e-5, 2.5e-5)
+
+SCENARIOS = {
+    "paper-3": tuple(EXPERT_MEAN_SCORES)[:3],
+    "paper-6": tuple(EXPERT_MEAN_SCORES),
+}
+"""Experts of each registered environment."""
+
+
+def make_params(
+    experts: Sequence[str],
+    profile: str = "paper",
+    workload: Workload | None = None,
+    latency_limit: float | None = None,
+    penalty_weight: float = 1.0,
+    kv_cache_tokens: int | None = None,
+) -> EnvParams:
+    """Parameters of a cluster of these experts; by default the frozen scenario at 3 requests/s (physics.md section 7).
+
+    `latency_limit` in s per output token; None takes the profile's own, and so does `kv_cache_tokens`. Raises `UserError`.
+    """
+    engines = cluster(experts, profile, kv_cache_tokens)
+    if workload is None:
+        scores = [EXPERT_MEAN_SCORES[expert] for expert in experts]
+        workload = Workload.create(PoissonArrivals.create(3.0), FrozenRequests.create(scores))
+    if workload.num_experts != len(experts):
+        raise UserError(f"the workload is for {workload.num_experts} experts, the cluster has {len(experts)}")
+    limit = PROFILES[profile].latency_limit if latency_limit is None else latency_limit
+    if not 0 < limit < float("inf"):
+        raise UserError(f"latency_limit must be above 0 (seconds per output token), not {limit}")
+    penalty = [PAPER_PENALTY.get(expert, PAPER_PENALTY_DEFAULT) for expert in experts]
+    return EnvParams(
+        workload=workload,
+        engines=engines,
+        latency_limit=jnp.asarray(limit, float),
+        penalty_weight=jnp.asarray(penalty_weight, float),
+        penalty_prefill=jnp.asarray([k1 for k1, _ in penalty], float),
+        penalty_context=jnp.asarray([k2 for _, k2 in penalty], float),
+        token_scale=jnp.asarray(PROFILES[profile].token_scale, float),
+    )
+
+
+def make(environment_id: str, **static: Any) -> tuple[RoutingEnvironment, EnvParams]:
+    """The registered environment of this name, "paper-3" or "paper-6", and its default parameters.
+
+    `static` sets fields of `RoutingEnvironment` (slots, episode_length, observation, penalty, metrics, queue_nodes).
+    Raises `UserError` for an unknown name, with the nearest.
+    """
+    experts = SCENARIOS[known(environment_id, SCENARIOS, "environment id")]
+    for key in static:
+        known(key, RoutingEnvironment.__dataclass_fields__.keys() - {"num_experts"}, "environment option")
+    return RoutingEnvironment(num_experts=len(experts), **static), make_params(experts)

@@ -1,0 +1,50 @@
+"""The paper's heuristic routers, and a random one, as pure functions for one environment.
+
+Each is `router(observation, state, params, key) -> action int32 []` and sends a request only where the action mask allows it;
+where it allows no expert, the request is dropped. None drops otherwise: that is what sets the paper's heuristics apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Router = Callable[[Any, Any, Any, jax.Array], jax.Array]
+
+
+def heuristic_routers(env: Any) -> dict[str, Router]:
+    """Name -> router of the environment `env`: "round-robin", "shortest-queue", "bert-router" and "random"."""
+
+    def round_robin(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
+        """Each decision's expert follows the one before it; a barred expert's turn passes to the next allowed one."""
+        turns_away = (jnp.arange(env.num_experts) - state.step) % env.num_experts
+        return _smallest(turns_away, observation.action_mask)
+
+    def shortest_queue(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
+        """The expert with the fewest requests, running and waiting; ties go to the lowest index."""
+        return _smallest(env.queue_lengths(state), observation.action_mask)
+
+    def bert_router(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
+        """The expert with the highest predicted score, whatever its load."""
+        return _smallest(-state.request.predicted_score, observation.action_mask)
+
+    def random(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
+        """Any expert, all alike."""
+        return _smallest(jax.random.uniform(key, (env.num_experts,)), observation.action_mask)
+
+    return {
+        "round-robin": round_robin,
+        "shortest-queue": shortest_queue,
+        "bert-router": bert_router,
+        "random": random,
+    }
+
+
+def _smallest(cost: jax.Array, action_mask: jax.Array) -> jax.Array:
+    """int32 []: the allowed expert of the smallest `cost` [N], the first of equals; drop (N) where none is allowed."""
+    allowed = action_mask[:-1]
+    best = jnp.argmin(jnp.where(allowed, cost.astype(jnp.float32), jnp.inf))
+    return jnp.where(allowed.any(), best, cost.shape[0]).astype(jnp.int32)

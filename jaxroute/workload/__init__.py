@@ -1,0 +1,31 @@
+"""Requests and when they arrive: `Workload.sample` gives the next arrival from a key, inside jit and vmap.
+
+Arrivals are Poisson, a recorded trace, or piecewise rates; requests come from the frozen generator of the paper's
+scenarios, from a table of recorded answers, or from the trace's own lengths. The loaders read both kinds of file.
+"""
+
+from jaxroute.workload.arrivals import PiecewiseArrivals, PoissonArrivals, TraceArrivals, WorkloadState
+from jaxroute.workload.frozen import predict_with_frozen_errors
+from jaxroute.workload.mixinstruct import load_mixinstruct
+from jaxroute.workload.request import Request
+from jaxroute.workload.requests import FrozenRequests, TableRequests, TraceRequests
+from jaxroute.workload.table import RequestTable, Trace
+from jaxroute.workload.trace import load_trace
+from jaxroute.workload.workload import Workload
+
+__all__ = [
+    "FrozenRequests",
+    "PiecewiseArrivals",
+    "PoissonArrivals",
+    "Request",
+    "RequestTable",
+    "TableRequests",
+    "Trace",
+    "TraceArrivals",
+    "TraceRequests",
+    "Workload",
+    "WorkloadState",
+    "load_mixinstruct",
+    "load_trace",
+    "predict_with_frozen_errors",
+]

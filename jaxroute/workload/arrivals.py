@@ -1,0 +1,180 @@
+"""When requests arrive: a Poisson process, a recorded trace, or a rate that is piecewise constant and periodic.
+
+Each class has the same three members, which `Workload` calls:
+
+- `draws`: how many uniforms one arrival takes;
+- `reset(key) -> WorkloadState`: the state before the first arrival;
+- `next(uniforms [draws], state) -> (state, gap, row)`: seconds from the previous arrival to this one, and the arrival's
+  row in the trace (0 where there is none).
+
+Build them with `create`, which checks its input. Rates are traced leaves, so a sweep vmaps over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jaxroute.errors import UserError
+
+
+@struct.dataclass
+class WorkloadState:
+    """Where a workload stands between two arrivals. Both fields are bounded, so float32 loses nothing in a long run."""
+
+    cursor: jax.Array  # int32 [], row of the next arrival in the trace, or the current piece of the rates; else 0
+    phase: jax.Array  # float [], seconds already spent of the next recorded gap, or in the current piece; else 0
+
+
+def _state(cursor, phase) -> WorkloadState:
+    return WorkloadState(cursor=jnp.asarray(cursor, jnp.int32), phase=jnp.asarray(phase, float))
+
+
+def _positive(value: float, name: str) -> jax.Array:
+    if not (np.isfinite(value) and value > 0):
+        raise UserError(f"{name} must be a finite number above 0, is {value}")
+    return jnp.asarray(value, float)
+
+
+@struct.dataclass
+class PoissonArrivals:
+    """Exponential gaps with mean 1 / rate."""
+
+    rate: jax.Array  # float [], requests per second, traced
+
+    @classmethod
+    def create(cls, rate: float) -> PoissonArrivals:
+        return cls(rate=_positive(rate, "the arrival rate (requests per second)"))
+
+    @property
+    def draws(self) -> int:
+        return 1
+
+    def reset(self, key: jax.Array) -> WorkloadState:
+        del key
+        return _state(0, 0.0)
+
+    def next(self, uniforms: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, jax.Array]:
+        return state, -jnp.log(uniforms[0]) / self.rate, jnp.int32(0)
+
+
+@struct.dataclass
+class TraceArrivals:
+    """The gaps of a recorded trace, in order, again from its first row after the last.
+
+    `gaps[i]` leads from row i - 1 to row i; `gaps[0]` leads from the last row to the first when the trace loops, and is
+    the trace's mean gap. A fresh start at the first row has no gap, since its whole `gaps[0]` counts as spent.
+    """
+
+    gaps: jax.Array  # float [T], recorded seconds, traced
+    rate_scale: jax.Array  # float [], traced; 2 replays the trace at twice its rate (gaps halved)
+    start_row: jax.Array  # int32 [], traced: the first arrival of an episode
+    start_phase: jax.Array  # float [], traced: recorded seconds of that arrival's gap that lie before the start
+    random_start: bool = struct.field(pytree_node=False)  # static: an episode starts at a row drawn from its key
+
+    @classmethod
+    def create(cls, times: np.ndarray, rate_scale: float = 1.0, start: float | None = 0.0) -> TraceArrivals:
+        """Arrivals at `times` (float64 [T] seconds, sorted, T >= 2).
+
+        `start`: recorded seconds after the first row at which every episode begins, or None: every episode begins at a
+        row drawn uniformly from its key, at that row's own arrival.
+        """
+        seconds = np.asarray(times, np.float64) - times[0] if len(times) else np.zeros(0)
+        if len(seconds) < 2 or not seconds[-1] > 0:
+            raise UserError("a trace needs at least two different arrival times to be replayed; record a longer one")
+        gaps = np.diff(seconds)
+        if not (gaps >= 0).all():
+            raise UserError("the arrival times of a trace must be numbers in ascending order; sort the trace by time")
+        if start is not None and not 0 <= start <= seconds[-1]:
+            raise UserError(f"the trace's start offset must lie within its 0 to {seconds[-1]:.1f} s, is {start}")
+        gaps = np.concatenate([[seconds[-1] / len(gaps)], gaps])
+        row = int(np.searchsorted(seconds, start or 0.0))
+        # `start` lies in the gap that leads to `row`; at the first row nothing of the gap is left.
+        phase = gaps[0] if row == 0 else (start or 0.0) - seconds[row - 1]
+        return cls(
+            gaps=jnp.asarray(gaps, float),
+            rate_scale=_positive(rate_scale, "the trace's rate scale"),
+            start_row=jnp.asarray(row, jnp.int32),
+            start_phase=jnp.asarray(phase, float),
+            random_start=start is None,
+        )
+
+    @property
+    def draws(self) -> int:
+        return 0
+
+    def reset(self, key: jax.Array) -> WorkloadState:
+        if not self.random_start:
+            return _state(self.start_row, self.start_phase)
+        row = jax.random.randint(key, (), 0, self.gaps.shape[0], jnp.int32)
+        return _state(row, self.gaps[row])
+
+    def next(self, uniforms: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, jax.Array]:
+        del uniforms
+        row = state.cursor
+        gap = (self.gaps[row] - state.phase) / self.rate_scale
+        following = jnp.where(row + 1 == self.gaps.shape[0], 0, row + 1)
+        return _state(following, 0.0), gap, row
+
+
+@struct.dataclass
+class PiecewiseArrivals:
+    """A Poisson process whose rate is constant on each of K pieces and repeats after the last one.
+
+    Exact: the gap is where the cumulative hazard (rate integrated over time) has grown by an exponential of mean 1. The
+    state holds the piece and the seconds into it, never an absolute time.
+    """
+
+    durations: jax.Array  # float [K], seconds, all above 0, traced
+    rates: jax.Array  # float [K], requests per second, traced; 0 is allowed, but not everywhere
+
+    @classmethod
+    def create(cls, durations: Sequence[float] | np.ndarray, rates: Sequence[float] | np.ndarray) -> PiecewiseArrivals:
+        lengths, levels = np.asarray(durations, np.float64), np.asarray(rates, np.float64)
+        if lengths.ndim != 1 or lengths.shape != levels.shape or not len(lengths):
+            raise UserError(f"piecewise rates need as many durations as rates: got {lengths.size} and {levels.size}")
+        if not (np.isfinite(lengths).all() and (lengths > 0).all()):
+            raise UserError(f"the durations of piecewise rates must be finite numbers above 0, are {lengths.tolist()}")
+        if not (np.isfinite(levels).all() and (levels >= 0).all() and levels.any()):
+            raise UserError(f"piecewise rates must be finite, 0 or more, and not all 0, are {levels.tolist()}")
+        return cls(durations=jnp.asarray(lengths, float), rates=jnp.asarray(levels, float))
+
+    @property
+    def draws(self) -> int:
+        return 1
+
+    def reset(self, key: jax.Array) -> WorkloadState:
+        del key
+        return _state(0, 0.0)
+
+    def next(self, uniforms: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, jax.Array]:
+        pieces = self.rates.shape[0]
+        hazard = -jnp.log(uniforms[0])
+        rate = self.rates[state.cursor]
+        left = jnp.maximum(self.durations[state.cursor] - state.phase, 0.0)
+        within = hazard < left * rate
+        here = hazard / jnp.where(within, rate, 1.0)  # seconds from now, if the arrival falls into the current piece
+
+        # Otherwise: the rest of this piece, whole periods, then the first of the following pieces (the current one from
+        # its start comes last) by the end of which the hazard that is left is used up.
+        order = (state.cursor + 1 + jnp.arange(pieces, dtype=jnp.int32)) % pieces
+        durations, rates = self.durations[order], self.rates[order]
+        ends = jnp.cumsum(durations * rates)
+        rest = jnp.maximum(hazard - left * rate, 0.0)
+        periods = jnp.floor(rest / ends[-1])
+        # Kept below the last end against rounding, so that the piece found exists and has a rate above 0.
+        rest = jnp.clip(rest - periods * ends[-1], 0.0, ends[-1] * (1 - jnp.finfo(ends.dtype).eps))
+        found = jnp.sum(ends <= rest)
+        starts = jnp.cumsum(durations) - durations
+        into = jnp.clip((rest - (ends[found] - durations[found] * rates[found])) / rates[found], 0.0, durations[found])
+        beyond = left + periods * jnp.sum(durations) + starts[found] + into
+
+        following = WorkloadState(
+            cursor=jnp.where(within, state.cursor, order[found]).astype(jnp.int32),
+            phase=jnp.where(within, state.phase + here, into),
+        )
+        return following, jnp.where(within, here, beyond), jnp.int32(0)

@@ -1,0 +1,119 @@
+"""Recorded prompts with the answers of several models and their scores, as a JSONL shaped like MixInstruct."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxroute.errors import UserError
+from jaxroute.workload.files import Place, json_object, member, names, number, read_lines, shown, tokens
+from jaxroute.workload.frozen import predict_with_frozen_errors
+from jaxroute.workload.table import RequestTable
+
+# Llama tokens per whitespace-separated word of English instructions and answers: 1.42 over the prompts and 1.51 over
+# the answers of 605 AlpacaEval prompts and 11 models.
+TOKENS_PER_WORD = 1.5
+
+
+def load_mixinstruct(
+    path: str | Path,
+    experts: Sequence[str],
+    score: str = "bertscore",
+    max_prompt_tokens: int | None = None,
+    max_output_tokens: int | None = None,
+) -> RequestTable:
+    """Reads the answers of `experts` (names as in `candidates[].model`, in this order) from a JSONL, a prompt a line.
+
+    A line has `instruction`, `input` (optional) and `candidates`, each with `model`, `text` and `scores[score]` from 0
+    to 1. Lengths come from `prompt_tokens` and `candidates[].output_tokens`, or else from the words of the texts times
+    `TOKENS_PER_WORD`, rounded up, at least 1. Predictions come from `candidates[].pred_output_tokens` and
+    `.pred_score`; where they are missing they are the truth with the frozen generator's errors
+    (`predict_with_frozen_errors`), drawn from a fixed seed. The table's flags say whether either was done, so that a
+    command can report it.
+
+    `max_prompt_tokens` and `max_output_tokens` clip the lengths, true and predicted (MixInstruct itself: 256 and 256);
+    None keeps them.
+    """
+    path, experts = Path(path), list(experts)
+    if not experts:
+        raise UserError(f"{path}: no experts chosen; name at least one of the models in its candidates")
+    for key, cap in (("max_prompt_tokens", max_prompt_tokens), ("max_output_tokens", max_output_tokens)):
+        if cap is not None and cap < 1:
+            raise UserError(f"'{key}' must be at least 1, is {cap}; leave it out to keep the lengths as they are")
+    prompts: list[int] = []
+    rows: list[list[tuple[int, float, float, float]]] = []
+    estimated = False
+    for place, line in read_lines(path):
+        record = json_object(place, line)
+        prompt = _length(place, record, "prompt_tokens", ("instruction", "input"))
+        candidates: dict[str, dict[str, Any]] = {}
+        for candidate in member(place, record, "candidates", list):
+            if not isinstance(candidate, dict):
+                raise place.error("each of 'candidates' must be an object with 'model', 'text' and 'scores'")
+            candidates[member(place, candidate, "model", str, " in a candidate")] = candidate
+        for name in experts:
+            if name not in candidates:
+                raise place.error(f"no candidate of expert {shown(name)}; it has {names(_nearest(name, candidates))}")
+        answers = [_answer(place, name, candidates[name], score) for name in experts]
+        estimated |= prompt[1] or any(answer[1] for answer in answers)
+        prompts.append(prompt[0])
+        rows.append([answer[0] for answer in answers])
+    if not rows:
+        raise UserError(f"{path}: the file is empty; it needs one JSON object a line")
+
+    columns = np.asarray(rows, np.float64)  # [T, N, 4]
+    output, truth = np.minimum(columns[..., 0], max_output_tokens or math.inf).astype(np.int32), columns[..., 1]
+    predicted_output, predicted_score = columns[..., 2], columns[..., 3]
+    made_output, made_score = predict_with_frozen_errors(np.random.default_rng(0), output, truth)
+    no_output, no_score = np.isnan(predicted_output), np.isnan(predicted_score)
+    predicted_output = np.where(no_output, made_output, predicted_output)
+    return RequestTable(
+        prompt_tokens=np.minimum(np.asarray(prompts), max_prompt_tokens or math.inf).astype(np.int32),
+        output_tokens=output,
+        score=truth,
+        predicted_output_tokens=np.minimum(predicted_output, max_output_tokens or math.inf).astype(np.int32),
+        predicted_score=np.where(no_score, made_score, predicted_score),
+        predictions_made=bool(no_output.any() or no_score.any()),
+        tokens_estimated=estimated,
+    )
+
+
+def _answer(
+    place: Place, name: str, candidate: dict[str, Any], score: str
+) -> tuple[tuple[int, float, float, float], bool]:
+    """(output tokens, score, predicted output tokens, predicted score), NaN for a missing prediction; and whether the
+    tokens are an estimate."""
+    inside = f" of candidate {shown(name)}"
+    length, estimated = _length(place, candidate, "output_tokens", ("text",), inside)
+    scores = member(place, candidate, "scores", dict, inside)
+    if score not in scores:
+        raise place.error(f"no score {shown(score)}{inside}; it has {names(_nearest(score, scores))}")
+    predicted_output, predicted_score = math.nan, math.nan
+    if "pred_output_tokens" in candidate:
+        predicted_output = tokens(place, f"'pred_output_tokens'{inside}", candidate["pred_output_tokens"])
+    if "pred_score" in candidate:
+        predicted_score = number(place, f"'pred_score'{inside}", candidate["pred_score"])
+    truth = number(place, f"'{score}'{inside}", scores[score], low=0.0, high=1.0)
+    return (length, truth, predicted_output, predicted_score), estimated
+
+
+def _length(
+    place: Place, record: dict[str, Any], key: str, texts: tuple[str, ...], inside: str = ""
+) -> tuple[int, bool]:
+    """`record[key]`, or an estimate from the words of the given texts (all but the first may be absent); and whether it
+    is one."""
+    if key in record:
+        return tokens(place, f"'{key}'{inside}", record[key]), False
+    words = len(member(place, record, texts[0], str, inside).split())
+    words += sum(len(member(place, record, text, str, inside).split()) for text in texts[1:] if text in record)
+    return max(1, math.ceil(TOKENS_PER_WORD * words)), True
+
+
+def _nearest(name: str, known: dict[str, Any]) -> list[str]:
+    """The known names, the most similar first."""
+    return sorted(known, key=lambda other: -difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio())

@@ -1,0 +1,186 @@
+"""What arrives: the lengths and scores of a request for every expert, true and predicted.
+
+Each class has `num_experts`, `draws` (uniforms taken by one request) and `sample(uniforms [draws], row) -> Request`,
+which `Workload` calls; `row` is the arrival's row in the trace, used by `TraceRequests` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jaxroute.errors import UserError
+from jaxroute.workload.frozen import (
+    LOG_OUTPUT_MEAN,
+    LOG_OUTPUT_PREDICTED,
+    LOG_OUTPUT_SHARED_STD,
+    LOG_OUTPUT_STD,
+    LOG_PROMPT_MEAN,
+    LOG_PROMPT_STD,
+    MAX_TOKENS,
+    MIN_TOKENS,
+    SCORE_PREDICTED_SHARE,
+    SCORE_PREDICTION_STD,
+    SCORE_SHARED_STD,
+    SCORE_STD,
+)
+from jaxroute.workload.request import Request
+from jaxroute.workload.table import RequestTable
+
+
+def _mixture(num_experts: int) -> np.ndarray:
+    """The frozen generator as a matrix: standard normals [3 + 3N] in, deviations from the means [1 + 4N] out.
+
+    In: one for the prompt, the score's and the length's shared terms, then for each expert the score's own term, the
+    score prediction's noise and the length's own term. Out: log prompt tokens, then for each expert log output tokens,
+    their prediction, score, its prediction.
+    """
+    eye = np.eye(num_experts)
+    own_score, noise, own_length = (slice(3 + i * num_experts, 3 + (i + 1) * num_experts) for i in range(3))
+    output, predicted_output, score, predicted_score = (
+        slice(1 + i * num_experts, 1 + (i + 1) * num_experts) for i in range(4)
+    )
+    matrix = np.zeros((3 + 3 * num_experts, 1 + 4 * num_experts))
+    matrix[0, 0] = LOG_PROMPT_STD
+    matrix[1, score] = matrix[1, predicted_score] = SCORE_SHARED_STD
+    matrix[2, output] = matrix[2, predicted_output] = LOG_OUTPUT_SHARED_STD
+    matrix[own_score, score] = SCORE_STD * eye
+    matrix[own_score, predicted_score] = SCORE_PREDICTED_SHARE * SCORE_STD * eye
+    matrix[noise, predicted_score] = SCORE_PREDICTION_STD * eye
+    matrix[own_length, output] = LOG_OUTPUT_STD * eye
+    matrix[own_length, predicted_output] = LOG_OUTPUT_PREDICTED * eye
+    return matrix
+
+
+def _deviations(uniforms: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """Deviations of the log prompt tokens [] and, [4, N], of log output, its prediction, score and its prediction.
+
+    `uniforms` [3 + 3N] lie strictly between 0 and 1. A product with a matrix, since XLA would otherwise compute every
+    normal anew for each quantity that uses it: less than half the time on a CPU.
+    """
+    normals = jax.lax.erf_inv(2 * uniforms - 1)
+    matrix = jnp.asarray(np.sqrt(2.0) * _mixture(num_experts), uniforms.dtype)
+    deviations = jnp.dot(normals, matrix, precision=jax.lax.Precision.HIGHEST)
+    return deviations[0], deviations[1:].reshape(4, num_experts)
+
+
+def _mean_scores(score_mean: Sequence[float] | np.ndarray) -> jax.Array:
+    means = np.asarray(score_mean, np.float64)
+    if means.ndim != 1 or not means.size or not ((means >= 0) & (means <= 1)).all():
+        raise UserError(f"the experts' mean scores must be one number from 0 to 1 each, are {means.tolist()}")
+    return jnp.asarray(means, float)
+
+
+def _tokens(logarithm: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.exp(logarithm), MIN_TOKENS, MAX_TOKENS).astype(jnp.int32)
+
+
+@struct.dataclass
+class FrozenRequests:
+    """The frozen generator of `paper-3` and `paper-6`; its constants and their meaning stand in `frozen.py`."""
+
+    score_mean: jax.Array  # float [N], each expert's mean score, 0 to 1, traced
+
+    @classmethod
+    def create(cls, score_mean: Sequence[float] | np.ndarray) -> FrozenRequests:
+        return cls(score_mean=_mean_scores(score_mean))
+
+    @property
+    def num_experts(self) -> int:
+        return self.score_mean.shape[-1]
+
+    @property
+    def draws(self) -> int:
+        return 3 + 3 * self.num_experts
+
+    def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
+        del row
+        prompt, (output, predicted_output, score, predicted_score) = _deviations(uniforms, self.num_experts)
+        return Request(
+            prompt_tokens=_tokens(LOG_PROMPT_MEAN + prompt),
+            output_tokens=_tokens(LOG_OUTPUT_MEAN + output),
+            score=jnp.clip(self.score_mean + score, 0.0, 1.0),
+            predicted_output_tokens=_tokens(LOG_OUTPUT_MEAN + predicted_output),
+            predicted_score=self.score_mean + predicted_score,
+        )
+
+
+@struct.dataclass
+class TableRequests:
+    """Requests from a table of T rows on the device; every request is a row drawn uniformly, with replacement."""
+
+    rows: Request  # traced, every field with a leading axis [T]
+
+    @classmethod
+    def create(cls, table: RequestTable) -> TableRequests:
+        return cls(
+            rows=Request(
+                prompt_tokens=jnp.asarray(table.prompt_tokens, jnp.int32),
+                output_tokens=jnp.asarray(table.output_tokens, jnp.int32),
+                score=jnp.asarray(table.score, float),
+                predicted_output_tokens=jnp.asarray(table.predicted_output_tokens, jnp.int32),
+                predicted_score=jnp.asarray(table.predicted_score, float),
+            )
+        )
+
+    @property
+    def num_experts(self) -> int:
+        return self.rows.score.shape[-1]
+
+    @property
+    def draws(self) -> int:
+        return 1
+
+    def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
+        del row
+        count = self.rows.prompt_tokens.shape[0]
+        # The product may round up to `count`.
+        drawn = jnp.minimum((uniforms[0] * count).astype(jnp.int32), count - 1)
+        return jax.tree.map(lambda column: column[drawn], self.rows)
+
+
+@struct.dataclass
+class TraceRequests:
+    """Lengths from the row of the trace that arrives; scores and predictions by the frozen generator's rules.
+
+    A trace records one output length, so every expert's true length is that one. The predicted length has the frozen
+    generator's error, exp((.35 - .5) z) times the truth, rounded down, at least 1; no length is capped here.
+    """
+
+    prompt_tokens: jax.Array  # int32 [T], traced
+    output_tokens: jax.Array  # int32 [T], traced
+    score_mean: jax.Array  # float [N], each expert's mean score, 0 to 1, traced
+
+    @classmethod
+    def create(
+        cls, prompt_tokens: np.ndarray, output_tokens: np.ndarray, score_mean: Sequence[float] | np.ndarray
+    ) -> TraceRequests:
+        return cls(
+            prompt_tokens=jnp.asarray(prompt_tokens, jnp.int32),
+            output_tokens=jnp.asarray(output_tokens, jnp.int32),
+            score_mean=_mean_scores(score_mean),
+        )
+
+    @property
+    def num_experts(self) -> int:
+        return self.score_mean.shape[-1]
+
+    @property
+    def draws(self) -> int:
+        return 3 + 3 * self.num_experts  # those of the lengths' shared terms go unused
+
+    def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
+        _, (output, predicted_output, score, predicted_score) = _deviations(uniforms, self.num_experts)
+        recorded = self.output_tokens[row]
+        predicted = (recorded * jnp.exp(predicted_output - output)).astype(jnp.int32)
+        return Request(
+            prompt_tokens=self.prompt_tokens[row],
+            output_tokens=jnp.broadcast_to(recorded, (self.num_experts,)),
+            score=jnp.clip(self.score_mean + score, 0.0, 1.0),
+            predicted_output_tokens=jnp.maximum(predicted, 1),
+            predicted_score=self.score_mean + predicted_score,
+        )

@@ -1,0 +1,30 @@
+"""Requests as rows in host memory: what the file loaders return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recorded trace of T requests, in order of arrival."""
+
+    times: np.ndarray  # float64 [T], seconds since the first arrival, ascending
+    prompt_tokens: np.ndarray  # int32 [T], at least 1
+    output_tokens: np.ndarray  # int32 [T], at least 1
+    first_time: float  # the first arrival in the file's own clock, seconds
+
+
+@dataclass(frozen=True)
+class RequestTable:
+    """T prompts with the recorded answers of N experts."""
+
+    prompt_tokens: np.ndarray  # int32 [T], at least 1
+    output_tokens: np.ndarray  # int32 [T, N], at least 1
+    score: np.ndarray  # float64 [T, N], 0 to 1
+    predicted_output_tokens: np.ndarray  # int32 [T, N], at least 1
+    predicted_score: np.ndarray  # float64 [T, N]
+    predictions_made: bool  # the file lacked some prediction: the truth with the frozen generator's errors stands there
+    tokens_estimated: bool  # the file lacked some token count: estimated from the number of words

@@ -1,0 +1,55 @@
+"""A workload: arrivals and requests together, sampled by key inside jit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxroute.errors import UserError
+from jaxroute.workload.arrivals import PiecewiseArrivals, PoissonArrivals, TraceArrivals, WorkloadState
+from jaxroute.workload.request import Request
+from jaxroute.workload.requests import FrozenRequests, TableRequests, TraceRequests
+
+
+@struct.dataclass
+class Workload:
+    """What arrives and when, for N experts. A pytree of traced leaves: a sweep vmaps over rates or mean scores.
+
+    The kinds of arrivals and requests are part of the tree's structure, so choosing between them is free in a run.
+    """
+
+    arrivals: PoissonArrivals | TraceArrivals | PiecewiseArrivals
+    requests: FrozenRequests | TableRequests | TraceRequests
+
+    @classmethod
+    def create(
+        cls,
+        arrivals: PoissonArrivals | TraceArrivals | PiecewiseArrivals,
+        requests: FrozenRequests | TableRequests | TraceRequests,
+    ) -> Workload:
+        if isinstance(requests, TraceRequests) and (
+            not isinstance(arrivals, TraceArrivals) or arrivals.gaps.shape != requests.prompt_tokens.shape
+        ):
+            raise UserError("requests with a trace's lengths need that same trace's arrivals; set both from one file")
+        return cls(arrivals=arrivals, requests=requests)
+
+    @property
+    def num_experts(self) -> int:
+        return self.requests.num_experts
+
+    def reset(self, key: jax.Array) -> WorkloadState:
+        """The state before the first arrival; the key only matters to a trace with a random start."""
+        return self.arrivals.reset(key)
+
+    def sample(self, key: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, Request]:
+        """The next arrival: the state after it, the seconds since the previous arrival (float []), and the request.
+
+        Use a fresh key for each call. One call draws all its random numbers at once.
+        """
+        count = self.arrivals.draws
+        uniforms = jax.random.uniform(key, (count + self.requests.draws,))
+        # JAX's uniforms are multiples of eps from 0 on; the middles of those cells are symmetric and never 0 or 1.
+        uniforms = uniforms + jnp.finfo(uniforms.dtype).eps / 2
+        state, gap, row = self.arrivals.next(uniforms[:count], state)
+        return state, gap, self.requests.sample(uniforms[count:], row)
