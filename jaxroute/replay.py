@@ -112,7 +112,7 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
 
 def _check_request(request: Any, kind: str, where: str) -> None:
     for key in (kind, "prompt_len", "output_len"):
-        value = request.get(key) if isinstance(request, dict) else None
+        value: Any = request.get(key) if isinstance(request, dict) else None
         whole = key != "arrival_time"
         number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value):

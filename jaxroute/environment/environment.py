@@ -31,7 +31,7 @@ class RoutingEnvironment:
     """
 
     num_experts: int
-    slots: int = 64  # S: requests that one expert holds, running and waiting; one more is a counted rejection
+    slots: int = 48  # S: requests that one expert holds, running and waiting; one more is a counted rejection
     queue_nodes: int = 10  # K: running and waiting requests that are observed of each expert
     episode_length: int = 5000  # requests
     observation: Literal["graph", "flat"] = "graph"
@@ -77,10 +77,12 @@ class RoutingEnvironment:
         # The next episode may begin with the request at hand, which nothing has been done with; a trace starts anew.
         start = params.workload.reset(key_reset)
         workload, _, request = params.workload.sample(key_arrival, start)
-        fresh = self._fresh(request, workload)
-        one_slot = self._fresh(request, workload, slots=1)
+        fresh = self._fresh(request, workload, slots=1)
         choose = lambda new, old: jnp.where(truncated, new, old)  # noqa: E731
-        observation = jax.tree.map(choose, self._observe(params, one_slot), final_observation)
+        observation = jax.tree.map(choose, self._observe(params, fresh), final_observation)
+        # Slots out of use may hold anything, so the counters are all of the queues that needs a reset.
+        queues = {name: getattr(fresh.engines, name) for name in ("num_requests", "num_running", "clock")}
+        fresh = fresh.replace(engines=state.engines.replace(**queues), slots=state.slots)
         state = jax.tree.map(choose, fresh, state)
         info = {
             "final_observation": final_observation,

@@ -48,8 +48,8 @@ def empty_totals(num_experts: int, level: Level, episode_length: int) -> Episode
     """Totals of an episode that begins; None where metrics are off."""
     if level == "off":
         return None
-    one, each = jnp.zeros((), jnp.float32), jnp.zeros(num_experts, jnp.float32)
-    exact = jnp.full((3, episode_length), jnp.nan, jnp.float32)
+    one, each = jnp.zeros((), float), jnp.zeros(num_experts, float)
+    exact = jnp.full((3, episode_length), jnp.nan, float)
     return EpisodeTotals(
         arrived=one,
         dropped=one,
@@ -61,13 +61,13 @@ def empty_totals(num_experts: int, level: Level, episode_length: int) -> Episode
         score=each,
         violations=each,
         preemptions=each,
-        timings=jnp.zeros((3, num_experts), jnp.float32),
+        timings=jnp.zeros((3, num_experts), float),
         several_tokens=each,
         elapsed=one,
         busy=each,
         block_seconds=each,
         kv_seconds=each,
-        histogram=exact if level == "exact" else jnp.zeros((3, _BINS), jnp.float32),
+        histogram=exact if level == "exact" else jnp.zeros((3, _BINS), float),
     )
 
 
@@ -79,7 +79,7 @@ def record_timings(
     row = jnp.broadcast_to(jnp.arange(3)[:, None, None], timings.shape)
     if level == "exact":
         column = jnp.where(present, index[None], size)
-        return histogram.at[row, column].set(timings.astype(jnp.float32), mode="drop")
+        return histogram.at[row, column].set(timings, mode="drop")
     floor = jnp.floor(jnp.log(jnp.maximum(timings, _SMALLEST) / _SMALLEST) / np.log(_RATIO))
     column = jnp.where(present, jnp.minimum(floor, size - 1).astype(jnp.int32), size)
     return histogram.at[row, column].add(1.0, mode="drop")

@@ -1,7 +1,7 @@
 """The paper's heuristic routers, and a random one, as pure functions for one environment.
 
-Each is `router(observation, state, params, key) -> action int32 []` and sends a request only where the action mask allows it;
-where it allows no expert, the request is dropped. None drops otherwise: that is what sets the paper's heuristics apart.
+Each is `router(observation, state, params, key) -> action int32 []`. It sends a request only where the action mask
+allows it, drops the request where that is nowhere, and never drops otherwise.
 """
 
 from __future__ import annotations
@@ -12,28 +12,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.observation import action_mask
+
 Router = Callable[[Any, Any, Any, jax.Array], jax.Array]
 
 
-def heuristic_routers(env: Any) -> dict[str, Router]:
+def heuristic_routers(env: RoutingEnvironment) -> dict[str, Router]:
     """Name -> router of the environment `env`: "round-robin", "shortest-queue", "bert-router" and "random"."""
 
     def round_robin(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
         """Each decision's expert follows the one before it; a barred expert's turn passes to the next allowed one."""
         turns_away = (jnp.arange(env.num_experts) - state.step) % env.num_experts
-        return _smallest(turns_away, observation.action_mask)
+        return _smallest(turns_away, action_mask(params, state))
 
     def shortest_queue(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
         """The expert with the fewest requests, running and waiting; ties go to the lowest index."""
-        return _smallest(env.queue_lengths(state), observation.action_mask)
+        return _smallest(env.queue_lengths(state), action_mask(params, state))
 
     def bert_router(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
         """The expert with the highest predicted score, whatever its load."""
-        return _smallest(-state.request.predicted_score, observation.action_mask)
+        return _smallest(-state.request.predicted_score, action_mask(params, state))
 
     def random(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
         """Any expert, all alike."""
-        return _smallest(jax.random.uniform(key, (env.num_experts,)), observation.action_mask)
+        return _smallest(jax.random.uniform(key, (env.num_experts,)), action_mask(params, state))
 
     return {
         "round-robin": round_robin,
@@ -43,8 +46,8 @@ def heuristic_routers(env: Any) -> dict[str, Router]:
     }
 
 
-def _smallest(cost: jax.Array, action_mask: jax.Array) -> jax.Array:
+def _smallest(cost: jax.Array, mask: jax.Array) -> jax.Array:
     """int32 []: the allowed expert of the smallest `cost` [N], the first of equals; drop (N) where none is allowed."""
-    allowed = action_mask[:-1]
+    allowed = mask[:-1]
     best = jnp.argmin(jnp.where(allowed, cost.astype(jnp.float32), jnp.inf))
     return jnp.where(allowed.any(), best, cost.shape[0]).astype(jnp.int32)

@@ -97,21 +97,29 @@ def _is_blocked(params: EngineParams, state: EngineState, batch: jax.Array, next
 
 
 def _iterations_until_full(
-    params: EngineParams, blocks_after: Callable[[jax.Array], jax.Array], batch: jax.Array, context: jax.Array
+    params: EngineParams,
+    blocks_after: Callable[[jax.Array], jax.Array],
+    batch: jax.Array,
+    context: jax.Array,
+    enough: jax.Array,
 ) -> jax.Array:
-    """Decode iterations that the KV cache has room for, int32 []: exact for blocks of up to 16 tokens, else at most that.
+    """Decode iterations that the KV cache has room for, int32 []; any number from `enough` on means enough.
 
-    Rounding every request's last block up or down bounds the answer within `block_size - 1`; four bisections close 16.
+    Rounding every request's last block up or down bounds the answer within `block_size - 1`, and bisection finds it. The
+    loop runs only where memory is that short.
     """
     batch = jnp.maximum(batch, 1)
     spare = params.usable_blocks * params.block_size - context
     low = (spare - batch * (params.block_size - 1)) // batch
-    high = spare // batch
-    for _ in range(4):
+
+    def bisect(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
         middle = (low + high + 1) >> 1
         fits = blocks_after(middle) <= params.usable_blocks
-        low, high = jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
-    return low
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
+
+    is_open = lambda bounds: (bounds[0] < bounds[1]) & (bounds[0] < enough)  # noqa: E731
+    return jax.lax.while_loop(is_open, bisect, (low, spare // batch))[0]
 
 
 def run_decodes(
@@ -140,16 +148,18 @@ def run_decodes(
     decoding = jnp.all(~running | decoding)
     plain = decoding & (batch > 0) & (batch <= params.max_num_batched_tokens)
     plain &= _is_blocked(params, state, batch, blocks_after(1))
-    to_event = jnp.minimum(
-        jnp.min(jnp.where(running, state.target_tokens - state.generated, LARGE)),
-        _iterations_until_full(params, blocks_after, batch, context),
-    )
-    to_event = jnp.where(stalled, stall_iterations - progress.idle_iterations, to_event)
+    to_completion = jnp.min(jnp.where(running, state.target_tokens - state.generated, LARGE))
+    to_stall = stall_iterations - progress.idle_iterations
     gap = until - state.clock
     first, growth = decode_run(params.latency, batch, context.astype(state.clock.dtype))
-    count = jnp.minimum(to_event, most_iterations - progress.iterations)
-    count = jnp.minimum(count, iterations_started_before(first, growth, jnp.maximum(gap, 0)))
-    count = jnp.where((plain | stalled) & (gap > 0), jnp.maximum(count, 0), 0)
+    count = jnp.minimum(
+        jnp.minimum(jnp.where(stalled, to_stall, to_completion), most_iterations - progress.iterations),
+        iterations_started_before(first, growth, jnp.maximum(gap, 0)),
+    )
+    count = jnp.where((plain | stalled) & (gap > 0), count, 0)
+    to_full = _iterations_until_full(params, blocks_after, batch, context, jnp.where(stalled, 0, count))
+    count = jnp.where(stalled, count, jnp.minimum(count, to_full))
+    count = jnp.maximum(count, 0)
 
     duration = run_time(first, growth, count)
     clock = state.clock + duration

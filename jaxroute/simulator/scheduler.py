@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, blocks_for
+from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, blocks_for, prefix_sum
 
 
 class Decision(struct.PyTreeNode):
@@ -52,16 +52,16 @@ def schedule(params: EngineParams, state: EngineState) -> Decision:
     wanted = jnp.where(present, jnp.maximum(wanted, 0), 0)
     budget = params.max_num_batched_tokens
     capped = jnp.minimum(wanted, budget)
-    tokens = jnp.clip(budget - (jnp.cumsum(capped) - capped), 0, wanted)
+    tokens = jnp.clip(budget - (prefix_sum(capped) - capped), 0, wanted)
 
     # 3 and 5: blocks held afterwards by everyone up to here; for an admission also with the whole prompt.
     blocks = jnp.where(present, blocks_for(state.computed + tokens, params.block_size), 0)
-    blocks_up_to = jnp.cumsum(blocks)
+    blocks_up_to = prefix_sum(blocks)
     fits = blocks_up_to <= params.usable_blocks
     whole = blocks_up_to - blocks + blocks_for(length, params.block_size)
     whole_fits = (whole <= params.usable_blocks) | ~params.reserve_full_isl
     unchunked = (tokens == wanted) | params.enable_chunked_prefill
-    seated = jnp.cumsum(present, dtype=jnp.int32) <= params.max_num_seqs
+    seated = prefix_sum(present) <= params.max_num_seqs
     passes = fits & (running | ((tokens > 0) & unchunked & whole_fits & seated))
 
     failed = present & ~passes

@@ -34,32 +34,31 @@ def append(
 
 
 def remove_finished(state: EngineState, carried: Tree) -> tuple[EngineState, Tree]:
-    """Closes the holes that finished requests leave; `carried` are further arrays [S] that move along with the slots."""
-    slots = state.num_slots
-    position = jnp.arange(slots, dtype=jnp.int32)
-    kept = state.unfinished()
-    rank = jnp.cumsum(kept, dtype=jnp.int32)
-    # The slot that lands at position i is the one behind all slots of rank <= i: counted, which beats a sort.
-    source = jnp.sum(rank[None, :] <= position[:, None], axis=1, dtype=jnp.int32)
-    arrays = (
-        state.prompt_tokens,
-        state.target_tokens,
-        state.generated,
-        state.computed,
-        state.preemptions,
-        state.first_token_time,
-        carried,
+    """Closes the holes that finished requests leave; `carried` are further arrays [S] that move along with the slots.
+
+    One hole a round, by shifting what is behind it: few requests finish at one engine between two arrivals, and on CPUs
+    a shift is an order of magnitude cheaper than a gather by sorted or counted indices.
+    """
+    position = jnp.arange(state.num_slots, dtype=jnp.int32)
+
+    def hole(engine: EngineState) -> jax.Array:
+        """int32 []: the first slot in use whose request has finished; S where there is none."""
+        finished = (position < engine.num_requests) & (engine.finish_time < NEVER)
+        return jnp.min(jnp.where(finished, position, state.num_slots))
+
+    def close(carry: tuple[jax.Array, EngineState, Tree]) -> tuple[jax.Array, EngineState, Tree]:
+        first, engine, others = carry
+
+        def shift(leaf: jax.Array) -> jax.Array:
+            return jnp.where(position >= first, jnp.append(leaf[1:], leaf[-1:]), leaf) if leaf.ndim else leaf
+
+        engine, others = jax.tree.map(shift, (engine, others))
+        engine = engine.replace(
+            num_requests=engine.num_requests - 1, num_running=engine.num_running - (first < engine.num_running)
+        )
+        return hole(engine), engine, others
+
+    _, state, carried = jax.lax.while_loop(
+        lambda carry: carry[0] < state.num_slots, close, (hole(state), state, carried)
     )
-    moved = jax.tree.map(lambda leaf: jnp.take(leaf, source, mode="clip"), arrays)
-    state = state.replace(
-        num_requests=rank[-1],
-        num_running=jnp.sum(kept & (position < state.num_running), dtype=jnp.int32),
-        prompt_tokens=moved[0],
-        target_tokens=moved[1],
-        generated=moved[2],
-        computed=moved[3],
-        preemptions=moved[4],
-        first_token_time=moved[5],
-        finish_time=jnp.full_like(state.finish_time, NEVER),
-    )
-    return state, moved[6]
+    return state, carried

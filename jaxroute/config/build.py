@@ -1,0 +1,106 @@
+"""From a configuration to the environment, network and learner that it describes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import NamedTuple
+
+from jaxroute.config.schema import Config, WorkloadConfig
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.registry import SCENARIOS, make_params
+from jaxroute.environment.state import EnvParams
+from jaxroute.errors import UserError
+from jaxroute.learner.sac import Hyperparameters
+from jaxroute.learner.trainer import SACConfig
+from jaxroute.network.router_network import RouterNetwork
+from jaxroute.simulator.profiles import EXPERT_MEAN_SCORES, known
+from jaxroute.workload import (
+    FrozenRequests,
+    PiecewiseArrivals,
+    PoissonArrivals,
+    TableRequests,
+    TraceArrivals,
+    TraceRequests,
+    Workload,
+    load_mixinstruct,
+    load_trace,
+)
+
+
+class Experiment(NamedTuple):
+    """What a configuration describes, ready to train or evaluate."""
+
+    env: RoutingEnvironment
+    params: EnvParams
+    network: RouterNetwork
+    hyperparameters: Hyperparameters
+    sac: SACConfig
+    notes: list[str]  # what the user should know of the data, a line each
+
+
+def build(config: Config) -> Experiment:
+    """Reads the data that the configuration names. Raises `UserError` for an unknown name or unusable data."""
+    environment, training = config.environment, config.training
+    scenario = SCENARIOS[known(environment.id, SCENARIOS, "environment id")]
+    experts = [known(expert, EXPERT_MEAN_SCORES, "expert") for expert in environment.experts or scenario]
+    workload, notes = _workload(config.workload, experts)
+    env = RoutingEnvironment(
+        num_experts=len(experts),
+        slots=environment.slots,
+        queue_nodes=environment.queue_nodes,
+        episode_length=environment.episode_length,
+        penalty=environment.penalty,
+    )
+    params = make_params(
+        experts,
+        profile=environment.profile,
+        workload=workload,
+        latency_limit=environment.latency_limit,
+        penalty_weight=environment.penalty_weight,
+        kv_cache_tokens=environment.kv_cache_tokens,
+    )
+    sac = SACConfig(
+        num_envs=training.num_envs,
+        buffer_capacity=training.buffer_capacity,
+        batch_size=training.batch_size,
+        updates_per_step=training.updates_per_step,
+        # No longer than the training, so that a short one stays short.
+        steps_per_chunk=min(training.steps_per_chunk, -(-training.frames // training.num_envs)),
+    )
+    return Experiment(
+        env, params, RouterNetwork(**asdict(config.network)), Hyperparameters(**asdict(config.agent)), sac, notes
+    )
+
+
+def _workload(config: WorkloadConfig, experts: list[str]) -> tuple[Workload, list[str]]:
+    arrivals, requests, notes = config.arrivals, config.requests, []
+    trace = load_trace(arrivals.path) if arrivals.kind == "trace" and arrivals.path else None
+    if trace is not None:
+        when = TraceArrivals.create(trace.times, arrivals.rate_scale, arrivals.start)
+    elif arrivals.kind == "piecewise":
+        when = PiecewiseArrivals.create(arrivals.durations, arrivals.rates)
+    else:
+        when = PoissonArrivals.create(arrivals.rate)
+
+    scores = [EXPERT_MEAN_SCORES[expert] for expert in experts]
+    if requests.kind == "jsonl" and requests.path:
+        names = requests.experts or ()
+        if len(names) != len(experts):
+            raise UserError(
+                f"workload.requests.experts: {len(names)} models for {len(experts)} experts; name one for each of "
+                f"environment.experts ({', '.join(experts)})"
+            )
+        table = load_mixinstruct(requests.path, names, requests.score)
+        if table.predictions_made:
+            notes.append(
+                f"{requests.path}: no pred_output_tokens or pred_score; predictions are the truth with the frozen "
+                "generator's errors"
+            )
+        if table.tokens_estimated:
+            notes.append(f"{requests.path}: no token counts; they are estimated from the number of words")
+        what = TableRequests.create(table)
+    elif requests.kind == "trace" and trace is not None:
+        what = TraceRequests.create(trace.prompt_tokens, trace.output_tokens, scores)
+    else:
+        what = FrozenRequests.create(scores)
+    return Workload.create(when, what), notes

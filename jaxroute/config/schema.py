@@ -1,0 +1,127 @@
+"""The sections and keys of a configuration: types, units and ranges. Defaults are in `configs/default.yaml` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from typing import Annotated, Any, Literal, NamedTuple
+
+
+class Range(NamedTuple):
+    """What a value must satisfy beyond its type; `text` ends the sentence "expected ..."."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+Positive = Annotated[float, Range("a number above 0", lambda value: isfinite(value) and value > 0)]
+NonNegative = Annotated[float, Range("a number of 0 or more", lambda value: isfinite(value) and value >= 0)]
+Fraction = Annotated[float, Range("a number from 0 to 1", lambda value: 0 <= value <= 1)]
+Whole = Annotated[int, Range("a whole number of 0 or more", lambda value: value >= 0)]
+Count = Annotated[int, Range("a whole number of 1 or more", lambda value: value >= 1)]
+Seed = Annotated[int, Range("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)]
+EvaluationEpisodes = Annotated[int, Range("a whole number of 2 or more, for an interval", lambda value: value >= 2)]
+RouterName = Literal["trained", "round-robin", "shortest-queue", "bert-router", "random"]
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """The cluster, its latency limit and the reward (physics.md sections 2, 4 and 5)."""
+
+    id: str  # registered scenario: its experts
+    experts: tuple[str, ...] | None  # experts in place of the scenario's
+    profile: str  # hardware profile of every expert
+    kv_cache_tokens: Count | None  # KV cache of every expert, tokens; None: the profile's own
+    slots: Count  # requests (running and waiting) that one engine can hold
+    queue_nodes: Count  # running and waiting requests observed per expert, each
+    episode_length: Count  # requests per episode
+    latency_limit: Positive | None  # L, seconds per output token; None: the profile's own
+    penalty: Literal["predicted", "paper", "exact", "off"]  # form of the action impact estimator
+    penalty_weight: NonNegative  # w
+
+
+@dataclass(frozen=True)
+class ArrivalsConfig:
+    """When requests arrive."""
+
+    kind: Literal["poisson", "trace", "piecewise"]
+    rate: Positive  # poisson: requests per second
+    path: str | None  # trace: CSV (Azure 2023) or JSONL (Mooncake)
+    rate_scale: Positive  # trace: 2 halves every gap
+    start: NonNegative | None  # trace: seconds of it to skip; None: a random row each episode
+    durations: tuple[Positive, ...]  # piecewise: seconds of each piece
+    rates: tuple[NonNegative, ...]  # piecewise: requests per second of each piece
+
+
+@dataclass(frozen=True)
+class RequestsConfig:
+    """What arrives: lengths and scores."""
+
+    kind: Literal["frozen", "jsonl", "trace"]  # trace: the lengths of the arrivals' trace
+    path: str | None  # jsonl: MixInstruct-shaped file
+    experts: tuple[str, ...] | None  # jsonl: model names in the file, one per expert of the environment
+    score: str  # jsonl: name of the score under candidates[].scores
+
+
+@dataclass(frozen=True)
+class WorkloadConfig:
+    arrivals: ArrivalsConfig
+    requests: RequestsConfig
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Shapes of the heterogeneous graph attention network and the heads on it (physics.md section 5)."""
+
+    hidden: Count
+    heads: Count
+    layers: Count
+    residual: bool
+    mlp: tuple[Count, ...]
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """The fields of `learner.sac.Hyperparameters`, which change no shape (physics.md section 6)."""
+
+    actor_learning_rate: NonNegative
+    critic_learning_rate: NonNegative
+    alpha_learning_rate: NonNegative
+    gamma: Fraction
+    tau: Fraction
+    target_entropy_ratio: Fraction
+    initial_temperature: Positive
+    max_grad_norm: Positive
+    warmup_steps: Whole
+    reward_centering_rate: Fraction
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length and shapes of training; all but the first and last are the fields of `learner.trainer.SACConfig`."""
+
+    frames: Count  # decisions in all, over all environments
+    num_envs: Count
+    buffer_capacity: Count  # transitions
+    batch_size: Count
+    updates_per_step: Count
+    steps_per_chunk: Count  # steps of all environments between two lines of metrics
+    seed: Seed
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    episodes: EvaluationEpisodes
+    seed: Seed
+    routers: tuple[RouterName, ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    environment: EnvironmentConfig
+    workload: WorkloadConfig
+    network: NetworkConfig
+    agent: AgentConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig

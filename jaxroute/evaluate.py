@@ -1,0 +1,59 @@
+"""`python -m jaxroute.evaluate RUN`: evaluates a trained router again, on as many episodes and from any seed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxroute.config.build import Experiment, build
+from jaxroute.config.loader import load_saved_config
+from jaxroute.config.schema import Config
+from jaxroute.environment.routers import heuristic_routers
+from jaxroute.errors import UserError, command
+from jaxroute.report.checkpoint import load_checkpoint
+from jaxroute.report.evaluation import EpisodeValues, evaluate_routers, trained_router
+from jaxroute.report.tables import evaluation_table, report_console
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxroute.evaluate",
+        description="Evaluate a run's trained router against the heuristics, on the same requests for each.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder that python -m jaxroute.train wrote")
+    parser.add_argument("--episodes", type=int, help="fresh episodes, 2 or more (default: as in the run)")
+    parser.add_argument("--seed", type=int, help="seed of the request streams (default: as in the run)")
+    arguments = parser.parse_args(argv)
+    if not (arguments.run / "config.yaml").is_file():
+        raise UserError(f"{arguments.run}: has no config.yaml; give a folder that python -m jaxroute.train wrote")
+
+    given = {"episodes": arguments.episodes, "seed": arguments.seed}
+    overrides = [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
+    config = load_saved_config(arguments.run / "config.yaml", overrides)
+    experiment = build(config)
+    params = load_checkpoint(arguments.run, jax.eval_shape(lambda: _initial_params(experiment)))
+    report_console().print(evaluation_table(compare(config, experiment, params)))
+    return 0
+
+
+def compare(config: Config, experiment: Experiment, params: Any) -> dict[str, EpisodeValues]:
+    """Metrics of the routers in `evaluation.routers`, in that order; `params` are the trained network's variables."""
+    routers = {"trained": trained_router(experiment.network, params), **heuristic_routers(experiment.env)}
+    chosen = {name: routers[name] for name in config.evaluation.routers}
+    evaluation = config.evaluation
+    return evaluate_routers(experiment.env, experiment.params, chosen, evaluation.episodes, evaluation.seed)
+
+
+def _initial_params(experiment: Experiment) -> Any:
+    observation, _ = experiment.env.reset(jax.random.key(0), experiment.params)
+    return experiment.network.init(jax.random.key(0), observation)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

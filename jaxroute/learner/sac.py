@@ -1,0 +1,208 @@
+"""Discrete soft actor-critic: one gradient update on a batch of transitions, as pure functions of a pytree.
+
+After Haarnoja et al. 2018 (arXiv 1812.05905) with the expectation over actions taken exactly, as Christodoulou 2019
+(arXiv 1910.07207). A network offers `init(key, observation)` and, through `apply(..., method=...)`, on one unbatched
+observation: `encode(observation) -> embedding` (any pytree), `policy(embedding) -> logits [A]` with the finite minimum
+of their dtype where an action is not allowed, and `critics(embedding) -> q [2, A]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+
+@struct.dataclass
+class Hyperparameters:
+    """What may be swept: every field is a traced scalar, none changes a shape."""
+
+    actor_learning_rate: Any = 3e-4
+    critic_learning_rate: Any = 3e-4  # of the shared encoder too
+    alpha_learning_rate: Any = 3e-4
+    gamma: Any = 0.99  # discount per decision
+    tau: Any = 0.005  # share of the online network that an update mixes into the target network
+    target_entropy_ratio: Any = 0.5  # of the largest entropy; near 1 the temperature runs away with few actions
+    initial_temperature: Any = 0.05
+    max_grad_norm: Any = 10.0  # global norm, the actor's and the critics' gradients each
+    warmup_steps: Any = 25_000  # frames (decisions over all environments) of random actions before the first update
+    reward_centering_rate: Any = 1e-3  # of the running mean reward per update; 0: rewards are not centred
+
+
+@struct.dataclass
+class Transition:
+    """One decision. Without batch axes here; observations are any pytree of arrays."""
+
+    observation: Any
+    action: jax.Array  # int32 []
+    reward: jax.Array  # float32 []
+    terminated: jax.Array  # bool []; a truncated episode is not terminated, its value goes on
+    next_observation: Any  # the true one, not the first of the next episode
+
+
+@struct.dataclass
+class LearnerState:
+    """What an update reads and writes, all of it traced."""
+
+    params: Any  # variables of the network: encoder, policy and critics
+    target_params: Any  # same structure; its policy is not used
+    critic_optimizer: optax.OptState  # over all of params, where the policy's gradient is 0 and stays unmoved
+    actor_optimizer: optax.OptState  # over all of params, where only the policy's gradient is not 0
+    log_alpha: jax.Array  # float32 [], logarithm of the temperature
+    alpha_optimizer: optax.OptState
+    average_reward: jax.Array  # float32 [], running mean of the sampled rewards; 0 where centring is off
+    updates: jax.Array  # int32 []
+
+
+@struct.dataclass
+class UpdateMetrics:
+    """Means over the batch of one update, float32 []. Gradient norms are those before clipping."""
+
+    critic_loss: jax.Array
+    actor_loss: jax.Array
+    alpha: jax.Array
+    entropy: jax.Array  # nats
+    mean_q: jax.Array  # of the smaller critic under the policy; centred where rewards are
+    critic_grad_norm: jax.Array
+    actor_grad_norm: jax.Array
+    average_reward: jax.Array
+
+
+def _optimizers(
+    hyper: Hyperparameters,
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation, optax.GradientTransformation]:
+    """Of critics, actor and temperature. Made anew in each trace, since their rates are traced; their state is kept."""
+    clip = optax.clip_by_global_norm(hyper.max_grad_norm)
+    return (
+        optax.chain(clip, optax.adam(hyper.critic_learning_rate)),
+        optax.chain(clip, optax.adam(hyper.actor_learning_rate)),
+        optax.adam(hyper.alpha_learning_rate),
+    )
+
+
+def _apply(network: nn.Module, method: str, params: Any, inputs: Any) -> Any:
+    """A method of the network over the leading axis of `inputs`."""
+    return jax.vmap(lambda x: network.apply(params, x, method=method))(inputs)
+
+
+def init(key: jax.Array, network: nn.Module, observation: Any, hyper: Hyperparameters) -> LearnerState:
+    """A fresh learner; `observation` is one unbatched observation, used for its shapes."""
+    params = network.init(key, observation)
+    critic, actor, alpha = _optimizers(hyper)
+    log_alpha = jnp.log(jnp.asarray(hyper.initial_temperature, jnp.float32))
+    return LearnerState(
+        params=params,
+        target_params=params,
+        critic_optimizer=critic.init(params),
+        actor_optimizer=actor.init(params),
+        log_alpha=log_alpha,
+        alpha_optimizer=alpha.init(log_alpha),
+        average_reward=jnp.zeros((), jnp.float32),
+        updates=jnp.zeros((), jnp.int32),
+    )
+
+
+def allowed_actions(logits: jax.Array) -> jax.Array:
+    """bool [..., A] of masked logits [..., A]: where they are not at the finite minimum."""
+    return logits > jnp.finfo(logits.dtype).min / 2
+
+
+def policy_logits(network: nn.Module, params: Any, observation: Any) -> jax.Array:
+    """float32 [A] for one observation."""
+    return network.apply(params, network.apply(params, observation, method="encode"), method="policy")  # type: ignore
+
+
+def _log_policy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Probabilities and their logarithms, [..., A]; both 0 where masked, so that their product cannot be 0 * inf."""
+    allowed = allowed_actions(logits)
+    log_probability = jnp.where(allowed, jax.nn.log_softmax(logits), 0.0)
+    return jnp.where(allowed, jnp.exp(log_probability), 0.0), log_probability
+
+
+def _centred(rewards: jax.Array, state: LearnerState, hyper: Hyperparameters) -> tuple[jax.Array, jax.Array]:
+    """Rewards less their running mean, and that mean (Naik et al. 2024, arXiv 2405.09999, simple centring).
+
+    A constant taken off every reward changes all values alike and no policy, as long as episodes never terminate. It
+    spares the critics an offset of mean / (1 - gamma), some hundred times the gaps between actions. The first
+    updates take the plain mean of what they have seen: a mean that starts at 0 would drag all values along for long.
+    """
+    rate = jnp.maximum(hyper.reward_centering_rate, 1.0 / (state.updates + 1))
+    rate = jnp.where(hyper.reward_centering_rate > 0, rate, 0.0)
+    average = state.average_reward + rate * (rewards.mean() - state.average_reward)
+    return rewards - average, average
+
+
+def update(
+    network: nn.Module, state: LearnerState, batch: Transition, hyper: Hyperparameters
+) -> tuple[LearnerState, UpdateMetrics]:
+    """One gradient step of critics (with the encoder), actor and temperature, then of the target network.
+
+    Every leaf of `batch` is [B, ...]. One forward pass of the encoder over the observations serves the critics' loss
+    and, as a constant, the actor's.
+    """
+    alpha = jnp.exp(state.log_alpha)
+    rewards, average_reward = _centred(batch.reward, state, hyper)
+
+    next_logits = jax.vmap(lambda x: policy_logits(network, state.params, x))(batch.next_observation)
+    next_probability, next_log_probability = _log_policy(next_logits)
+    next_embedding = _apply(network, "encode", state.target_params, batch.next_observation)
+    next_q = _apply(network, "critics", state.target_params, next_embedding).min(axis=1)
+    next_value = jnp.sum(next_probability * (next_q - alpha * next_log_probability), axis=-1)
+    target = rewards + hyper.gamma * jnp.where(batch.terminated, 0.0, next_value)
+
+    def critic_loss(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+        embedding = _apply(network, "encode", params, batch.observation)
+        q = _apply(network, "critics", params, embedding)
+        taken = jnp.take_along_axis(q, batch.action[:, None, None], axis=-1)[..., 0]
+        return 0.5 * jnp.square(taken - target[:, None]).sum(axis=-1).mean(), (embedding, q)
+
+    (critic_loss_value, (embedding, q)), critic_grads = jax.value_and_grad(critic_loss, has_aux=True)(state.params)
+    q = q.min(axis=1)
+
+    def actor_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+        # The embedding and q were computed outside, so no gradient reaches the encoder or the critics from here.
+        logits = _apply(network, "policy", params, embedding)
+        probability, log_probability = _log_policy(logits)
+        entropy = -jnp.sum(probability * log_probability, axis=-1)
+        value = jnp.sum(probability * q, axis=-1)
+        # The largest entropy is that of the allowed actions, or a state with one of them would drive alpha up.
+        target_entropy = hyper.target_entropy_ratio * jnp.log(allowed_actions(logits).sum(axis=-1))
+        return -(value + alpha * entropy).mean(), (entropy.mean(), target_entropy.mean(), value.mean())
+
+    (actor_loss_value, (entropy, target_entropy, mean_q)), actor_grads = jax.value_and_grad(actor_loss, has_aux=True)(
+        state.params
+    )
+    # d/d(log alpha) of log_alpha * (entropy - target): the temperature falls while the policy is too random.
+    alpha_grad = entropy - target_entropy
+
+    critic, actor, temperature = _optimizers(hyper)
+    critic_updates, critic_optimizer = critic.update(critic_grads, state.critic_optimizer)
+    actor_updates, actor_optimizer = actor.update(actor_grads, state.actor_optimizer)
+    alpha_update, alpha_optimizer = temperature.update(alpha_grad, state.alpha_optimizer)
+    log_alpha: Any = optax.apply_updates(state.log_alpha, alpha_update)
+    params = optax.apply_updates(optax.apply_updates(state.params, critic_updates), actor_updates)
+    metrics = UpdateMetrics(
+        critic_loss=critic_loss_value,
+        actor_loss=actor_loss_value,
+        alpha=alpha,
+        entropy=entropy,
+        mean_q=mean_q,
+        critic_grad_norm=optax.tree.norm(critic_grads),
+        actor_grad_norm=optax.tree.norm(actor_grads),
+        average_reward=average_reward,
+    )
+    state = LearnerState(
+        params=params,
+        target_params=optax.incremental_update(params, state.target_params, hyper.tau),
+        critic_optimizer=critic_optimizer,
+        actor_optimizer=actor_optimizer,
+        log_alpha=log_alpha,
+        alpha_optimizer=alpha_optimizer,
+        average_reward=average_reward,
+        updates=state.updates + 1,
+    )
+    return state, metrics

@@ -1,0 +1,173 @@
+"""Collection and learning as one compiled program: environments, replay buffer and updates inside one scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxroute.learner import replay_buffer, sac
+from jaxroute.learner.replay_buffer import ReplayBuffer
+from jaxroute.learner.sac import Hyperparameters, LearnerState, Transition, UpdateMetrics
+
+
+@dataclass(frozen=True)
+class SACConfig:
+    """What the shapes of the program depend on; everything else is in `Hyperparameters`."""
+
+    num_envs: int = 32  # environments stepped together
+    buffer_capacity: int = 100_000  # transitions, a multiple of num_envs
+    batch_size: int = 256
+    updates_per_step: int = 1  # gradient updates after each collection step, which makes num_envs transitions
+    steps_per_chunk: int = 250  # collection steps of one call of train_chunk
+
+
+@struct.dataclass
+class TrainState:
+    """All that training carries on, traced."""
+
+    learner: LearnerState
+    buffer: ReplayBuffer
+    env_state: Any  # each leaf [num_envs, ...]
+    observation: Any  # of env_state, each leaf [num_envs, ...]
+    key: jax.Array
+    steps: jax.Array  # int32 []: collection steps so far; frames are num_envs times as many
+
+
+# in_axes and out_axes of a TrainState when seeds, hyperparameters or environment parameters are vmapped. The counters
+# are the same for all and stay unbatched: then a write to the buffer stays a slice update, and, where warmup_steps is
+# unbatched too, warm-up stays a branch.
+TRAIN_STATE_AXES = TrainState(
+    learner=0,  # pyright: ignore[reportArgumentType]
+    buffer=ReplayBuffer(rows=0, rows_added=None),  # pyright: ignore[reportArgumentType]
+    env_state=0,
+    observation=0,
+    key=0,  # pyright: ignore[reportArgumentType]
+    steps=None,  # pyright: ignore[reportArgumentType]
+)
+
+
+class Trainer(NamedTuple):
+    """Two compiled functions. Both may be vmapped, see TRAIN_STATE_AXES; jit that again with the state donated.
+
+    init(key, env_params, hyper) -> TrainState
+    train_chunk(train_state, env_params, hyper) -> (TrainState, metrics): `steps_per_chunk` collection steps, each
+        followed by `updates_per_step` updates once warm-up is over. The state passed in is donated: use it no more.
+        Metrics are float32 [] means over the chunk, in a dict:
+        reward, qos, penalty: per decision. qos is thus the running QoS per request
+        drop_share: of decisions
+        the fields of sac.UpdateMetrics: per update, NaN where there was none
+        episodes: number that ended
+        episode: the environment's info["episode"] averaged over those episodes (a pytree; NaN where there was none)
+    """
+
+    init: Callable[[jax.Array, Any, Hyperparameters], TrainState]
+    train_chunk: Callable[[TrainState, Any, Hyperparameters], tuple[TrainState, dict[str, Any]]]
+
+
+def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
+    """The training program of a routing environment (or one of the same interface) and a network (see `sac`)."""
+
+    def init(key: jax.Array, env_params: Any, hyper: Hyperparameters) -> TrainState:
+        key, env_key, network_key = jax.random.split(key, 3)
+        observation, env_state = jax.vmap(env.reset, (0, None))(jax.random.split(env_key, config.num_envs), env_params)
+        example = Transition(
+            observation=observation,
+            action=jnp.zeros(config.num_envs, jnp.int32),
+            reward=jnp.zeros(config.num_envs, jnp.float32),
+            terminated=jnp.zeros(config.num_envs, bool),
+            next_observation=observation,
+        )
+        return TrainState(
+            learner=sac.init(network_key, network, jax.tree.map(lambda x: x[0], observation), hyper),
+            buffer=replay_buffer.init(example, config.buffer_capacity),
+            env_state=env_state,
+            observation=observation,
+            key=key,
+            steps=jnp.zeros((), jnp.int32),
+        )
+
+    def learn(learner: LearnerState, batches: Transition, hyper: Hyperparameters) -> tuple[LearnerState, UpdateMetrics]:
+        """Updates on each of `batches`, leaves [updates_per_step, B, ...]; the metrics are their means."""
+        learner, metrics = jax.lax.scan(lambda carry, batch: sac.update(network, carry, batch, hyper), learner, batches)
+        return learner, jax.tree.map(jnp.mean, metrics)
+
+    def step(state: TrainState, env_params: Any, hyper: Hyperparameters) -> tuple[TrainState, dict[str, Any]]:
+        """One transition in each environment, then the updates; its metrics are sums to be divided over the chunk."""
+        key, action_key, env_key, sample_key = jax.random.split(state.key, 4)
+        # Compared in steps, as frames could pass the int32 range.
+        warming_up = state.steps < (hyper.warmup_steps + config.num_envs - 1) // config.num_envs
+
+        logits = jax.vmap(lambda x: sac.policy_logits(network, state.learner.params, x))(state.observation)
+        logits = jnp.where(warming_up & sac.allowed_actions(logits), 0.0, logits)
+        action = jax.random.categorical(action_key, logits).astype(jnp.int32)
+        observation, env_state, reward, terminated, truncated, info = jax.vmap(env.step, (0, 0, 0, None))(
+            jax.random.split(env_key, config.num_envs), state.env_state, action, env_params
+        )
+        transition = Transition(state.observation, action, reward, terminated, info["final_observation"])
+        buffer = replay_buffer.add(state.buffer, transition)
+
+        # Sampled outside of the branch: a buffer handed into it might be copied.
+        batches = replay_buffer.sample(buffer, sample_key, config.updates_per_step * config.batch_size)
+        batches = jax.tree.map(lambda x: x.reshape(config.updates_per_step, config.batch_size, *x.shape[1:]), batches)
+        _, shapes = jax.eval_shape(learn, state.learner, batches, hyper)
+        learner, update_metrics = jax.lax.cond(
+            warming_up,
+            lambda learner, _: (learner, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)),
+            lambda learner, batches: learn(learner, batches, hyper),
+            state.learner,
+            batches,
+        )
+
+        ended = terminated | truncated
+
+        def sum_over_ended(x: jax.Array) -> jax.Array:
+            return jnp.where(ended.reshape(-1, *[1] * (x.ndim - 1)), x, 0).sum(axis=0)
+
+        metrics = {
+            "decision": {
+                "reward": reward.mean(),
+                "qos": info["qos"].mean(),
+                "penalty": info["penalty"].mean(),
+                "drop_share": (action == env.num_actions - 1).mean(),
+            },
+            "update": update_metrics,
+            "updated": ~warming_up,
+            "episode": jax.tree.map(sum_over_ended, info["episode"]),
+            "episodes": ended.sum(),
+        }
+        return TrainState(learner, buffer, env_state, observation, key, state.steps + 1), metrics
+
+    def train_chunk(state: TrainState, env_params: Any, hyper: Hyperparameters) -> tuple[TrainState, dict[str, Any]]:
+        state, steps = jax.lax.scan(lambda s, _: step(s, env_params, hyper), state, length=config.steps_per_chunk)
+        updated, episodes = steps["updated"].sum(), steps["episodes"].sum()
+        update_metrics = jax.tree.map(lambda x: x.sum(axis=0) / updated, steps["update"])
+        metrics = {
+            **jax.tree.map(jnp.mean, steps["decision"]),
+            **{name: getattr(update_metrics, name) for name in UpdateMetrics.__dataclass_fields__},
+            "episodes": episodes.astype(jnp.float32),
+            "episode": jax.tree.map(lambda x: x.sum(axis=0) / episodes, steps["episode"]),
+        }
+        return state, metrics
+
+    return Trainer(init=jax.jit(init), train_chunk=jax.jit(train_chunk, donate_argnums=0))
+
+
+def policy_router(network: nn.Module, params: Any, greedy: bool = True) -> Callable[..., jax.Array]:
+    """A router for one environment: router(observation, env_state, env_params, key) -> action int32 [].
+
+    `params` are the network's variables (`TrainState.learner.params`); the router is a pytree that holds them, so that
+    they are arguments of a program it is passed to. Greedy: the likeliest allowed action; else one drawn by `key`.
+    """
+
+    def route(params: Any, observation: Any, env_state: Any, env_params: Any, key: jax.Array) -> jax.Array:
+        logits = sac.policy_logits(network, params, observation)
+        action = jnp.argmax(logits) if greedy else jax.random.categorical(key, logits)
+        return action.astype(jnp.int32)
+
+    return jax.tree_util.Partial(route, params)

@@ -1,0 +1,70 @@
+"""Routers over the same fresh episodes, as one compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.metrics import summarize
+from jaxroute.environment.routers import Router
+from jaxroute.environment.state import EnvParams
+from jaxroute.learner.trainer import policy_router
+
+EpisodeValues = dict[
+    str, np.ndarray
+]  # metric (see `metrics.summarize`) -> [episodes], or [episodes, N] for "expert_..."
+
+
+def trained_router(network: nn.Module, params: Any) -> Router:
+    """The policy's likeliest action. `params` are arguments of a program that takes the router, not constants."""
+
+    def route(params: Any, observation: Any, state: Any, env_params: Any, key: jax.Array) -> jax.Array:
+        return policy_router(network, params)(observation, state, env_params, key)
+
+    return jax.tree_util.Partial(route, params)
+
+
+def evaluate_routers(
+    env: RoutingEnvironment, params: EnvParams, routers: dict[str, Router], episodes: int, seed: int
+) -> dict[str, EpisodeValues]:
+    """Router name -> exact metrics of `episodes` whole episodes.
+
+    Episode e has the same request stream for every router and in every call with the same `seed`: the environment's
+    randomness depends on its keys alone, and routers draw from keys of their own.
+    """
+    # The penalty is part of the reward, which is not reported.
+    env = dataclasses.replace(env, metrics="exact", penalty="off")
+    program = jax.jit(partial(_run_episodes, env))
+    policies = [jax.tree_util.Partial(router) for router in routers.values()]
+    keys = jax.random.split(jax.random.key(seed), episodes)
+    return {name: jax.device_get(program(policies, jnp.int32(i), keys, params)) for i, name in enumerate(routers)}
+
+
+def _run_episodes(
+    env: RoutingEnvironment, policies: list[Router], which: jax.Array, keys: jax.Array, params: EnvParams
+) -> dict[str, jax.Array]:
+    """Metrics of an episode per key. `which` has no batch axis, so `switch` runs that policy only."""
+    env_keys, router_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    fold_in = jax.vmap(jax.random.fold_in, (0, None))
+
+    def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+        observation, state, _ = carry
+        route = jax.vmap(lambda *inputs: jax.lax.switch(which, policies, *inputs), (0, 0, None, 0))
+        actions = route(observation, state, params, fold_in(router_keys, index))
+        observation, state, _, _, _, info = jax.vmap(env.step, (0, 0, 0, None))(
+            fold_in(env_keys, index), state, actions, params
+        )
+        return (observation, state, info["episode"]), None
+
+    observation, state = jax.vmap(env.reset, (0, None))(fold_in(env_keys, env.episode_length), params)
+    # An episode's totals are whole after its last step, where the scan ends.
+    carry = (observation, state, state.totals)
+    (_, _, totals), _ = jax.lax.scan(step, carry, jnp.arange(env.episode_length))
+    return jax.vmap(partial(summarize, level=env.metrics))(totals)

@@ -1,0 +1,48 @@
+"""Training progress: a live bar on a terminal, plain lines now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class TrainingProgress:
+    """Shows frames, rate, reward, QoS and the time left. Use as a context; call `update` after every chunk."""
+
+    def __init__(self, console: Console, frames: int):
+        self._console, self._frames = console, frames
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %")
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("compiling", total=frames)
+        self._done, self._updated = 0, time.monotonic()
+        self._printed = float("-inf")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, frames: int, record: dict[str, Any]) -> None:
+        """After `frames` frames in all, `record` being the last chunk's metrics."""
+        now = time.monotonic()
+        rate = (frames - self._done) / (now - self._updated)
+        # The first chunk's time is mostly compilation.
+        speed = "compiled" if self._done == 0 else f"{rate:,.0f} frames/s"
+        left = "" if self._done == 0 else f", {timedelta(seconds=round((self._frames - frames) / rate))} left"
+        self._done, self._updated = frames, now
+        text = f"{frames:,} frames, {speed}, reward {record['reward']:.3f}, QoS {record['qos']:.3f}{left}"
+        self._bar.update(self._task, completed=frames, description=text)
+        if not self._console.is_terminal and (now - self._printed > SECONDS_BETWEEN_LINES or frames == self._frames):
+            self._console.print(text, highlight=False)
+            self._printed = now

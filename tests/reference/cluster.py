@@ -1,0 +1,168 @@
+"""Plain Python reference of the routing environment: several reference engines behind a router, one arrival at a time.
+
+Written from physics.md sections 1 and 4 (accounting of an episode, rejection at routing, "every iteration that starts
+before an arrival does not see it"), with absolute times; the rules of an engine are those of `engine.py`. It shares no
+code with `jaxroute`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from tests.reference import engine as reference
+
+
+@dataclass
+class Arrival:
+    """A request as the N experts would serve it: true output tokens and score for each."""
+
+    prompt: int
+    output: list[int]
+    score: list[float]
+
+
+@dataclass
+class Fate:
+    """What became of a request. Times in seconds; timings are None unless it completed."""
+
+    arrival: float
+    expert: int | None  # None: dropped
+    status: str  # open, completed, dropped, rejected_full, rejected_infeasible
+    score: float
+    limit: float  # latency limit, seconds per output token
+    served: reference.Request | None = None
+
+    @property
+    def latency_per_token(self) -> float | None:
+        if self.served is None or self.served.finish_time is None:
+            return None
+        return (self.served.finish_time - self.arrival) / self.served.generated
+
+    @property
+    def ttft(self) -> float | None:
+        if self.served is None or self.served.first_token_time is None:
+            return None
+        return self.served.first_token_time - self.arrival
+
+    @property
+    def tpot(self) -> float | None:
+        served = self.served
+        if served is None or served.finish_time is None or served.first_token_time is None or served.generated < 2:
+            return None
+        return (served.finish_time - served.first_token_time) / (served.generated - 1)
+
+    @property
+    def violated(self) -> bool:
+        latency = self.latency_per_token
+        return latency is not None and latency >= self.limit
+
+    @property
+    def qos(self) -> float:
+        return self.score if self.status == "completed" and not self.violated else 0.0
+
+
+class Expert:
+    """One engine with a clock, and what it did so far."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.config = {**reference.DEFAULT_CONFIG, **config}
+        self.engine = reference.Engine(self.config)
+        self.clock = 0.0  # start of the next iteration, unless idle
+        self.busy = 0.0
+        self.block_seconds = 0.0
+        self.preemptions = 0
+        self.margin = math.inf  # the closest that the start of an iteration came to an arrival, seconds
+
+    def queue_length(self) -> int:
+        return len(self.engine.running) + len(self.engine.waiting)
+
+    def can_serve(self, prompt: int, output: int) -> bool:
+        """Rule 8: whether the request could ever finish here; the front end also wants room for one token."""
+        model_len, budget = self.config["max_model_len"], self.config["max_num_batched_tokens"]
+        if prompt >= model_len:
+            return False
+        if not self.config["enable_chunked_prefill"] and prompt + output - 1 > budget:
+            return False
+        return self.engine.blocks_for(min(prompt + output, model_len) - 1) <= self.engine.usable_blocks
+
+    def join(self, request: reference.Request, now: float) -> None:
+        if self.queue_length() == 0:
+            self.clock = max(self.clock, now)
+        self.engine.waiting.append(request)
+
+    def run_until(self, until: float) -> list[reference.Request]:
+        """Every iteration that starts before `until`; the requests that finish in them."""
+        done = []
+        while self.queue_length():
+            self.margin = min(self.margin, abs(self.clock - until))
+            if self.clock >= until:
+                break
+            entries, preempted = self.engine.schedule()
+            assert entries or preempted, "the engine is stalled"
+            decodes = sum(n == 1 and r.generated > 0 and r.computed == r.length - 1 for r, n in entries)
+            prefill = sum(n for _, n in entries) - decodes
+            context = sum(r.computed + n for r, n in entries)
+            seconds = reference.duration(self.config["latency"], prefill, decodes, context)
+            self.preemptions += len(preempted)
+            self.busy += seconds
+            self.block_seconds += seconds * (self.engine.usable_blocks - self.engine.free_blocks)
+            self.clock += seconds
+            sampled, finished = self.engine.compute(entries)
+            for request in sampled:
+                if request.first_token_time is None:
+                    request.first_token_time = self.clock
+            for request in finished:
+                request.finish_time = self.clock
+            done += finished
+        return done
+
+
+class Cluster:
+    """N experts with at most `slots` requests each in the system, and every request's fate in order of arrival."""
+
+    def __init__(self, configs: list[dict[str, Any]], slots: int, latency_limit: float):
+        self.experts = [Expert(config) for config in configs]
+        self.slots = slots
+        self.limit = latency_limit
+        self.now = 0.0
+        self.fates: list[Fate] = []
+
+    def step(self, request: Arrival, action: int, gap: float) -> float:
+        """Routes the request that arrives now, runs to the next arrival; the QoS credited on the way."""
+        self._route(request, action)
+        self.now += gap
+        return self._run_until(self.now)
+
+    def drain(self) -> float:
+        """Runs what is open to its end; the QoS of it."""
+        return self._run_until(math.inf)
+
+    def _route(self, request: Arrival, action: int) -> None:
+        if action == len(self.experts):
+            self.fates.append(Fate(self.now, None, "dropped", 0.0, self.limit))
+            return
+        expert, output = self.experts[action], request.output[action]
+        fate = Fate(self.now, action, "open", request.score[action], self.limit)
+        if not expert.can_serve(request.prompt, output):
+            fate.status = "rejected_infeasible"
+        elif expert.queue_length() >= self.slots:
+            fate.status = "rejected_full"
+        else:
+            fate.served = reference.Request(str(len(self.fates)), self.now, request.prompt, output)
+            expert.join(fate.served, self.now)
+        self.fates.append(fate)
+
+    def _run_until(self, until: float) -> float:
+        qos = 0.0
+        for expert in self.experts:
+            for request in expert.run_until(until):
+                fate = self.fates[int(request.id)]
+                fate.status = "completed"
+                qos += fate.qos
+        return qos
+
+    def count(self, status: str, expert: int | None = None) -> int:
+        """Requests of this status, of one expert or of all."""
+        return sum(fate.status == status and expert in (None, fate.expert) for fate in self.fates)

@@ -1,0 +1,112 @@
+"""Drives the routing environment for tests, and gives its parameters and requests to the plain Python reference."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.state import EnvParams
+from jaxroute.simulator.engine import EngineParams
+from tests.reference.cluster import Arrival, Cluster
+
+CHEAP_COMPILE = {"xla_backend_optimization_level": 0}
+"""Compiler options that halve the time to compile, for programs that run once."""
+
+
+class Run(NamedTuple):
+    """T steps of an environment, each field [T, ...] of numpy arrays."""
+
+    before: Any  # EnvState
+    observation: Any  # after the step, as are the following
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    info: dict[str, Any]
+
+    def request(self, step: int) -> Arrival:
+        """The request that was routed in this step."""
+        request = self.before.request
+        return Arrival(
+            int(request.prompt_tokens[step]), request.output_tokens[step].tolist(), request.score[step].tolist()
+        )
+
+
+def rollout(env: RoutingEnvironment, params: EnvParams, key: jax.Array, actions: jax.Array) -> Run:
+    """A traceable run from a reset, `actions` int32 [T]."""
+    key_reset, key_steps = jax.random.split(key)
+    _, state = env.reset(key_reset, params)
+
+    def step(state, inputs):
+        key, action = inputs
+        observation, after, *others = env.step(key, state, action, params)
+        return after, Run(state, observation, *others)
+
+    return jax.lax.scan(step, state, (jax.random.split(key_steps, actions.shape[0]), actions))[1]
+
+
+def batch_of_runs(
+    env: RoutingEnvironment, scenarios: list[EnvParams], actions: list[np.ndarray], seed: int
+) -> list[Run]:
+    """One run for each scenario and list of actions, as one program."""
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *scenarios)
+    keys = jax.random.split(jax.random.key(seed), len(scenarios))
+    program = jax.jit(
+        jax.vmap(lambda params, key, actions: rollout(env, params, key, actions)), compiler_options=CHEAP_COMPILE
+    )
+    runs = jax.device_get(program(params, keys, jnp.asarray(np.stack(actions), jnp.int32)))
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], runs) for i in range(len(scenarios))]
+
+
+def with_engines(params: EnvParams, **options: Any) -> EnvParams:
+    """`params` with these engine options, each a list [N]; `latency` is a list of N lists of 4 coefficients."""
+    engines = params.engines
+    latency = options.pop("latency", None)
+    if latency is not None:
+        names = ("base", "per_prefill_token", "per_decode", "per_context_token")
+        columns = {name: jnp.asarray(column, float) for name, column in zip(names, zip(*latency), strict=True)}  # noqa: B905
+        engines = engines.replace(latency=engines.latency.replace(**columns))
+    typed = {name: jnp.asarray(value, getattr(engines, name).dtype) for name, value in options.items()}
+    return params.replace(engines=engines.replace(**typed))
+
+
+def configs_of(engines: EngineParams) -> list[dict[str, Any]]:
+    """The engines [N] as configurations of the reference engine."""
+    engines = jax.device_get(engines)
+    latency = engines.latency
+    coefficients = [
+        latency.base,
+        latency.per_prefill_token,
+        latency.per_decode,
+        latency.per_context_token,
+        latency.knee_tokens,
+        latency.per_token_above_knee,
+    ]
+    return [
+        {
+            "max_num_seqs": int(engines.max_num_seqs[i]),
+            "max_num_batched_tokens": int(engines.max_num_batched_tokens[i]),
+            "enable_chunked_prefill": bool(engines.enable_chunked_prefill[i]),
+            "block_size": int(engines.block_size[i]),
+            "num_gpu_blocks": int(engines.usable_blocks[i]) + 1,
+            "max_model_len": int(engines.max_model_len[i]),
+            "reserve_full_isl": bool(engines.reserve_full_isl[i]),
+            "long_prefill_token_threshold": int(engines.long_prefill_token_threshold[i]),
+            "latency": [float(coefficient[i]) for coefficient in coefficients],
+        }
+        for i in range(len(engines.usable_blocks))
+    ]
+
+
+def oracle(
+    env: RoutingEnvironment, params: EnvParams, run: Run, steps: range, actions: np.ndarray, gaps: np.ndarray
+) -> tuple[Cluster, list[float]]:
+    """The reference cluster after one episode's `steps`, not drained, and the QoS of each. gaps[i] follows steps[i]."""
+    cluster = Cluster(configs_of(params.engines), env.slots, float(params.latency_limit))
+    qos = [
+        cluster.step(run.request(step), int(actions[step]), float(gap)) for step, gap in zip(steps, gaps, strict=True)
+    ]
+    return cluster, qos
