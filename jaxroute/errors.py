@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Wraps a command's `main(argv) -> exit code`: a `UserError` becomes one line on stderr and exit code 2."""
+    """Wraps a command's `main(argv) -> exit code`: a `UserError` is one line on stderr, exit code 2."""
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
@@ -21,5 +21,8 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
 
     return run

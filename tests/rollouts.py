@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams
 from jaxroute.simulator.engine import EngineParams
 from tests.reference.cluster import Arrival, Cluster
+from tests.reference.impact import Latencies, Queue, Queued, penalty
 
 CHEAP_COMPILE = {"xla_backend_optimization_level": 0}
 """Compiler options that halve the time to compile, for programs that run once."""
@@ -67,7 +69,7 @@ def with_engines(params: EnvParams, **options: Any) -> EnvParams:
     latency = options.pop("latency", None)
     if latency is not None:
         names = ("base", "per_prefill_token", "per_decode", "per_context_token")
-        columns = {name: jnp.asarray(column, float) for name, column in zip(names, zip(*latency), strict=True)}  # noqa: B905
+        columns = dict(zip(names, jnp.asarray(latency, float).T, strict=True))
         engines = engines.replace(latency=engines.latency.replace(**columns))
     typed = {name: jnp.asarray(value, getattr(engines, name).dtype) for name, value in options.items()}
     return params.replace(engines=engines.replace(**typed))
@@ -110,3 +112,45 @@ def oracle(
         cluster.step(run.request(step), int(actions[step]), float(gap)) for step, gap in zip(steps, gaps, strict=True)
     ]
     return cluster, qos
+
+
+def queue_of(params: EnvParams, run: Run, step: int, expert: int) -> Queue:
+    """This expert's queue at the decision of this step, for the plain Python estimators."""
+    before = run.before
+    engines, slots, request = before.engines, before.slots, before.request
+    config = configs_of(params.engines)[expert]
+    here = (step, expert)
+    requests = [
+        Queued(
+            running=slot < engines.num_running[here],
+            prompt=int(engines.prompt_tokens[here][slot]),
+            generated=int(engines.generated[here][slot]),
+            computed=int(engines.computed[here][slot]),
+            true_tokens=int(engines.target_tokens[here][slot]),
+            age=-float(slots.arrival[here][slot]),
+            score=float(slots.score[here][slot]),
+            predicted_score=float(slots.predicted_score[here][slot]),
+            predicted_tokens=int(slots.predicted_tokens[here][slot]),
+        )
+        for slot in range(engines.num_requests[here])
+    ]
+    return Queue(
+        config=config,
+        clock=float(engines.clock[here]),
+        requests=requests,
+        prompt=int(request.prompt_tokens[step]),
+        true_tokens=int(request.output_tokens[here]),
+        predicted_tokens=int(request.predicted_output_tokens[here]),
+    )
+
+
+def wanted_penalties(
+    params: EnvParams, run: Run, cluster: Cluster, limit: float, estimator: Callable[[Queue, int], Latencies]
+) -> np.ndarray:
+    """float [T]: the penalty by `estimator(queue, expert)`; 0 in steps whose request joins none of the oracle's experts."""
+    return np.asarray(
+        [
+            penalty(estimator(queue_of(params, run, step, fate.expert), fate.expert), limit) if fate.served else 0.0
+            for step, fate in enumerate(cluster.fates)
+        ]
+    )

@@ -15,7 +15,8 @@ from jaxroute.environment.metrics import TIMINGS, summarize
 from jaxroute.replay import replay
 from jaxroute.workload.arrivals import TraceArrivals
 from jaxroute.workload.workload import Workload
-from tests.rollouts import batch_of_runs, configs_of, oracle, with_engines
+from tests.reference import impact
+from tests.rollouts import batch_of_runs, configs_of, oracle, wanted_penalties, with_engines
 
 EPISODE, STEPS, SLOTS = 200, 240, 24
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
@@ -80,7 +81,7 @@ def _scenarios(params: Any) -> dict[str, tuple[Any, np.ndarray, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def runs():
-    """Name -> env, params, run, actions, gaps [EPISODE], and the oracle's cluster and QoS a step, before and after the drain."""
+    """Name -> inputs, the run, the totals of its episode; the drained oracle, its QoS by step and of the drain."""
     with jax.enable_x64(True):
         env, params = jaxroute.make("paper-3", slots=SLOTS, episode_length=EPISODE, metrics="exact")
         scenarios = {}
@@ -180,12 +181,37 @@ def test_everything_that_arrived_is_somewhere_at_every_step(case):
     assert in_system[EPISODE - 1] == 0 and found[EPISODE - 1] == EPISODE
 
 
+def test_masked_actions_are_those_the_prompt_or_the_slots_rule_out(case):
+    """The mask of each step is by the plain rules on what a router may know; what it bars would have been rejected."""
+    masks = case.run.observation.action_mask[: EPISODE - 1]
+    lengths = case.env.queue_lengths(case.run.before)
+    configs = configs_of(case.params.engines)
+    for step, mask in enumerate(masks, start=1):
+        prompt = int(case.run.before.request.prompt_tokens[step])
+        allowed = [
+            length < SLOTS
+            and -(-prompt // config["block_size"]) < config["num_gpu_blocks"]
+            and prompt < config["max_model_len"]
+            and (config["enable_chunked_prefill"] or prompt <= config["max_num_batched_tokens"])
+            for config, length in zip(configs, lengths[step], strict=True)
+        ]
+        np.testing.assert_array_equal(mask, [*allowed, True])
+        if not mask[case.actions[step]]:
+            assert case.cluster.fates[step].status.startswith("rejected")
+
+
 def test_rewards_and_the_drain_add_up_to_the_qos_of_the_episode(case):
     run = case.run
     weight = float(case.params.penalty_weight)
     gained = (run.reward + weight * run.info["penalty"])[:EPISODE].sum()
     np.testing.assert_allclose(gained + case.totals.drained_qos, case.totals.qos.sum(), **CLOSE)
     assert case.totals.qos.sum() <= case.totals.score.sum()
+
+
+def test_penalty_of_every_step(case):
+    limit = float(case.params.latency_limit)
+    wanted = wanted_penalties(case.params, case.run, case.cluster, limit, lambda queue, _: impact.predicted(queue))
+    np.testing.assert_allclose(case.run.info["penalty"][:EPISODE], wanted, **CLOSE)
 
 
 def test_an_episode_is_truncated_at_its_length_and_the_next_one_starts_afresh(case):

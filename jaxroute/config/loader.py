@@ -84,10 +84,9 @@ def nearest_keys(word: str) -> list[str]:
     word_section, _, word_key = word.rpartition(".")
 
     def similarity(name: str) -> float:
-        section, _, key = name.partition(".")
-        likeness = max(
-            SequenceMatcher(None, word_key, part).ratio() for part in (key or section, key.rpartition(".")[2])
-        )
+        section, _, key = name.rpartition(".")
+        parts = key, name.partition(".")[2]
+        likeness = max(SequenceMatcher(None, word_key, part).ratio() for part in parts)
         return likeness + 0.3 * SequenceMatcher(None, word_section, section).ratio()
 
     names = sorted([*dotted_keys(), *get_type_hints(Config)], key=similarity, reverse=True)[:3]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 
 class Range(NamedTuple):
@@ -22,7 +22,12 @@ Whole = Annotated[int, Range("a whole number of 0 or more", lambda value: value 
 Count = Annotated[int, Range("a whole number of 1 or more", lambda value: value >= 1)]
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)]
 EvaluationEpisodes = Annotated[int, Range("a whole number of 2 or more, for an interval", lambda value: value >= 2)]
+Names = Annotated[tuple[str, ...], Range("a list of one or more names", bool)]
+Widths = Annotated[tuple[Count, ...], Range("a list of one or more whole numbers of 1 or more", bool)]
 RouterName = Literal["trained", "round-robin", "shortest-queue", "bert-router", "random"]
+RouterNames = Annotated[
+    tuple[RouterName, ...], Range(f"a list of one or more of {', '.join(get_args(RouterName))}", bool)
+]
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class EnvironmentConfig:
     """The cluster, its latency limit and the reward (physics.md sections 2, 4 and 5)."""
 
     id: str  # registered scenario: its experts
-    experts: tuple[str, ...] | None  # experts in place of the scenario's
+    experts: Names | None  # experts in place of the scenario's
     profile: str  # hardware profile of every expert
     kv_cache_tokens: Count | None  # KV cache of every expert, tokens; None: the profile's own
     slots: Count  # requests (running and waiting) that one engine can hold
@@ -60,7 +65,7 @@ class RequestsConfig:
 
     kind: Literal["frozen", "jsonl", "trace"]  # trace: the lengths of the arrivals' trace
     path: str | None  # jsonl: MixInstruct-shaped file
-    experts: tuple[str, ...] | None  # jsonl: model names in the file, one per expert of the environment
+    experts: Names | None  # jsonl: model names in the file, one per expert of the environment
     score: str  # jsonl: name of the score under candidates[].scores
 
 
@@ -78,7 +83,7 @@ class NetworkConfig:
     heads: Count
     layers: Count
     residual: bool
-    mlp: tuple[Count, ...]
+    mlp: Widths
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ class TrainingConfig:
 class EvaluationConfig:
     episodes: EvaluationEpisodes
     seed: Seed
-    routers: tuple[RouterName, ...]
+    routers: RouterNames
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute.environment.impact import Queue, exact_impact, paper_impact, predicted_impact
-from jaxroute.environment.metrics import EpisodeTotals, Level, empty_totals, record_timings
+from jaxroute.environment.metrics import Completed, EpisodeTotals, Level, add_completed, empty_totals
 from jaxroute.environment.observation import GraphObservation, flatten, observe
 from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
 from jaxroute.simulator.advance import Progress, advance
-from jaxroute.simulator.engine import NEVER, EngineState, blocks_for, empty_engine, target_tokens
+from jaxroute.simulator.engine import EngineState, blocks_for, empty_engine, target_tokens
 from jaxroute.simulator.recorded import AFTER_ALL
-from jaxroute.simulator.slots import append, remove_finished
+from jaxroute.simulator.slots import append, first_finished, remove
 from jaxroute.workload.request import Request
 
 Penalty = Literal["predicted", "paper", "exact", "off"]
@@ -66,7 +66,8 @@ class RoutingEnvironment:
         key_arrival, key_reset = jax.random.split(key)
         penalty = self._penalty(params, state, action)
         state, joined = self._route(params, state, action)
-        workload, gap, request = params.workload.sample(key_arrival, state.workload)
+        uniforms = params.workload.draw(key_arrival)
+        workload, gap, request = params.workload.next(uniforms, state.workload)
         state, qos = self._advance(params, state, gap)
         reward = qos - params.penalty_weight * jnp.where(joined, penalty, 0)
         state = state.replace(request=request, workload=workload)
@@ -75,8 +76,7 @@ class RoutingEnvironment:
         truncated = state.step >= self.episode_length
         totals = self._drain(params, state, truncated)
         # The next episode may begin with the request at hand, which nothing has been done with; a trace starts anew.
-        start = params.workload.reset(key_reset)
-        workload, _, request = params.workload.sample(key_arrival, start)
+        workload, _, request = params.workload.next(uniforms, params.workload.reset(key_reset))
         fresh = self._fresh(request, workload, slots=1)
         choose = lambda new, old: jnp.where(truncated, new, old)  # noqa: E731
         observation = jax.tree.map(choose, self._observe(params, fresh), final_observation)
@@ -177,52 +177,53 @@ class RoutingEnvironment:
 
     def _advance(self, params: EnvParams, state: EnvState, gap: jax.Array) -> tuple[EnvState, jax.Array]:
         """Runs all experts for `gap` seconds, which then is the present; also the QoS of what finished, float []."""
-        engines, progress = jax.vmap(advance, (0, 0, None, None))(params.engines, state.engines, Progress.none(), gap)
-        qos, totals = self._account(params, engines, state.slots, progress, state.totals)
+        state, qos = self._run(params, state, gap)
+        engines, slots, totals = state.engines, state.slots, state.totals
         if totals is not None:
             totals = totals.replace(elapsed=totals.elapsed + gap)
-        engines, slots = jax.vmap(remove_finished)(engines, state.slots)
         engines = engines.replace(clock=engines.clock - gap, first_token_time=engines.first_token_time - gap)
-        state = state.replace(engines=engines, slots=slots.replace(arrival=slots.arrival - gap), totals=totals)
-        return state, qos
+        return state.replace(engines=engines, slots=slots.replace(arrival=slots.arrival - gap), totals=totals), qos
 
-    def _account(
-        self,
-        params: EnvParams,
-        engines: EngineState,
-        slots: SlotPayload,
-        progress: Progress,
-        totals: EpisodeTotals | None,
-    ) -> tuple[jax.Array, EpisodeTotals | None]:
-        """QoS of the requests that are marked finished, float [], and the totals with them."""
-        finished = engines.finish_time < NEVER
-        finished &= jnp.arange(self.slots) < engines.num_requests[:, None]
-        tokens = jnp.maximum(engines.generated, 1)
-        latency = jnp.where(finished, engines.finish_time - slots.arrival, 0) / tokens
-        met = finished & (latency < params.latency_limit)
-        qos = jnp.sum(jnp.where(met, slots.score, 0), axis=1)
-        if totals is None:
-            return jnp.sum(qos), None
-        several = finished & (tokens > 1)
-        first = jnp.where(finished, engines.first_token_time - slots.arrival, 0)
-        tpot = jnp.where(several, engines.finish_time - engines.first_token_time, 0) / jnp.maximum(tokens - 1, 1)
-        timings = jnp.stack([latency, first, tpot])
-        present = jnp.stack([finished, finished, several])
-        count = lambda mask: jnp.sum(mask, axis=1).astype(jnp.float32)  # noqa: E731
-        totals = totals.replace(
-            completed=totals.completed + count(finished),
-            qos=totals.qos + qos,
-            score=totals.score + jnp.sum(jnp.where(finished, slots.score, 0), axis=1),
-            violations=totals.violations + count(finished & ~met),
-            preemptions=totals.preemptions + count(jnp.where(finished, engines.preemptions, 0)),
-            timings=totals.timings + jnp.sum(timings, axis=2),
-            several_tokens=totals.several_tokens + count(several),
-            busy=totals.busy + progress.busy_time,
-            block_seconds=totals.block_seconds + progress.block_seconds,
-            kv_seconds=totals.kv_seconds + progress.block_seconds / params.engines.usable_blocks,
-            histogram=record_timings(totals.histogram, self.metrics, timings, present, slots.index),
+    def _run(self, params: EnvParams, state: EnvState, until: jax.Array) -> tuple[EnvState, jax.Array]:
+        """Runs every iteration that starts before `until` (s) and takes out what finished; also its QoS, float []."""
+        engines, progress = jax.vmap(advance, (0, 0, None, None))(
+            params.engines, state.engines, Progress.none(), until
         )
-        return jnp.sum(qos), totals
+        totals = state.totals
+        if totals is not None:
+            totals = totals.replace(
+                busy=totals.busy + progress.busy_time,
+                block_seconds=totals.block_seconds + progress.block_seconds,
+                kv_seconds=totals.kv_seconds + progress.block_seconds / params.engines.usable_blocks,
+            )
+
+        def take_one_each(carry: tuple[EngineState, SlotPayload, EpisodeTotals | None, jax.Array]):
+            engines, slots, totals, qos = carry
+            at = jax.vmap(first_finished)(engines)
+            present = at < self.slots
+            here = jnp.arange(self.slots) == at[:, None]
+            pick = lambda leaf: jnp.sum(jnp.where(here, leaf, 0), axis=1, dtype=leaf.dtype)  # noqa: E731
+            request = Completed(
+                present=present,
+                index=pick(slots.index),
+                tokens=jnp.maximum(pick(engines.generated), 1),
+                score=pick(slots.score),
+                preemptions=pick(engines.preemptions),
+                arrival=pick(slots.arrival),
+                first_token=pick(engines.first_token_time),
+                finish=pick(engines.finish_time),
+            )
+            if totals is not None:
+                totals = add_completed(totals, self.metrics, request, params.latency_limit)
+            engines, slots = jax.vmap(remove)(engines, slots, at)
+            return engines, slots, totals, qos + jnp.sum(request.qos(params.latency_limit))
+
+        def any_finished(carry: tuple[EngineState, SlotPayload, EpisodeTotals | None, jax.Array]) -> jax.Array:
+            return jnp.any(jax.vmap(first_finished)(carry[0]) < self.slots)
+
+        carry = (engines, state.slots, totals, jnp.zeros((), float))
+        engines, slots, totals, qos = jax.lax.while_loop(any_finished, take_one_each, carry)
+        return state.replace(engines=engines, slots=slots, totals=totals), qos
 
     def _drain(self, params: EnvParams, state: EnvState, truncated: jax.Array) -> EpisodeTotals | None:
         """The totals after the requests still open have run to their end, where `truncated`; else unchanged.
@@ -233,11 +234,11 @@ class RoutingEnvironment:
             return None
 
         def run(carry: tuple[jax.Array, EpisodeTotals]) -> tuple[jax.Array, EpisodeTotals]:
-            engines, progress = jax.vmap(advance, (0, 0, None, None))(
-                params.engines, state.engines, Progress.none(), jnp.asarray(AFTER_ALL, float)
-            )
-            qos, totals = self._account(params, engines, state.slots, progress, carry[1])
+            drained, qos = self._run(params, state, jnp.asarray(AFTER_ALL, float))
+            totals = drained.totals
             assert totals is not None  # as state.totals
-            return jnp.bool_(False), totals.replace(drained_qos=totals.drained_qos + qos)
+            rest = jnp.maximum(jnp.max(drained.engines.clock), 0)
+            totals = totals.replace(drained_qos=totals.drained_qos + qos, elapsed=totals.elapsed + rest)
+            return jnp.bool_(False), totals
 
         return jax.lax.while_loop(lambda carry: carry[0], run, (truncated, state.totals))[1]

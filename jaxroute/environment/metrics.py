@@ -37,11 +37,29 @@ class EpisodeTotals(struct.PyTreeNode):
     preemptions: jax.Array  # float [N], of completed requests
     timings: jax.Array  # float [3, N], sums of TIMINGS over completed requests (tpot: those of two tokens or more)
     several_tokens: jax.Array  # float [N], completed requests of two tokens or more
-    elapsed: jax.Array  # float [], s of simulated time between decisions (the drain is not part of it)
-    busy: jax.Array  # float [N], s of iterations, the drain included
-    block_seconds: jax.Array  # float [N], KV blocks held times s, the drain included
-    kv_seconds: jax.Array  # float [N], share of the KV cache held times s, the drain included
+    elapsed: jax.Array  # float [], s of simulated time, to the end of the drain
+    busy: jax.Array  # float [N], s of iterations
+    block_seconds: jax.Array  # float [N], KV blocks held times s
+    kv_seconds: jax.Array  # float [N], share of the KV cache held times s
     histogram: jax.Array  # float [3, bins] counts of TIMINGS; "exact": float [3, episode length], NaN where none
+
+
+class Completed(struct.PyTreeNode):
+    """At most one completed request at each of N experts; every field [N], 0 where there is none."""
+
+    present: jax.Array  # bool
+    index: jax.Array  # int32, number of the request in the episode
+    tokens: jax.Array  # int32, output; 1 where there is none
+    score: jax.Array  # float, true
+    preemptions: jax.Array  # int32
+    arrival: jax.Array  # float, s, like the next two from the same origin
+    first_token: jax.Array  # float
+    finish: jax.Array  # float
+
+    def qos(self, latency_limit: jax.Array) -> jax.Array:
+        """Score of the requests whose latency per token is below the limit, float [N] (physics.md section 4)."""
+        met = self.present & ((self.finish - self.arrival) / self.tokens < latency_limit)
+        return jnp.where(met, self.score, 0)
 
 
 def empty_totals(num_experts: int, level: Level, episode_length: int) -> EpisodeTotals | None:
@@ -71,15 +89,36 @@ def empty_totals(num_experts: int, level: Level, episode_length: int) -> Episode
     )
 
 
-def record_timings(
+def add_completed(
+    totals: EpisodeTotals, level: Level, request: Completed, latency_limit: jax.Array
+) -> EpisodeTotals:
+    """The totals with at most one completed request more at each expert."""
+    several = request.present & (request.tokens > 1)
+    latency = (request.finish - request.arrival) / request.tokens
+    ttft = request.first_token - request.arrival
+    tpot = (request.finish - request.first_token) / jnp.maximum(request.tokens - 1, 1)
+    present = jnp.stack([request.present, request.present, several])
+    timings = jnp.where(present, jnp.stack([latency, ttft, tpot]), 0.0)
+    return totals.replace(
+        completed=totals.completed + request.present,
+        qos=totals.qos + request.qos(latency_limit),
+        score=totals.score + request.score,
+        violations=totals.violations + (request.present & (latency >= latency_limit)),
+        preemptions=totals.preemptions + request.preemptions,
+        timings=totals.timings + timings,
+        several_tokens=totals.several_tokens + several,
+        histogram=_record(totals.histogram, level, timings, present, request.index),
+    )
+
+
+def _record(
     histogram: jax.Array, level: Level, timings: jax.Array, present: jax.Array, index: jax.Array
 ) -> jax.Array:
-    """Adds the timings [3, N, S] of the requests that are `present` (bool [3, N, S]); `index` int32 [N, S] is theirs."""
+    """Adds the timings [3, N] of the requests that are `present` (bool [3, N]); `index` int32 [N] is theirs."""
     size = histogram.shape[-1]
-    row = jnp.broadcast_to(jnp.arange(3)[:, None, None], timings.shape)
+    row = jnp.broadcast_to(jnp.arange(3)[:, None], timings.shape)
     if level == "exact":
-        column = jnp.where(present, index[None], size)
-        return histogram.at[row, column].set(timings, mode="drop")
+        return histogram.at[row, jnp.where(present, index, size)].set(timings.astype(jnp.float32), mode="drop")
     floor = jnp.floor(jnp.log(jnp.maximum(timings, _SMALLEST) / _SMALLEST) / np.log(_RATIO))
     column = jnp.where(present, jnp.minimum(floor, size - 1).astype(jnp.int32), size)
     return histogram.at[row, column].add(1.0, mode="drop")
@@ -101,8 +140,7 @@ def summarize(totals: EpisodeTotals, level: Level) -> dict[str, jax.Array]:
     """Metrics of an episode (or of the sum of several, with "histogram"), float []; `expert_...` float [N].
 
     Shares (`..._rate`) are of arrived requests, `qos` is the mean over all of them; `score`, timings and
-    `violation_rate` are over completed ones. `utilization` and `kv_use` are shares of the time between decisions, and
-    may pass 1 by the drain's part. NaN where there is nothing to average.
+    `violation_rate` are over completed ones. `utilization` and `kv_use` are shares of the simulated time. NaN where there is nothing to average.
     """
     completed = jnp.sum(totals.completed)
     several = jnp.sum(totals.several_tokens)

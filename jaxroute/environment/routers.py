@@ -1,7 +1,7 @@
 """The paper's heuristic routers, and a random one, as pure functions for one environment.
 
-Each is `router(observation, state, params, key) -> action int32 []`. It sends a request only where the action mask
-allows it, drops the request where that is nowhere, and never drops otherwise.
+Each is `router(observation, state, params, key) -> action int32 []`. None ever drops a request: it chooses among the
+experts that the action mask allows, or among all where it allows none, and the environment counts the rejection.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ def heuristic_routers(env: RoutingEnvironment) -> dict[str, Router]:
 
 
 def _smallest(cost: jax.Array, mask: jax.Array) -> jax.Array:
-    """int32 []: the allowed expert of the smallest `cost` [N], the first of equals; drop (N) where none is allowed."""
-    allowed = mask[:-1]
-    best = jnp.argmin(jnp.where(allowed, cost.astype(jnp.float32), jnp.inf))
-    return jnp.where(allowed.any(), best, cost.shape[0]).astype(jnp.int32)
+    """int32 []: the expert of the smallest `cost` [N], the first of equals; among those in `mask` [N + 1], if any."""
+    allowed = mask[:-1] | ~mask[:-1].any()
+    return jnp.argmin(jnp.where(allowed, cost.astype(jnp.float32), jnp.inf)).astype(jnp.int32)

@@ -37,7 +37,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 CURVES = (
-    ("qos", "QoS while training", "QoS per request"),
+    ("qos", "QoS", "QoS per request"),
     ("reward", "Reward", "reward per decision"),
     ("entropy", "Entropy of the policy", "nats"),
     ("critic_loss", "Critic loss", "squared error"),
@@ -58,13 +58,13 @@ def learning_curve(path: Path, records: Sequence[dict[str, Any]], results: dict[
             axes.tick_params(labelbottom=True)
             if key == "qos" and heuristics:
                 best = max(heuristics, key=lambda name: heuristics[name])
-                label = f"{ROUTER_LABELS[best]}, evaluated ({heuristics[best]:.3f})"
+                label = f"{ROUTER_LABELS[best]}: {heuristics[best]:.3f}"
                 axes.axhline(heuristics[best], color=INK, linewidth=1.2, linestyle="--", label=label)
-                axes.legend(loc="lower right")
+                axes.legend(loc="lower right", bbox_to_anchor=(1.02, 0.97), fontsize=9)
             if np.isnan(values).all():
                 axes.text(0.5, 0.5, "no update yet", transform=axes.transAxes, ha="center", va="center")
                 axes.set_yticks([])
-            elif key == "critic_loss" and np.nanmin(values) > 0:
+            elif key == "critic_loss" and np.nanmax(values) > 10 * np.nanmin(values) > 0:
                 axes.set_yscale("log")
         for axes in figure.axes[2:]:
             axes.set_xlabel("training frames (decisions)")

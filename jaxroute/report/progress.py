@@ -18,7 +18,7 @@ class TrainingProgress:
 
     def __init__(self, console: Console, frames: int):
         self._console, self._frames = console, frames
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %")
+        columns = BarColumn(bar_width=10), TextColumn("{task.description}")
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("compiling", total=frames)
         self._done, self._updated = 0, time.monotonic()
@@ -38,7 +38,7 @@ class TrainingProgress:
         now = time.monotonic()
         rate = (frames - self._done) / (now - self._updated)
         # The first chunk's time is mostly compilation.
-        speed = "compiled" if self._done == 0 else f"{rate:,.0f} frames/s"
+        speed = "compiled" if self._done == 0 else f"{rate:,.0f}/s"
         left = "" if self._done == 0 else f", {timedelta(seconds=round((self._frames - frames) / rate))} left"
         self._done, self._updated = frames, now
         text = f"{frames:,} frames, {speed}, reward {record['reward']:.3f}, QoS {record['qos']:.3f}{left}"

@@ -16,56 +16,54 @@ from jaxroute.report.files import write_text
 from jaxroute.report.names import ROUTER_LABELS
 from jaxroute.report.statistics import mean_interval, paired_difference
 
-ROWS = (  # label; metrics of `environment.metrics.summarize`, shown in this order; factor; decimals
-    ("score of completed requests", ("score",), 1, 3),
-    ("latency/token, ms, mean / p95", ("latency_per_token", "latency_per_token_p95"), 1e3, 1),
-    ("TTFT, ms, mean / p95", ("ttft", "ttft_p95"), 1e3, 1),
-    ("TPOT, ms, mean / p95", ("tpot", "tpot_p95"), 1e3, 1),
-    ("over the limit, % of them", ("violation_rate",), 1e2, 1),
-    ("dropped, %", ("drop_rate",), 1e2, 1),
-    ("rejected in all, %", ("rejection_rate",), 1e2, 2),
-    ("rejected for full slots, %", ("full_rejection_rate",), 1e2, 2),
-    ("preemptions per episode", ("preemptions",), 1, 1),
-    ("KV cache in use, %", ("kv_use",), 1e2, 1),
-    ("engines busy, %", ("utilization",), 1e2, 1),
-    ("QoS per engine-busy second", ("qos_per_busy_second",), 1, 3),
+ROWS = (  # label; metric of `environment.metrics.summarize`; factor; decimals
+    ("score of completed", "score", 1, 4),
+    ("latency per token, ms", "latency_per_token", 1e3, 1),
+    ("  p95", "latency_per_token_p95", 1e3, 1),
+    ("TTFT, ms", "ttft", 1e3, 1),
+    ("  p95", "ttft_p95", 1e3, 1),
+    ("TPOT, ms", "tpot", 1e3, 1),
+    ("  p95", "tpot_p95", 1e3, 1),
+    ("over L, % of completed", "violation_rate", 1e2, 1),
+    ("dropped, %", "drop_rate", 1e2, 1),
+    ("rejected, %", "rejection_rate", 1e2, 2),
+    ("  for full slots, %", "full_rejection_rate", 1e2, 2),
+    ("preemptions an episode", "preemptions", 1, 1),
+    ("KV cache in use, %", "kv_use", 1e2, 1),
+    ("engines busy, %", "utilization", 1e2, 1),
+    ("QoS per engine-busy s", "qos_per_busy_second", 1, 4),
 )
 
 
 def report_console() -> Console:
-    """Standard output, wide enough for the table where it is a file or a pipe."""
+    """Standard output, at a width of its own where it is a file or a pipe."""
     console = Console()
-    return console if console.is_terminal else Console(width=132)
+    return console if console.is_terminal else Console(width=100)
 
 
 def evaluation_table(results: dict[str, EpisodeValues]) -> Table:
-    """Routers in columns, metrics in rows; ± is half of a 95 % interval over the episodes."""
+    """Routers in columns, metrics in rows; ± is half of a 95 % interval over the episodes. 80 characters hold it."""
     episodes = len(next(iter(results.values()))["qos"])
-    table = Table(
-        title=f"{episodes} fresh episodes, the same requests for every router",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("mean over episodes")
+    title = f"{episodes} fresh episodes, the same requests for every router"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("mean over episodes", no_wrap=True)
     for name in results:
         table.add_column(ROUTER_LABELS[name], justify="right", style="bold" if name == "trained" else None)
-    table.add_row(
-        "QoS per request, ± 95 %", *("{:.4f} ± {:.4f}".format(*mean_interval(v["qos"])) for v in results.values())
-    )
+    intervals = [mean_interval(values["qos"]) for values in results.values()]
+    table.add_row("QoS per request", *(f"{interval.mean:.4f}" for interval in intervals))
+    table.add_row("  ± (95 %)", *(f"{interval.half_width:.4f}" for interval in intervals))
     if "trained" in results and len(results) > 1:
         trained = results["trained"]["qos"]
-        leads = (
-            "" if name == "trained" else "{:+.4f} ± {:.4f}".format(*paired_difference(trained, values["qos"]))
-            for name, values in results.items()
-        )
-        table.add_row("lead of trained, paired ± 95 %", *leads)
+        leads = [paired_difference(trained, values["qos"]) for name, values in results.items() if name != "trained"]
+        place = list(results).index("trained")
+        for label, cells in (
+            ("lead of trained", [f"{lead.mean:+.4f}" for lead in leads]),
+            ("  ± (95 %, paired)", [f"{lead.half_width:.4f}" for lead in leads]),
+        ):
+            table.add_row(label, *cells[:place], "", *cells[place:])
     table.add_section()
-    for label, metrics, factor, decimals in ROWS:
-        cells = (
-            " / ".join(_shown(_mean(values[metric]), factor, decimals) for metric in metrics)
-            for values in results.values()
-        )
-        table.add_row(label, *cells)
+    for label, metric, factor, decimals in ROWS:
+        table.add_row(label, *(_shown(_mean(values[metric]), factor, decimals) for values in results.values()))
     return table
 
 

@@ -45,11 +45,18 @@ class Workload:
     def sample(self, key: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, Request]:
         """The next arrival: the state after it, the seconds since the previous arrival (float []), and the request.
 
-        Use a fresh key for each call. One call draws all its random numbers at once.
+        Use a fresh key for each call.
         """
-        count = self.arrivals.draws
-        uniforms = jax.random.uniform(key, (count + self.requests.draws,))
+        return self.next(self.draw(key), state)
+
+    def draw(self, key: jax.Array) -> jax.Array:
+        """All the random numbers of one arrival at once: uniforms strictly between 0 and 1, float [draws]."""
+        uniforms = jax.random.uniform(key, (self.arrivals.draws + self.requests.draws,))
         # JAX's uniforms are multiples of eps from 0 on; the middles of those cells are symmetric and never 0 or 1.
-        uniforms = uniforms + jnp.finfo(uniforms.dtype).eps / 2
+        return uniforms + jnp.finfo(uniforms.dtype).eps / 2
+
+    def next(self, uniforms: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, Request]:
+        """As `sample`, from what `draw` gave."""
+        count = self.arrivals.draws
         state, gap, row = self.arrivals.next(uniforms[:count], state)
         return state, gap, self.requests.sample(uniforms[count:], row)

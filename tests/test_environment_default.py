@@ -1,0 +1,251 @@
+"""The environment as it comes, in float32 and vmapped: streams, truncation, observations, metrics, no retracing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxroute
+from jaxroute.environment.metrics import summarize
+from jaxroute.environment.observation import flatten, observe
+from jaxroute.environment.registry import make_params
+from jaxroute.errors import UserError
+from tests.rollouts import CHEAP_COMPILE, Run, oracle
+
+EPISODE, STEPS, SLOTS = 150, 190, 24
+RATES = [3.0, 3.0, 3.0, 6.0, 25.0]  # requests/s of each environment
+LIMITS = [0.03, 0.03, 0.04, 0.03, 0.03]  # s per token
+STREAMS = [0, 0, 0, 1, 2]  # environments of one stream get the same keys
+
+
+def _sweep(params: Any) -> Any:
+    """`params` with a batch axis, of which each environment has its own rate and limit."""
+    batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(RATES)), params)
+    arrivals = batch.workload.arrivals.replace(rate=jnp.asarray(RATES))
+    workload = batch.workload.replace(arrivals=arrivals)
+    return batch.replace(workload=workload, latency_limit=jnp.asarray(LIMITS))
+
+
+def _keys() -> jax.Array:
+    """[1 + STEPS, environments], of the reset and the steps."""
+    streams = jax.random.split(jax.random.key(11), (1 + STEPS, 1 + max(STREAMS)))
+    return streams[:, jnp.asarray(STREAMS)]
+
+
+ACTIONS = np.random.default_rng(5).integers(0, 4, (STEPS, len(RATES)))
+
+
+def _run(env: Any, params: Any, **compiler_options: Any) -> SimpleNamespace:
+    """STEPS steps of the batch: `run` (fields [STEPS, environments]), the reset, the jitted step and its traces."""
+    traces = []
+
+    def traced(*inputs: Any) -> Any:
+        traces.append(inputs)
+        return env.step(*inputs)
+
+    step = jax.jit(jax.vmap(traced), compiler_options=compiler_options)
+    keys = _keys()
+    first, state = jax.jit(jax.vmap(env.reset))(keys[0], params)
+    reset, steps = state, []
+    for key, actions in zip(keys[1:], jnp.asarray(ACTIONS, jnp.int32), strict=True):
+        observation, after, *others = step(key, state, actions, params)
+        steps.append(Run(state, observation, *others))
+        state = after
+    run = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(steps))
+    return SimpleNamespace(env=env, run=run, first=first, reset=reset, state=state, step=step, traces=traces)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return _sweep(jaxroute.make("paper-3")[1])
+
+
+@pytest.fixture(scope="module")
+def default(params):
+    return _run(jaxroute.make("paper-3", slots=SLOTS, episode_length=EPISODE)[0], params)
+
+
+@pytest.fixture(scope="module")
+def bare(params):
+    """Longer episodes, flat observations and no metrics, on the same keys and actions."""
+    env, _ = jaxroute.make("paper-3", slots=SLOTS, episode_length=1000, observation="flat", metrics="off")
+    return _run(env, params, **CHEAP_COMPILE)
+
+
+def _flat(observation: Any) -> np.ndarray:
+    """Graph observations [..., fields] as vectors [..., F]."""
+    axes = observation.action_mask.ndim - 1
+    leaves = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(observation)]
+    return np.concatenate([leaf.reshape(*leaf.shape[:axes], -1) for leaf in leaves], axis=-1)
+
+
+def _equal(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_same_keys_are_the_same_requests_whatever_the_actions(default):
+    before, totals = default.run.before, default.run.info["episode"]
+    assert (ACTIONS[:, 0] != ACTIONS[:, 1]).mean() > 0.5
+    for other in (1, 2):
+        _equal(*(jax.tree.map(lambda leaf, i=i: leaf[:, i], before.request) for i in (0, other)))
+        np.testing.assert_array_equal(totals.elapsed[:, 0], totals.elapsed[:, other])
+    assert (before.request.prompt_tokens[:, 3] != before.request.prompt_tokens[:, 0]).mean() > 0.5
+    assert (default.run.info["qos"][:, 0] != default.run.info["qos"][:, 1]).any()
+
+
+def test_params_are_traced(default, params):
+    """The step that ran with one set of parameters takes others, and they matter."""
+    reward = default.run.reward
+    assert reward[:EPISODE, 2].sum() > reward[:EPISODE, 1].sum()  # the same stream under a looser limit
+    changed = params.replace(latency_limit=params.latency_limit * 2, penalty_weight=params.penalty_weight * 0)
+    changed = changed.replace(engines=changed.engines.replace(usable_blocks=changed.engines.usable_blocks // 20))
+    default.step(_keys()[1], default.state, jnp.zeros(len(RATES), jnp.int32), changed)
+    assert len(default.traces) == 1
+
+
+def test_truncation_and_reset(default, bare):
+    run = default.run
+    np.testing.assert_array_equal(run.truncated.T, [np.arange(STEPS) == EPISODE - 1] * len(RATES))
+    assert not run.terminated.any() and not bare.run.terminated.any() and not bare.run.truncated.any()
+    after = jax.tree.map(lambda leaf: leaf[EPISODE], run.before)
+    # The state is that of a reset, but for the request at hand and for what stands in slots out of use.
+    fresh = jax.device_get(default.reset).replace(request=after.request)
+    for field in ("workload", "step", "totals"):
+        _equal(getattr(after, field), getattr(fresh, field))
+    for field in ("num_requests", "num_running", "clock"):
+        _equal(getattr(after.engines, field), getattr(fresh.engines, field))
+    observation = jax.vmap(lambda p, state: observe(p, state, default.env.queue_nodes))
+    params = _sweep(jaxroute.make("paper-3")[1])
+    wanted = jax.device_get(jax.jit(observation)(params, fresh))
+    got = jax.tree.map(lambda leaf: leaf[EPISODE - 1], run.observation)
+    np.testing.assert_allclose(_flat(got), _flat(wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_final_observation_is_what_a_longer_episode_goes_on_with(default, bare):
+    final = _flat(default.run.info["final_observation"])
+    observed = _flat(default.run.observation)
+    np.testing.assert_allclose(final[:EPISODE], bare.run.observation[:EPISODE], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(bare.run.info["final_observation"], bare.run.observation)
+    same = np.isclose(final, observed).all(axis=-1)
+    np.testing.assert_array_equal(same.T, ~default.run.truncated.T)
+
+
+def test_metrics_off_gives_the_same_rewards(default, bare):
+    assert bare.run.info["episode"] is None and bare.state.totals is None
+    for field in ("qos", "penalty"):
+        np.testing.assert_allclose(
+            default.run.info[field][:EPISODE], bare.run.info[field][:EPISODE], rtol=1e-5, atol=1e-6
+        )
+    np.testing.assert_allclose(default.run.reward[:EPISODE], bare.run.reward[:EPISODE], rtol=1e-5, atol=1e-6)
+
+
+def test_percentiles_of_the_histogram_are_near_the_references(default, params):
+    run, env = default.run, default.env
+    totals = jax.tree.map(lambda leaf: leaf[EPISODE - 1], run.info["episode"])
+    gap = jax.vmap(lambda p, key, state: p.workload.sample(jax.random.split(key)[0], state)[1])
+    gaps = jax.jit(jax.vmap(gap, (None, 0, None)))(params, _keys()[1 : EPISODE + 1], default.state.workload)
+    gaps = np.asarray(gaps)
+    np.testing.assert_allclose(gaps.sum(axis=0), totals.elapsed, rtol=1e-5)
+    summary = jax.device_get(jax.vmap(lambda one: summarize(one, "histogram"))(totals))
+    for i in range(len(RATES)):
+        of_one = jax.tree.map(lambda leaf, i=i: leaf[:, i], run)
+        its_params = jax.tree.map(lambda leaf, i=i: leaf[i], params)
+        cluster, _ = oracle(env, its_params, of_one, range(EPISODE), ACTIONS[:, i], gaps[:, i])
+        cluster.drain()
+        assert totals.completed[i].sum() == cluster.count("completed") == totals.histogram[i, 0].sum()
+        assert totals.rejected_full[i].sum() == cluster.count("rejected_full")
+        np.testing.assert_allclose(totals.qos[i].sum(), sum(fate.qos for fate in cluster.fates), rtol=1e-4)
+        for timing in ("latency_per_token", "ttft", "tpot"):
+            values = [getattr(fate, timing) for fate in cluster.fates]
+            values = np.asarray([value for value in values if value is not None])
+            np.testing.assert_allclose(summary[timing][i], values.mean(), rtol=1e-4)
+            for quantile in (50, 95, 99):
+                # A histogram cannot interpolate between two requests.
+                wanted = np.percentile(values, quantile, method="inverted_cdf")
+                np.testing.assert_allclose(summary[f"{timing}_p{quantile}"][i], wanted, rtol=0.02)
+
+
+def test_observations_are_finite_and_normalised(default, bare):
+    flat = _flat(default.run.observation)
+    assert flat.shape[-1] == bare.run.observation.shape[-1] == 1 + 3 * 7 + 2 * 3 * 10 * 7 + 2 * 3 * 10 + 4
+    assert np.isfinite(flat).all() and np.abs(flat).max() < 5
+    observation = default.run.observation
+    assert observation.action_mask[..., -1].all()
+    full = default.env.queue_lengths(default.run.before)[1:] == SLOTS
+    assert full.any() and not observation.action_mask[:-1, :, :-1][full].any()
+    running = np.minimum(default.run.before.engines.num_running[1:], 10)
+    np.testing.assert_array_equal(observation.running_mask[:-1].sum(axis=-1), running)
+    for name in ("running", "waiting"):
+        nodes, mask = getattr(observation, name), getattr(observation, f"{name}_mask")
+        assert mask.any() and not nodes[~mask].any()
+    graph = jax.tree.map(lambda leaf: jnp.asarray(leaf[7, 0]), observation)
+    np.testing.assert_array_equal(flatten(graph), flat[7, 0])
+
+
+def test_observations_do_not_tell_the_truth(default, params):
+    """Neither observations nor masks depend on the true lengths and scores, which a perturbation shows."""
+    states = default.run.before
+    see = jax.jit(jax.vmap(jax.vmap(lambda p, state: observe(p, state, 10)), in_axes=(None, 0)))
+    seen = jax.device_get(see(params, states))
+    rng = np.random.default_rng(0)
+    anything = lambda leaf: rng.permutation(leaf.ravel()).reshape(leaf.shape) * 1.7  # noqa: E731
+    lengths = lambda leaf: rng.integers(1, 10_000, leaf.shape, dtype=np.int32)  # noqa: E731
+    request, engines, slots = states.request, states.engines, states.slots
+    others = states.replace(
+        request=request.replace(
+            output_tokens=lengths(request.output_tokens), score=anything(request.score).astype(np.float32)
+        ),
+        engines=engines.replace(target_tokens=lengths(engines.target_tokens)),
+        slots=slots.replace(score=anything(slots.score).astype(np.float32)),
+    )
+    _equal(seen, jax.device_get(see(params, others)))
+    for told in (
+        states.replace(request=request.replace(predicted_score=request.predicted_score + 0.1)),
+        states.replace(slots=slots.replace(predicted_tokens=slots.predicted_tokens + 9)),
+    ):
+        assert (_flat(jax.device_get(see(params, told))) != _flat(seen)).any()
+
+
+def test_floats_are_float32(default):
+    leaves = jax.tree.leaves((default.run, default.first, default.reset))
+    kinds = {leaf.dtype for leaf in leaves}
+    assert kinds == {np.dtype(np.float32), np.dtype(np.int32), np.dtype(bool)}
+
+
+def test_environments_are_values():
+    env, params = jaxroute.make("paper-6", slots=16)
+    assert (env.num_experts, env.num_actions, env.episode_length) == (6, 7, 5000)
+    for other in (pickle.loads(pickle.dumps(env)), copy.deepcopy(env), jaxroute.make("paper-6", slots=16)[0]):
+        assert other == env and hash(other) == hash(env)
+    assert env != jaxroute.make("paper-6", slots=17)[0]
+    _equal(copy.deepcopy(params), params)
+    _equal(pickle.loads(pickle.dumps(params)), params)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: jaxroute.make("paper-4"), ("paper-4", "paper-3", "paper-6")),
+        (lambda: jaxroute.make("paper-3", slot=3), ("slot", "slots")),
+        (lambda: jaxroute.make("paper-3", num_experts=3), ("num_experts",)),
+        (lambda: make_params(["alpaca-native"], latency_limit=0.0), ("latency_limit", "above 0")),
+        (lambda: make_params(["alpaca-native"], latency_limit=-1.0), ("latency_limit", "-1.0")),
+        (lambda: make_params(["alpaca-native"], latency_limit=float("nan")), ("latency_limit", "nan")),
+        (lambda: make_params(["alpaca"]), ("alpaca", "alpaca-native")),
+        (lambda: make_params(["alpaca-native"], profile="papers"), ("papers", "paper")),
+    ],
+)
+def test_bad_input_is_one_clear_line(call, words):
+    with pytest.raises(UserError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message

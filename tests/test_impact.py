@@ -1,0 +1,142 @@
+"""The action impact estimators, in all states of two runs and in the environment, against plain Python forms."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxroute
+from jaxroute.environment.impact import Queue, exact_impact, paper_impact, predicted_impact
+from jaxroute.workload.arrivals import TraceArrivals
+from jaxroute.workload.workload import Workload
+from tests.reference import impact
+from tests.rollouts import CHEAP_COMPILE, batch_of_runs, oracle, queue_of, wanted_penalties, with_engines
+
+STEPS = 120
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def _cases(form):
+    """(params, run, oracle) of two clusters with this penalty: the paper's, and one short of memory and seats."""
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        env, params = jaxroute.make("paper-3", slots=24, episode_length=STEPS + 1, penalty=form, metrics="off")
+        params = params.replace(penalty_prefill=jnp.asarray([7.2e-5, 6.8e-5, 1e-4]))
+        tight = with_engines(
+            params,
+            usable_blocks=[20, 36, 90],
+            block_size=[16, 16, 5],
+            max_num_seqs=[64, 3, 64],
+            max_num_batched_tokens=[512, 2048, 64],
+        )
+        scenarios, times, actions = [], [], []
+        for base, rate, limit in ((params, 6.0, 0.035), (tight, 5.0, 0.05)):
+            times.append(np.cumsum(rng.exponential(1 / rate, STEPS + 1)))
+            workload = Workload.create(TraceArrivals.create(times[-1]), base.workload.requests)
+            scenarios.append(base.replace(workload=workload, latency_limit=jnp.asarray(limit)))
+            actions.append(rng.integers(0, 4, STEPS))
+        runs = batch_of_runs(env, scenarios, actions, seed=0)
+    cases = []
+    for params, run, at, acts in zip(scenarios, runs, times, actions, strict=True):
+        cluster, qos = oracle(env, params, run, range(STEPS), acts, np.diff(at))
+        np.testing.assert_allclose(run.reward, np.asarray(qos) - run.info["penalty"], **CLOSE)
+        cases.append((params, run, cluster))
+    return cases
+
+
+@pytest.fixture(scope="module")
+def exact_cases():
+    return _cases("exact")
+
+
+def test_paper_form_as_the_penalty():
+    for params, run, cluster in _cases("paper"):
+        limit, k1, k2 = (
+            float(params.latency_limit),
+            np.asarray(params.penalty_prefill),
+            np.asarray(params.penalty_context),
+        )
+        estimator = lambda queue, e, k1=k1, k2=k2: impact.paper(queue, k1[e], k2[e])  # noqa: E731
+        wanted = wanted_penalties(params, run, cluster, limit, estimator)
+        assert (wanted > 0).sum() > 5
+        np.testing.assert_allclose(run.info["penalty"], wanted, **CLOSE)
+
+
+def test_exact_form_as_the_penalty(exact_cases):
+    charged = 0
+    for params, run, cluster in exact_cases:
+        limit = float(params.latency_limit)
+        wanted = wanted_penalties(params, run, cluster, limit, lambda queue, _: impact.exact(queue))
+        charged += (wanted > 0).sum()
+        np.testing.assert_allclose(run.info["penalty"], wanted, **CLOSE)
+    assert charged > 3
+
+
+def _all_forms(params, state, limits):
+    """float [3 forms, N]: the impact on each expert, by the paper's, the predicted and the exact form; `limits` [N]."""
+    request = state.request
+
+    def of_expert(engine_params, engine, slots, k1, k2, true_tokens, predicted_tokens, limit):
+        queue = Queue(
+            engine=engine,
+            age=-slots.arrival,
+            score=slots.score,
+            predicted_score=slots.predicted_score,
+            predicted_tokens=slots.predicted_tokens,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=predicted_tokens,
+        )
+        paper = paper_impact(k1, k2, limit, queue.replace(output_tokens=true_tokens), engine.target_tokens)
+        ours = [form(engine_params, limit, queue) for form in (predicted_impact, exact_impact)]
+        return jnp.stack([paper, *ours])
+
+    inputs = (params.engines, state.engines, state.slots, params.penalty_prefill, params.penalty_context)
+    lengths = (request.output_tokens, request.predicted_output_tokens)
+    return jax.vmap(of_expert, out_axes=1)(*inputs, *lengths, limits)
+
+
+def _misled(run):
+    """The run with predictions of some queued requests far off: passed already, or more than the KV cache holds."""
+    slots = run.before.slots
+    factor = np.random.default_rng(4).choice([0.3, 1.0, 4.0], slots.predicted_tokens.shape)
+    tokens = np.maximum(slots.predicted_tokens * factor, 1).astype(np.int32)
+    return run._replace(before=run.before.replace(slots=slots.replace(predicted_tokens=tokens)))
+
+
+def _limits(forms, count=8):
+    """Limits between the latencies with and without the joining request: of each form, for up to `count` requests."""
+    limits = []
+    for latencies in forms:
+        between = [(without + joined) / 2 for _, without, joined in latencies if without < joined < np.inf]
+        limits += (between[::-1] + [0.03] * count)[:count]
+    return limits
+
+
+def test_all_forms_in_many_states_at_limits_that_decide(exact_cases):
+    steps = np.arange(5, STEPS, 6)
+    program = jax.jit(
+        jax.vmap(jax.vmap(_all_forms, (None, None, 0)), (None, 0, 0)),
+        compiler_options=CHEAP_COMPILE,
+    )
+    charged, never_fit = np.zeros(3), 0
+    for params, run, _ in exact_cases:
+        run = _misled(run)
+        k1, k2 = np.asarray(params.penalty_prefill), np.asarray(params.penalty_context)
+        limits, wanted = [], []
+        for step in steps:
+            for expert in range(3):
+                queue = queue_of(params, run, step, expert)
+                cache = (queue.config["num_gpu_blocks"] - 1) * queue.config["block_size"]
+                never_fit += any(entry.prompt + entry.expected_tokens - 1 > cache for entry in queue.requests)
+                forms = [impact.paper(queue, k1[expert], k2[expert]), impact.predicted(queue), impact.exact(queue)]
+                limits.append(_limits(forms[1:]))
+                wanted.append([[impact.penalty(form, limit) for limit in limits[-1]] for form in forms])
+        limits = np.asarray(limits).reshape(len(steps), 3, -1).swapaxes(1, 2)  # [steps, limits, N]
+        wanted = np.asarray(wanted).reshape(len(steps), 3, 3, -1).transpose(0, 3, 2, 1)  # [steps, limits, forms, N]
+        with jax.enable_x64(True):
+            got = program(params, jax.tree.map(lambda leaf: leaf[steps], run.before), limits)
+        np.testing.assert_allclose(got, wanted, **CLOSE)
+        charged += (wanted > 0).sum(axis=(0, 1, 3))
+    assert (charged > 100).all() and never_fit > 3
