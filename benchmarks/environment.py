@@ -3,8 +3,8 @@
     python benchmarks/environment.py [--environment paper-6] [--rate 6] [--num-envs 64 256 1024] [--json OUT.json]
 
 Actions are those of Shortest Queue First, computed inside the program. Compile time is reported apart; a figure is from
-one call of `--steps` steps that ends in `block_until_ready`, the slowest, median and fastest of `--repeats` after one to
-warm up.
+one call of `--steps` steps that ends in `block_until_ready`, the slowest, median and fastest of `--repeats` after one
+to warm up.
 """
 
 from __future__ import annotations

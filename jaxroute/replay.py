@@ -1,7 +1,7 @@
 """`python -m jaxroute.replay SPEC --out OUT.json`: one engine on a recorded list of requests.
 
-SPEC is a JSON file in the format of the recorded vLLM schedules (`config` and `requests`), or a CSV of requests with the
-columns `arrival_time,prompt_len,output_len`, which runs on the default engine.
+SPEC is a JSON file in the format of the recorded vLLM schedules (`config` and `requests`), or a CSV of requests with
+the columns `arrival_time,prompt_len,output_len`, which runs on the default engine.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _csv_requests(path: Path, text: str) -> list[dict[str, float]]:
 def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EngineParams, Recording, np.ndarray, np.ndarray]:
     """The engine; the requests in order of arrival; their ids (int [R], positions in the list); their absolute times.
 
-    Ties go by id. The times are float64 [R] in seconds, from which the outcome counts: zeros with arrivals by iteration.
+    Ties go by id. The times are float64 [R] in seconds, from which the outcome counts: zeros with arrivals by
+    iteration.
     Raises `UserError`, naming the request.
     """
     config, requests = spec["config"], spec["requests"]

@@ -1,4 +1,4 @@
-"""jump == per-iteration == plain Python reference on random engines and workloads; `make fuzz CASES=n` runs this file."""
+"""jump == per-iteration == plain Python reference on random engines and workloads (`make fuzz CASES=n`)."""
 
 from __future__ import annotations
 

@@ -147,7 +147,9 @@ def queue_of(params: EnvParams, run: Run, step: int, expert: int) -> Queue:
 def wanted_penalties(
     params: EnvParams, run: Run, cluster: Cluster, limit: float, estimator: Callable[[Queue, int], Latencies]
 ) -> np.ndarray:
-    """float [T]: the penalty by `estimator(queue, expert)`; 0 in steps whose request joins none of the oracle's experts."""
+    """float [T]: the penalty by `estimator(queue, expert)`; 0 in steps whose request joins none of the oracle's
+    experts.
+    """
     return np.asarray(
         [
             penalty(estimator(queue_of(params, run, step, fate.expert), fate.expert), limit) if fate.served else 0.0

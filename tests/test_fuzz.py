@@ -19,5 +19,5 @@ from tests.reference.cases import cases
 )
 @hypothesis.given(st.lists(cases(), min_size=CHUNK, max_size=CHUNK))
 def test_jumps_iterations_and_reference_agree(specs):
-    """3 batches of 100 cases (the first is the simplest case), each one vmapped program, so that only the first compiles."""
+    """3 batches of 100 cases (the first all of the simplest), each one vmapped program: only the first compiles."""
     assert differences(specs) == []

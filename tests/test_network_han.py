@@ -215,7 +215,7 @@ def test_empty_queues_give_finite_outputs_and_gradients():
 
 
 def test_only_residual_lets_an_experts_own_features_reach_the_arrived_node():
-    """The weakness of the paper's form (physics.md section 5).
+    """The weakness of the paper's form (simulation.md section 5).
 
     The queues are empty: otherwise, in the paper's form too, an expert's features bend its attention over a queue.
     """

@@ -32,7 +32,7 @@ RouterNames = Annotated[
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    """The cluster, its latency limit and the reward (physics.md sections 2, 4 and 5)."""
+    """The cluster, its latency limit and the reward (simulation.md sections 2, 4 and 5)."""
 
     id: str  # registered scenario: its experts
     experts: Names | None  # experts in place of the scenario's
@@ -77,7 +77,7 @@ class WorkloadConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Shapes of the heterogeneous graph attention network and the heads on it (physics.md section 5)."""
+    """Shapes of the heterogeneous graph attention network and the heads on it (simulation.md section 5)."""
 
     hidden: Count
     heads: Count
@@ -88,7 +88,7 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """The fields of `learner.sac.Hyperparameters`, which change no shape (physics.md section 6)."""
+    """The fields of `learner.sac.Hyperparameters`, which change no shape (simulation.md section 6)."""
 
     actor_learning_rate: NonNegative
     critic_learning_rate: NonNegative

@@ -1,4 +1,4 @@
-"""The routing environment: one step is one arrival, which the action sends to an expert or drops (physics.md section 4)."""
+"""The routing environment: one step is one arrival, which the action sends to an expert or drops."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Observation = GraphObservation | jax.Array
 class RoutingEnvironment:
     """N experts behind a router. All fields are static; whatever may vary in a sweep is in `EnvParams`.
 
-    `reset` and `step` are pure functions of one environment, for `jax.jit` and `jax.vmap`. The arrivals depend on the keys
-    alone, never on actions: the same keys are the same request stream for every router.
+    `reset` and `step` are pure functions of one environment, for `jax.jit` and `jax.vmap`. The arrivals depend on the
+    keys alone, never on actions: the same keys are the same request stream for every router.
     """
 
     num_experts: int
@@ -143,7 +143,7 @@ class RoutingEnvironment:
         """Appends the request to the chosen expert's queue, if it fits there; also whether it did, bool []."""
         request, engines = state.request, params.engines
         chosen = jnp.arange(self.num_experts) == action
-        # physics.md section 1, rule 8: what could never finish is rejected here, by its true length.
+        # simulation.md section 1, rule 8: what could never finish is rejected here, by its true length.
         length = jnp.minimum(request.prompt_tokens + request.output_tokens, engines.max_model_len)
         feasible = blocks_for(length - 1, engines.block_size) <= engines.usable_blocks
         whole = request.prompt_tokens + request.output_tokens - 1
@@ -186,9 +186,7 @@ class RoutingEnvironment:
 
     def _run(self, params: EnvParams, state: EnvState, until: jax.Array) -> tuple[EnvState, jax.Array]:
         """Runs every iteration that starts before `until` (s) and takes out what finished; also its QoS, float []."""
-        engines, progress = jax.vmap(advance, (0, 0, None, None))(
-            params.engines, state.engines, Progress.none(), until
-        )
+        engines, progress = jax.vmap(advance, (0, 0, None, None))(params.engines, state.engines, Progress.none(), until)
         totals = state.totals
         if totals is not None:
             totals = totals.replace(

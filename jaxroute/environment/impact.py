@@ -1,6 +1,6 @@
 """Action impact estimator: what sending a request to an expert costs the requests that are already there.
 
-Three forms (physics.md section 4), each a pure function of one engine's queue of S slots before the request joins:
+Three forms (simulation.md section 4), each a pure function of one engine's queue of S slots before the request joins:
 
 - `predicted_impact`, the default: from predictions and the expert's own latency model, waiting requests too, and only
   requests that the action turns from met to missed;

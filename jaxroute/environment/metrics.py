@@ -1,7 +1,7 @@
 """Metrics of an episode: sums that are added to at every step, and what follows from them at the end.
 
-The sums are additive over episodes and environments. Percentiles come from a histogram with 4 % wide bins ("histogram"),
-so at most 2 % off, or from every request's own figures ("exact"); "off" keeps neither and no sums.
+The sums are additive over episodes and environments. Percentiles come from a histogram with 4 % wide bins
+("histogram"), so at most 2 % off, or from every request's own figures ("exact"); "off" keeps neither and no sums.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Completed(struct.PyTreeNode):
     finish: jax.Array  # float
 
     def qos(self, latency_limit: jax.Array) -> jax.Array:
-        """Score of the requests whose latency per token is below the limit, float [N] (physics.md section 4)."""
+        """Score of the requests whose latency per token is below the limit, float [N] (simulation.md section 4)."""
         met = self.present & ((self.finish - self.arrival) / self.tokens < latency_limit)
         return jnp.where(met, self.score, 0)
 
@@ -89,9 +89,7 @@ def empty_totals(num_experts: int, level: Level, episode_length: int) -> Episode
     )
 
 
-def add_completed(
-    totals: EpisodeTotals, level: Level, request: Completed, latency_limit: jax.Array
-) -> EpisodeTotals:
+def add_completed(totals: EpisodeTotals, level: Level, request: Completed, latency_limit: jax.Array) -> EpisodeTotals:
     """The totals with at most one completed request more at each expert."""
     several = request.present & (request.tokens > 1)
     latency = (request.finish - request.arrival) / request.tokens
@@ -111,14 +109,12 @@ def add_completed(
     )
 
 
-def _record(
-    histogram: jax.Array, level: Level, timings: jax.Array, present: jax.Array, index: jax.Array
-) -> jax.Array:
+def _record(histogram: jax.Array, level: Level, timings: jax.Array, present: jax.Array, index: jax.Array) -> jax.Array:
     """Adds the timings [3, N] of the requests that are `present` (bool [3, N]); `index` int32 [N] is theirs."""
     size = histogram.shape[-1]
     row = jnp.broadcast_to(jnp.arange(3)[:, None], timings.shape)
     if level == "exact":
-        return histogram.at[row, jnp.where(present, index, size)].set(timings.astype(jnp.float32), mode="drop")
+        return histogram.at[row, jnp.where(present, index, size)].set(timings, mode="drop")
     floor = jnp.floor(jnp.log(jnp.maximum(timings, _SMALLEST) / _SMALLEST) / np.log(_RATIO))
     column = jnp.where(present, jnp.minimum(floor, size - 1).astype(jnp.int32), size)
     return histogram.at[row, column].add(1.0, mode="drop")
@@ -140,7 +136,8 @@ def summarize(totals: EpisodeTotals, level: Level) -> dict[str, jax.Array]:
     """Metrics of an episode (or of the sum of several, with "histogram"), float []; `expert_...` float [N].
 
     Shares (`..._rate`) are of arrived requests, `qos` is the mean over all of them; `score`, timings and
-    `violation_rate` are over completed ones. `utilization` and `kv_use` are shares of the simulated time. NaN where there is nothing to average.
+    `violation_rate` are over completed ones. `utilization` and `kv_use` are shares of the simulated time. NaN where
+    there is nothing to average.
     """
     completed = jnp.sum(totals.completed)
     several = jnp.sum(totals.several_tokens)

@@ -32,12 +32,14 @@ REQUEST_FEATURES = (
     "latency_so_far",
     "predicted_latency",
 )
-"""Features in order. Tokens are over `token_scale`, scores (s - 0.5) * 4, queue lengths over `queue_nodes`, KV use a share
-of the expert's cache. Times per token are over the latency limit and squashed by x / (1 + x), so 0.5 is at the limit."""
+"""Features in order. Tokens are over `token_scale`, scores (s - 0.5) * 4, queue lengths over `queue_nodes`, KV use a
+share of the expert's cache. Times per token are over the latency limit and squashed by x / (1 + x), so 0.5 is at the
+limit."""
 
 
 class GraphObservation(flax.struct.PyTreeNode):
-    """The routing graph of one decision (physics.md section 5). N experts, K nodes per queue; features are about 0..1.
+    """The routing graph of one decision (simulation.md section 5). N experts, K nodes per queue; features are about
+    0..1.
 
     All fields are traced; any leading batch axes may stand before the shapes given here.
     """
@@ -60,7 +62,7 @@ def _score(score: jax.Array) -> jax.Array:
 
 
 def action_mask(params: EnvParams, state: EnvState) -> jax.Array:
-    """bool [N + 1]: an expert is allowed if it has a free slot and could hold the prompt and one token; drop always is."""
+    """bool [N + 1]: an expert is allowed if it has a free slot and could hold the prompt and a token; drop always."""
     engines, prompt = params.engines, state.request.prompt_tokens
     fits = blocks_for(prompt, engines.block_size) <= engines.usable_blocks
     fits &= prompt < engines.max_model_len

@@ -35,9 +35,11 @@ def make_params(
     penalty_weight: float = 1.0,
     kv_cache_tokens: int | None = None,
 ) -> EnvParams:
-    """Parameters of a cluster of these experts; by default the frozen scenario at 3 requests/s (physics.md section 7).
+    """Parameters of a cluster of these experts; by default the frozen scenario at 3 requests/s (simulation.md section
+    7).
 
-    `latency_limit` in s per output token; None takes the profile's own, and so does `kv_cache_tokens`. Raises `UserError`.
+    `latency_limit` in s per output token; None takes the profile's own, and so does `kv_cache_tokens`. Raises
+    `UserError`.
     """
     engines = cluster(experts, profile, kv_cache_tokens)
     if workload is None:

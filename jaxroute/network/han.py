@@ -3,8 +3,8 @@
 A layer, as PyTorch Geometric's HANConv: every node type is projected; for each edge type a node attends over its
 neighbours (several heads, LeakyReLU 0.2, softmax, ReLU after the sum, zeros without neighbours); semantic attention
 then mixes the edge types that reach a node. `residual` adds the node's own projection, without which an expert's own
-features never become part of the arrived node's message in two layers (physics.md section 5); `residual=False` is the
-paper's network.
+features never become part of the arrived node's message in two layers (simulation.md section 5); `residual=False` is
+the paper's network.
 
 `HAN.__call__` takes a `GraphObservation` and is the fast path: dense arrays with masks, any leading batch axes.
 `HAN.on_graph` takes a `jraph.GraphsTuple`, batched and padded as one likes, and is the readable one. Tests hold them

@@ -1,8 +1,9 @@
 """Runs an engine: one iteration at a time, or by jumps from event to event. Both give the same schedule.
 
 Between two events the batch is constant and every running request gains one token an iteration, so a run of decode
-iterations has a closed form (latency.py). A jump takes one scheduled iteration, whatever it is, and after it as many plain
-decode iterations as end at the next event: the instant to stop at, a completion, or a KV block that cannot be had.
+iterations has a closed form (latency.py). A jump takes one scheduled iteration, whatever it is, and after it as many
+plain decode iterations as end at the next event: the instant to stop at, a completion, or a KV block that cannot be
+had.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ def _iterations_until_full(
 ) -> jax.Array:
     """Decode iterations that the KV cache has room for, int32 []; any number from `enough` on means enough.
 
-    Rounding every request's last block up or down bounds the answer within `block_size - 1`, and bisection finds it. The
-    loop runs only where memory is that short.
+    Rounding every request's last block up or down bounds the answer within `block_size - 1`, and bisection finds it.
+    The loop runs only where memory is that short.
     """
     batch = jnp.maximum(batch, 1)
     spare = params.usable_blocks * params.block_size - context

@@ -1,8 +1,8 @@
 """One serving engine: its options, and the state of its queue.
 
-vLLM keeps `running` in order of admission and puts preempted requests, last admitted first, back at the head of `waiting`.
-So one array in order, with a boundary, holds both queues: the first `num_running` positions run, the rest wait.
-Preemption and admission only move the boundary.
+vLLM keeps `running` in order of admission and puts preempted requests, last admitted first, back at the head of
+`waiting`. So one array in order, with a boundary, holds both queues: the first `num_running` positions run, the rest
+wait. Preemption and admission only move the boundary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LARGE = 2**30
 
 
 class LatencyModel(struct.PyTreeNode):
-    """Seconds an iteration takes: `c0 + c1*np + c2*nd + c3*ctx + c4*max(np + nd - knee, 0)` (physics.md section 2).
+    """Seconds an iteration takes: `c0 + c1*np + c2*nd + c3*ctx + c4*max(np + nd - knee, 0)` (simulation.md section 2).
 
     np = prefill and recompute tokens, nd = decode entries, ctx = computed tokens of the scheduled entries afterwards.
     The last term is the steeper slope of a real GPU above some number of tokens in the iteration; c4 = 0 turns it off.
@@ -97,15 +97,15 @@ def empty_engine(num_slots: int) -> EngineState:
 def blocks_for(tokens: jax.Array, block_size: jax.Array) -> jax.Array:
     """KV blocks that hold `tokens`: ceil(tokens / block_size), int32.
 
-    By a float multiplication, since CPUs have no SIMD integer division. The half keeps the quotient off the integers, so
-    the rounding is exact below 2**21 tokens.
+    By a float multiplication, since CPUs have no SIMD integer division. The half keeps the quotient off the integers,
+    so the rounding is exact below 2**21 tokens.
     """
     reciprocal = 1.0 / block_size.astype(jnp.float32)
     return jnp.floor((tokens + (block_size - 1)).astype(jnp.float32) * reciprocal + 0.5 * reciprocal).astype(jnp.int32)
 
 
 def prefix_sum(values: jax.Array) -> jax.Array:
-    """Inclusive cumulative sum of int32 or bool [S], int32, by doubling shifts: on CPUs a third of the time of jnp.cumsum."""
+    """Inclusive cumulative sum, int32 [S], of int32 or bool. Doubling shifts take a third of cumsum's time on CPUs."""
     total, shift = values.astype(jnp.int32), 1
     while shift < total.shape[0]:
         total += jnp.pad(total[:-shift], (shift, 0))
@@ -114,5 +114,5 @@ def prefix_sum(values: jax.Array) -> jax.Array:
 
 
 def target_tokens(prompt_tokens: jax.Array, output_tokens: jax.Array, max_model_len: jax.Array) -> jax.Array:
-    """Tokens that a request generates: its length, or fewer where max_model_len cuts it (vLLM's check_stop); at least 1."""
+    """Tokens that a request generates: its length, or fewer where max_model_len cuts it (vLLM's check_stop)."""
     return jnp.maximum(jnp.minimum(output_tokens, max_model_len - prompt_tokens), 1)

@@ -11,7 +11,7 @@ from jaxroute.simulator.engine import LARGE, LatencyModel
 def iteration_time(
     model: LatencyModel, prefill_tokens: jax.Array, decodes: jax.Array, context_tokens: jax.Array
 ) -> jax.Array:
-    """Seconds of an iteration (physics.md section 2), from np, nd and ctx."""
+    """Seconds of an iteration (simulation.md section 2), from np, nd and ctx."""
     above_knee = jnp.maximum(prefill_tokens + decodes - model.knee_tokens, 0)
     return (
         model.base
@@ -39,8 +39,8 @@ def run_time(first: jax.Array, growth: jax.Array, iterations: jax.Array) -> jax.
 def iterations_started_before(first: jax.Array, growth: jax.Array, gap: jax.Array) -> jax.Array:
     """How many iterations of a decode run start less than `gap` seconds (> 0) after its beginning, int32 >= 1.
 
-    The root of the quadratic, in the form that is stable for small growth. Rounding can put it one off, so the result is
-    checked against the run's own times on both sides.
+    The root of the quadratic, in the form that is stable for small growth. Rounding can put it one off, so the result
+    is checked against the run's own times on both sides.
     """
     linear = first - 0.5 * growth
     root = 2 * gap / (linear + jnp.sqrt(linear * linear + 2 * growth * gap))

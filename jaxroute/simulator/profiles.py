@@ -1,4 +1,4 @@
-"""The experts that scenarios name, and the latency profiles of the hardware they run on (physics.md sections 2 and 3)."""
+"""The experts that scenarios name, and the latency profiles of the hardware they run on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ EXPERT_MEAN_SCORES = {
     "baize-7b": 0.6557,
     "mpt-7b": 0.6321,
 }
-"""The paper's experts, in its order, and their mean BERTScore on MixInstruct (physics.md section 3; MPT's for both)."""
+"""The paper's experts, in its order, and their mean BERTScore on MixInstruct (simulation.md section 3; MPT's for
+both).
+"""
 
 KV_BYTES_PER_TOKEN = {"chatglm-6b": 458_752}
 """KV cache of one token at fp16, bytes, where it is not that of the 7B LLaMA family and MPT: `LLAMA_7B_KV_BYTES`."""
@@ -52,7 +54,7 @@ PROFILES = {
         latency_limit=0.030,
         token_scale=256.0,
         same_kv_for_all=True,
-        source="the frozen scenario: the paper's per-token constants (physics.md section 7)",
+        source="the frozen scenario: the paper's per-token constants (simulation.md section 7)",
     ),
     "rtx4090": Profile(
         latency=(0.018, 2.5e-5, 2.5e-5, 1.4e-7, 256, 6.5e-5),

@@ -152,8 +152,8 @@ def replay_by_iterations(
 ) -> tuple[Outcome, Decision, jax.Array, jax.Array]:
     """Runs at most `num_iterations` (static, M) one by one.
 
-    Returns the outcome; the decisions, stacked [M, ...]; bool [M], whether the iteration took place; int32 [M], the number
-    of waiting requests after the decision. The readable way, and the test of the other.
+    Returns the outcome; the decisions, stacked [M, ...]; bool [M], whether the iteration took place; int32 [M], the
+    number of waiting requests after the decision. The readable way, and the test of the other.
     """
 
     def step(run: _Run, _: None) -> tuple[_Run, tuple[Decision, jax.Array, jax.Array]]:

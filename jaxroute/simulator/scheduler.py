@@ -1,4 +1,4 @@
-"""The scheduling decision of one iteration: vLLM's V1 scheduler without its loops (physics.md section 1).
+"""The scheduling decision of one iteration: vLLM's V1 scheduler without its loops (simulation.md section 1).
 
 vLLM walks over `running`, preempting from the tail when blocks run out, and then over `waiting` until the first request
 that cannot be admitted. Because the queue is one array in order, both walks together schedule a prefix of it:
@@ -8,8 +8,8 @@ that cannot be admitted. Because the queue is one array in order, both walks tog
   taken from the tail, so the survivors are the longest prefix that fits, and its tail is what vLLM preempts;
 - a waiting request at i is admitted iff everyone before it is and its own conditions hold.
 
-So the new boundary is the first position that fails: before the old one it means preemption (and no admission), behind it
-admission. Cumulative sums and one minimum replace the loops.
+So the new boundary is the first position that fails: before the old one it means preemption (and no admission), behind
+it admission. Cumulative sums and one minimum replace the loops.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def prefill_limit(params: EngineParams) -> jax.Array:
 
 
 def schedule(params: EngineParams, state: EngineState) -> Decision:
-    """The decision for the iteration that starts now. Numbers in comments are the rules of physics.md section 1."""
+    """The decision for the iteration that starts now. Numbers in comments are the rules of simulation.md section 1."""
     position = jnp.arange(state.num_slots, dtype=jnp.int32)
     present = state.unfinished()
     running = position < state.num_running

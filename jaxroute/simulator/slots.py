@@ -43,8 +43,8 @@ def first_finished(state: EngineState) -> jax.Array:
 def remove(state: EngineState, carried: Tree, at: jax.Array) -> tuple[EngineState, Tree]:
     """Takes out the request in slot `at` (int32 []; S: none); `carried` are further arrays [S] that move along.
 
-    By a shift of what is behind it: few requests finish at one engine between two arrivals, and on CPUs a few shifts are
-    an order of magnitude cheaper than a gather by sorted or counted positions.
+    By a shift of what is behind it: few requests finish at one engine between two arrivals, and on CPUs a few shifts
+    are an order of magnitude cheaper than a gather by sorted or counted positions.
     """
     behind = jnp.arange(state.num_slots, dtype=jnp.int32) >= at
 

@@ -1,8 +1,8 @@
 """Plain Python reference of the routing environment: several reference engines behind a router, one arrival at a time.
 
-Written from physics.md sections 1 and 4 (accounting of an episode, rejection at routing, "every iteration that starts
-before an arrival does not see it"), with absolute times; the rules of an engine are those of `engine.py`. It shares no
-code with `jaxroute`.
+Written from simulation.md sections 1 and 4 (accounting of an episode, rejection at routing, "every iteration that
+starts before an arrival does not see it"), with absolute times; the rules of an engine are those of `engine.py`. It
+shares no code with `jaxroute`.
 """
 
 from __future__ import annotations
@@ -162,6 +162,10 @@ class Cluster:
                 fate.status = "completed"
                 qos += fate.qos
         return qos
+
+    def elapsed(self) -> float:
+        """Seconds since the first arrival: to the last one, or to the end of the last iteration where that is later."""
+        return max([self.now, *(expert.clock for expert in self.experts)])
 
     def count(self, status: str, expert: int | None = None) -> int:
         """Requests of this status, of one expert or of all."""

@@ -1,4 +1,4 @@
-"""Plain Python forms of the action impact estimator, request by request (physics.md section 4)."""
+"""Plain Python forms of the action impact estimator, request by request (simulation.md section 4)."""
 
 from __future__ import annotations
 
