@@ -9,6 +9,8 @@ import pytest
 
 import jaxroute
 from jaxroute.environment.impact import Queue, exact_impact, paper_impact, predicted_impact
+from jaxroute.simulator.engine import empty_engine
+from jaxroute.simulator.engine_config import engine_from_config
 from jaxroute.workload.arrivals import TraceArrivals
 from jaxroute.workload.workload import Workload
 from tests.reference import impact
@@ -140,3 +142,12 @@ def test_all_forms_in_many_states_at_limits_that_decide(exact_cases):
         np.testing.assert_allclose(got, wanted, **CLOSE)
         charged += (wanted > 0).sum(axis=(0, 1, 3))
     assert (charged > 100).all() and never_fit > 3
+
+
+def test_exact_impact_ends_when_a_prediction_cannot_fit_the_cache():
+    params = engine_from_config({"num_gpu_blocks": 11, "reserve_full_isl": False, "max_num_batched_tokens": 64}, "here")
+    nothing = jnp.zeros(4)
+    lengths = jnp.ones(4, jnp.int32)
+    for prompt in (100, 1000):
+        queue = Queue(empty_engine(4), nothing, nothing, nothing, lengths, jnp.int32(prompt), jnp.int32(256))
+        assert jax.jit(exact_impact)(params, jnp.float32(0.03), queue) == 0

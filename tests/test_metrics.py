@@ -60,11 +60,14 @@ def test_percentiles_of_both_levels():
     by_histogram = summarize(_totals("histogram", completed), "histogram")
     exactly = summarize(_totals("exact", completed), "exact")
     for name, values in zip(TIMINGS, _timings(completed), strict=True):
-        for summary, tolerance in ((exactly, 1e-4), (by_histogram, 0.02)):
+        for summary in (exactly, by_histogram):
             np.testing.assert_allclose(summary[name], np.nanmean(values), rtol=1e-4)
-            for quantile in (50, 95, 99):
-                wanted = np.nanpercentile(values, quantile)
-                np.testing.assert_allclose(summary[f"{name}_p{quantile}"], wanted, rtol=tolerance)
+        for quantile in (50, 95, 99):
+            key = f"{name}_p{quantile}"
+            np.testing.assert_allclose(exactly[key], np.nanpercentile(values, quantile), rtol=1e-4)
+            # A histogram cannot interpolate between two requests, which in the tail may be further apart than 2 %.
+            wanted = np.nanpercentile(values, quantile, method="inverted_cdf")
+            np.testing.assert_allclose(by_histogram[key], wanted, rtol=0.02)
 
 
 def test_every_request_is_counted_and_has_its_own_place():

@@ -9,16 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute.environment.impact import Queue, exact_impact, paper_impact, predicted_impact
-from jaxroute.environment.metrics import Completed, EpisodeTotals, Level, add_completed, empty_totals
+from jaxroute.environment.metrics import LEVELS, Completed, EpisodeTotals, Level, add_completed, empty_totals
 from jaxroute.environment.observation import GraphObservation, flatten, observe
 from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
+from jaxroute.errors import UserError
 from jaxroute.simulator.advance import Progress, advance
 from jaxroute.simulator.engine import EngineState, blocks_for, empty_engine, target_tokens
+from jaxroute.simulator.profiles import known
 from jaxroute.simulator.recorded import AFTER_ALL
 from jaxroute.simulator.slots import append, first_finished, remove
 from jaxroute.workload.request import Request
 
 Penalty = Literal["predicted", "paper", "exact", "off"]
+PENALTIES: tuple[Penalty, ...] = ("predicted", "paper", "exact", "off")
 Observation = GraphObservation | jax.Array
 
 
@@ -37,6 +40,14 @@ class RoutingEnvironment:
     observation: Literal["graph", "flat"] = "graph"
     penalty: Penalty = "predicted"  # form of the action impact estimator
     metrics: Level = "histogram"
+
+    def __post_init__(self) -> None:
+        choices = {"observation": ("graph", "flat"), "penalty": PENALTIES, "metrics": LEVELS}
+        for name, allowed in choices.items():
+            known(getattr(self, name), allowed, name)
+        for name in ("num_experts", "slots", "queue_nodes", "episode_length"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
+                raise UserError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
 
     @property
     def num_actions(self) -> int:

@@ -79,7 +79,8 @@ def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queu
     As the paper's, with predicted lengths d = max(prediction, o + 1), the expert's own c1, c2 and c3 for k1, the
     per-sequence cost and k2, and l_now over max(o, 1). A waiting request is judged by its predicted finish: the time
     until the next iteration, the prefills up to and including its own, its decode iterations at the present batch, and,
-    if seats or blocks run out before it, the mean remaining time of a running request for every such one ahead.
+    where seats or blocks run out before it, a turnover for it and every such one ahead: the mean remaining time of a
+    running request over their number, since that often one of them ends.
     """
     engine, latency = queue.engine, params.latency
     position = jnp.arange(engine.num_slots)
@@ -120,16 +121,17 @@ def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queu
 def exact_impact(params: EngineParams, latency_limit: jax.Array, queue: Queue) -> jax.Array:
     """As `predicted_impact`, with latencies from running the engine, float []. Costs two drains of the engine."""
     engine = queue.engine
+    # A prediction longer than the cache holds would have the engine preempt that request for ever.
+    room = params.usable_blocks * params.block_size + 1
+
+    def target(prompt: jax.Array, length: jax.Array) -> jax.Array:
+        return jnp.minimum(target_tokens(prompt, length, params.max_model_len), room - prompt)
+
     length = expected_length(queue.predicted_tokens, engine.generated)
-    target = jax.vmap(target_tokens, (0, 0, None))(engine.prompt_tokens, length, params.max_model_len)
-    engine = engine.replace(target_tokens=jnp.maximum(target, engine.generated + 1))
-    joined = append(
-        engine,
-        engine.num_requests < engine.num_slots,
-        queue.prompt_tokens,
-        target_tokens(queue.prompt_tokens, queue.output_tokens, params.max_model_len),
-        jnp.zeros((), float),
-    )
+    engine = engine.replace(target_tokens=jnp.maximum(target(engine.prompt_tokens, length), engine.generated + 1))
+    joins = (engine.num_requests < engine.num_slots) & (queue.prompt_tokens < room)
+    joined_target = target(queue.prompt_tokens, queue.output_tokens)
+    joined = append(engine, joins, queue.prompt_tokens, joined_target, jnp.zeros((), float))
 
     def met(state: EngineState) -> jax.Array:
         done, _ = advance(params, state, Progress.none(), jnp.asarray(AFTER_ALL, float))

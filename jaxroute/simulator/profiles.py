@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,11 +80,11 @@ PROFILES = {
 """Latency profiles by name."""
 
 
-def known(name: str, names: Iterable[str], what: str) -> str:
+def known(name: Any, names: Iterable[str], what: str) -> str:
     """`name`, if it is one of `names`; else a `UserError` with the nearest."""
     names = list(names)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.0)
         raise UserError(f"unknown {what} '{name}'; the nearest are {', '.join(near)}")
     return name
 

@@ -46,26 +46,43 @@ def schedule(params: EngineParams, state: EngineState) -> Decision:
     running = position < state.num_running
     length = state.prompt_tokens + state.generated
 
-    # 2 and 4: tokens each request asks for, then gets from the budget that those before it leave.
+    # 2 and 4: tokens that each request asks for.
     room = jnp.where(running, params.max_model_len - 1 - state.computed, LARGE)
     wanted = jnp.minimum(jnp.minimum(length - state.computed, prefill_limit(params)), room)
     wanted = jnp.where(present, jnp.maximum(wanted, 0), 0)
     budget = params.max_num_batched_tokens
-    capped = jnp.minimum(wanted, budget)
-    tokens = jnp.clip(budget - (prefix_sum(capped) - capped), 0, wanted)
 
-    # 3 and 5: blocks held afterwards by everyone up to here; for an admission also with the whole prompt.
-    blocks = jnp.where(present, blocks_for(state.computed + tokens, params.block_size), 0)
-    blocks_up_to = prefix_sum(blocks)
-    fits = blocks_up_to <= params.usable_blocks
-    whole = blocks_up_to - blocks + blocks_for(length, params.block_size)
-    whole_fits = (whole <= params.usable_blocks) | ~params.reserve_full_isl
-    unchunked = (tokens == wanted) | params.enable_chunked_prefill
-    seated = prefix_sum(present) <= params.max_num_seqs
-    passes = fits & (running | ((tokens > 0) & unchunked & whole_fits & seated))
+    def take_turns(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        _, present, wanted, _ = carry
+        # Each gets what those before it leave of the budget.
+        capped = jnp.minimum(wanted, budget)
+        tokens = jnp.clip(budget - (prefix_sum(capped) - capped), 0, wanted)
+        # 3 and 5: blocks held afterwards by everyone up to here; for an admission also with the whole prompt.
+        blocks = jnp.where(present, blocks_for(state.computed + tokens, params.block_size), 0)
+        blocks_up_to = prefix_sum(blocks)
+        fits = blocks_up_to <= params.usable_blocks
+        whole = blocks_up_to - blocks + blocks_for(length, params.block_size)
+        whole_fits = (whole <= params.usable_blocks) | ~params.reserve_full_isl
+        unchunked = (tokens == wanted) | params.enable_chunked_prefill
+        seated = prefix_sum(present) <= params.max_num_seqs
+        passes = fits & (running | ((tokens > 0) & unchunked & whole_fits & seated))
+        failed = jnp.min(jnp.where(present & ~passes, position, LARGE))
+        return jnp.bool_(True), present, tokens, jnp.minimum(failed, state.num_requests)
 
-    failed = present & ~passes
-    num_running = jnp.minimum(jnp.min(jnp.where(failed, position, LARGE)), state.num_requests)
+    # Mostly there is enough of everything for everyone, and then nobody needs to wait their turn. A loop of at most one
+    # round, since under `vmap` a loop is left out where no engine needs it, and a branch is not. What it works on must
+    # come in by the carry: XLA computes a loop's invariants ahead of it.
+    most = jnp.where(running | ~params.reserve_full_isl, state.computed + wanted, length)
+    most_blocks = jnp.sum(jnp.where(present, blocks_for(most, params.block_size), 0), dtype=jnp.int32)
+    ample = (
+        (jnp.sum(wanted, dtype=jnp.int32) <= budget)
+        & (most_blocks <= params.usable_blocks)
+        & (jnp.sum(present, dtype=jnp.int32) <= params.max_num_seqs)
+    )
+    all_at_once = (ample, present, wanted, state.num_requests)
+    _, _, tokens, num_running = jax.lax.while_loop(lambda carry: ~carry[0], take_turns, all_at_once)
+
+    blocks = blocks_for(state.computed + tokens, params.block_size)
     scheduled = present & (position < num_running)
     tokens = jnp.where(scheduled, tokens, 0)
     decode = (tokens == 1) & (state.generated > 0) & (state.computed == length - 1)

@@ -110,12 +110,13 @@ def _run(queue: Queue, joins: bool) -> list[float]:
     """Seconds per token of each queued request in the end, infinite for one that never ends."""
     engine = reference.Engine({**reference.DEFAULT_CONFIG, **queue.config})
     present = []
+    room = engine.usable_blocks * queue.config["block_size"] + 1  # longer predictions are cut to what the cache holds
     for request in queue.requests:
         entry = reference.Request(
             str(len(present)),
             -request.age,
             request.prompt,
-            request.expected_tokens,
+            max(min(request.expected_tokens, room - request.prompt), request.generated + 1),
             request.generated,
             request.computed,
         )
@@ -127,8 +128,9 @@ def _run(queue: Queue, joins: bool) -> list[float]:
         else:
             engine.waiting.append(entry)
     clock = queue.clock if present else max(queue.clock, 0.0)
-    if joins:
-        engine.waiting.append(reference.Request("joined", 0.0, queue.prompt, queue.predicted_tokens))
+    if joins and queue.prompt < room:
+        tokens = min(queue.predicted_tokens, room - queue.prompt)
+        engine.waiting.append(reference.Request("joined", 0.0, queue.prompt, tokens))
     while engine.running or engine.waiting:
         entries, preempted = engine.schedule()
         if not entries and not preempted:
