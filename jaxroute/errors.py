@@ -1,14 +1,25 @@
-"""The one exception that a user's mistake raises, and how a command reports it."""
+"""The one exception that a user's mistake raises, how a command reports it, and the nearest of known names."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
     """Input that cannot be used. The message is one line: what is wrong, where (file, line, key), and the remedy."""
+
+
+def known(name: Any, names: Iterable[str], what: str) -> str:
+    """`name`, if it is one of `names`; else a `UserError` with the nearest."""
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.0)
+        raise UserError(f"unknown {what} '{name}'; the nearest are {', '.join(near)}")
+    return name
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:

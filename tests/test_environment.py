@@ -132,7 +132,7 @@ def test_qos_of_every_step(case):
 
 
 def test_timings_of_every_request(case):
-    for row, timing in zip(case.totals.histogram, TIMINGS, strict=True):
+    for row, timing in zip(case.totals.timing_record, TIMINGS, strict=True):
         wanted = [getattr(fate, timing) for fate in case.cluster.fates]
         np.testing.assert_allclose(row, np.asarray(wanted, float), err_msg=timing, **CLOSE)
 
@@ -225,8 +225,8 @@ def test_an_episode_is_truncated_at_its_length_and_the_next_one_starts_afresh(ca
     assert fresh.workload.cursor == 1
     assert fresh.engines.num_requests.sum() == 0 and fresh.engines.num_running.sum() == 0
     totals = fresh.totals
-    assert np.isnan(totals.histogram).all()
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(totals.replace(histogram=np.zeros(1))))
+    assert np.isnan(totals.timing_record).all()
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(totals.replace(timing_record=np.zeros(1))))
     # The next episode's schedule is that of an idle cluster, and of the trace from its start.
     steps = range(EPISODE, STEPS)
     _, qos = oracle(case.env, case.params, run, steps, case.actions, case.gaps[: len(steps)])
@@ -243,6 +243,10 @@ def test_summary_is_numpy_on_the_reference(case):
     full, infeasible = cluster.count("rejected_full"), cluster.count("rejected_infeasible")
     experts = range(3)
     done = np.asarray([cluster.count("completed", expert) for expert in experts])
+    rejected = np.asarray(
+        [cluster.count("rejected_full", e) + cluster.count("rejected_infeasible", e) for e in experts]
+    )
+    routed = done + rejected
     wanted: dict[str, Any] = {
         "qos": qos / EPISODE,
         "score": np.mean([fate.score for fate in completed]),
@@ -253,11 +257,8 @@ def test_summary_is_numpy_on_the_reference(case):
         "preemptions": sum(expert.preemptions for expert in cluster.experts),
         "utilization": busy.mean() / elapsed,
         "qos_per_busy_second": qos / busy.sum(),
-        "expert_share": done / EPISODE,
+        "expert_share": routed / EPISODE,
         "expert_preemptions": [expert.preemptions for expert in cluster.experts],
-        "expert_rejections": [
-            cluster.count("rejected_full", e) + cluster.count("rejected_infeasible", e) for e in experts
-        ],
         "expert_utilization": busy / elapsed,
     }
     for timing in TIMINGS:
@@ -267,7 +268,13 @@ def test_summary_is_numpy_on_the_reference(case):
         for quantile in (50, 95, 99):
             wanted[f"{timing}_p{quantile}"] = np.percentile(values, quantile)
     with np.errstate(invalid="ignore", divide="ignore"):  # an expert may have no request at all
-        wanted["expert_qos"] = _per_expert(cluster, lambda fate: fate.qos) / done
+        several = _per_expert(cluster, lambda fate: fate.tpot is not None)
+        wanted["expert_qos"] = _per_expert(cluster, lambda fate: fate.qos) / routed
+        wanted["expert_rejection_rate"] = rejected / routed
+        wanted["expert_score"] = _per_expert(cluster, lambda fate: fate.score) / done
+        wanted["expert_ttft"] = _per_expert(cluster, lambda fate: fate.ttft) / done
+        wanted["expert_tpot"] = _per_expert(cluster, lambda fate: fate.tpot or 0.0) / several
+        per_block_second = _per_expert(cluster, lambda fate: fate.qos) / blocks
         wanted["expert_latency_per_token"] = _per_expert(cluster, lambda fate: fate.latency_per_token) / done
         wanted["expert_violation_rate"] = _per_expert(cluster, lambda fate: fate.violated) / done
         wanted["expert_qos_per_busy_second"] = _per_expert(cluster, lambda fate: fate.qos) / busy
@@ -275,6 +282,7 @@ def test_summary_is_numpy_on_the_reference(case):
         "kv_use": (blocks / usable).mean() / elapsed,
         "qos_per_block_second": qos / blocks.sum(),
         "expert_kv_use": blocks / usable / elapsed,
+        "expert_qos_per_block_second": per_block_second,
     }
     with jax.enable_x64(True):
         summary = jax.device_get(summarize(jax.tree.map(jnp.asarray, case.totals), "exact"))
@@ -282,7 +290,9 @@ def test_summary_is_numpy_on_the_reference(case):
     for name, value in wanted.items():
         np.testing.assert_allclose(summary[name], value, err_msg=name, **CLOSE)
     for name, value in approximate.items():
-        np.testing.assert_allclose(summary[name], value, err_msg=name, rtol=0.02 if name == "expert_kv_use" else 0.01)
+        np.testing.assert_allclose(
+            summary[name], value, err_msg=name, rtol=0.02 if name.startswith("expert_") else 0.01
+        )
 
 
 def test_one_expert_finishes_as_replay_does(runs):
@@ -303,7 +313,7 @@ def test_one_expert_finishes_as_replay_does(runs):
     assert recorded["status"] == "ok"
     assert recorded["summary"]["preemptions"] == case.totals.preemptions[0] > 3
     outcome = [recorded["per_request"][str(position)] for position in range(len(accepted))]
-    latency, ttft, _ = case.totals.histogram[:, accepted]
+    latency, ttft, _ = case.totals.timing_record[:, accepted]
     finish = times[accepted] + latency * [request["emitted"] for request in outcome]
     np.testing.assert_allclose(finish, [request["finish_time"] for request in outcome], rtol=1e-9)
     np.testing.assert_allclose(times[accepted] + ttft, [request["first_token_time"] for request in outcome], rtol=1e-9)

@@ -75,7 +75,7 @@ def default(params):
 @pytest.fixture(scope="module")
 def bare(params):
     """Longer episodes, flat observations and no metrics, on the same keys and actions."""
-    env, _ = jaxroute.make("paper-3", slots=SLOTS, episode_length=1000, observation="flat", metrics="off")
+    env, _ = jaxroute.make("paper-3", slots=SLOTS, episode_length=1000, obs="flat", metrics="off")
     return _run(env, params, **CHEAP_COMPILE)
 
 
@@ -161,7 +161,7 @@ def test_percentiles_of_the_histogram_are_near_the_references(default, params):
         its_params = jax.tree.map(lambda leaf, i=i: leaf[i], params)
         cluster, _ = oracle(env, its_params, of_one, range(EPISODE), ACTIONS[:, i], gaps[:, i])
         cluster.drain()
-        assert totals.completed[i].sum() == cluster.count("completed") == totals.histogram[i, 0].sum()
+        assert totals.completed[i].sum() == cluster.count("completed") == totals.timing_record[i, 0].sum()
         assert totals.rejected_full[i].sum() == cluster.count("rejected_full")
         np.testing.assert_allclose(totals.qos[i].sum(), sum(fate.qos for fate in cluster.fates), rtol=1e-4)
         for timing in ("latency_per_token", "ttft", "tpot"):

@@ -51,7 +51,7 @@ def test_routing_a_trace_to_one_expert_is_its_replay():
     outcome = [recorded["per_request"][str(i)] for i in range(REQUESTS)]
     tokens = np.asarray([request["emitted"] for request in outcome])
     np.testing.assert_array_equal(tokens, outputs[:REQUESTS])
-    latency, ttft, tpot = totals.histogram
+    latency, ttft, tpot = totals.timing_record
     for got, event in ((latency * tokens, "finish_time"), (ttft, "first_token_time")):
         wanted = np.asarray([request[event] for request in outcome]) - times[:REQUESTS]
         np.testing.assert_allclose(got, wanted, rtol=1e-4, err_msg=event)

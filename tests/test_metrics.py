@@ -75,7 +75,7 @@ def test_every_request_is_counted_and_has_its_own_place():
     totals = _totals("exact", completed)
     present, index, score = (np.asarray(leaf) for leaf in (completed.present, completed.index, completed.score))
     timings = _timings(completed)
-    for row, values in zip(np.asarray(totals.histogram), timings, strict=True):
+    for row, values in zip(np.asarray(totals.timing_record), timings, strict=True):
         wanted = np.full(EPISODE, np.nan)
         wanted[index[present]] = values[present]
         np.testing.assert_allclose(row, wanted, rtol=1e-3, atol=1e-6)  # differences of times of some seconds in float32
@@ -93,7 +93,7 @@ def test_totals_of_episodes_add_up():
     one, other = _completed(2), _completed(3)
     both = jax.tree.map(jnp.add, _totals("histogram", one), _totals("histogram", other))
     together = _totals("histogram", jax.tree.map(lambda *leaves: jnp.concatenate(leaves), one, other))
-    np.testing.assert_array_equal(both.histogram, together.histogram)
+    np.testing.assert_array_equal(both.timing_record, together.timing_record)
     np.testing.assert_array_equal(both.completed, together.completed)
     np.testing.assert_allclose(both.timings, together.timings, rtol=1e-4)
 
@@ -102,7 +102,7 @@ def test_timings_beyond_the_histogram_fall_into_its_ends():
     zero, one = jnp.zeros(3), jnp.ones(3, jnp.int32)
     finish = jnp.asarray([0.0, 1e-5, 1e6])
     request = Completed(one > 0, one, one, zero, one, arrival=zero, first_token=finish, finish=finish)
-    histogram = add_completed(empty_totals(3, "histogram", 3), "histogram", request, jnp.asarray(LIMIT)).histogram
+    histogram = add_completed(empty_totals(3, "histogram", 3), "histogram", request, jnp.asarray(LIMIT)).timing_record
     np.testing.assert_array_equal(histogram[:, 0], [2, 2, 0])
     np.testing.assert_array_equal(histogram[:, -1], [1, 1, 0])
 

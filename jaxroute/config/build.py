@@ -9,11 +9,11 @@ from jaxroute.config.schema import Config, WorkloadConfig
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import SCENARIOS, make_params
 from jaxroute.environment.state import EnvParams
-from jaxroute.errors import UserError
+from jaxroute.errors import UserError, known
 from jaxroute.learner.sac import Hyperparameters
 from jaxroute.learner.trainer import SACConfig
 from jaxroute.network.router_network import RouterNetwork
-from jaxroute.simulator.profiles import EXPERT_MEAN_SCORES, known
+from jaxroute.simulator.profiles import EXPERTS
 from jaxroute.workload import (
     FrozenRequests,
     PiecewiseArrivals,
@@ -42,7 +42,7 @@ def build(config: Config) -> Experiment:
     """Reads the data that the configuration names. Raises `UserError` for an unknown name or unusable data."""
     environment, training = config.environment, config.training
     scenario = SCENARIOS[known(environment.id, SCENARIOS, "environment id")]
-    experts = [known(expert, EXPERT_MEAN_SCORES, "expert") for expert in environment.experts or scenario]
+    experts = [known(expert, EXPERTS, "expert") for expert in environment.experts or scenario]
     workload, notes = _workload(config.workload, experts)
     env = RoutingEnvironment(
         num_experts=len(experts),
@@ -82,7 +82,7 @@ def _workload(config: WorkloadConfig, experts: list[str]) -> tuple[Workload, lis
     else:
         when = PoissonArrivals.create(arrivals.rate)
 
-    scores = [EXPERT_MEAN_SCORES[expert] for expert in experts]
+    scores = [EXPERTS[expert].mean_score for expert in experts]
     if requests.kind == "jsonl" and requests.path:
         names = requests.experts or ()
         if len(names) != len(experts):

@@ -12,10 +12,9 @@ from jaxroute.environment.impact import Queue, exact_impact, paper_impact, predi
 from jaxroute.environment.metrics import LEVELS, Completed, EpisodeTotals, Level, add_completed, empty_totals
 from jaxroute.environment.observation import GraphObservation, flatten, observe
 from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
-from jaxroute.errors import UserError
+from jaxroute.errors import UserError, known
 from jaxroute.simulator.advance import Progress, advance
 from jaxroute.simulator.engine import EngineState, blocks_for, empty_engine, target_tokens
-from jaxroute.simulator.profiles import known
 from jaxroute.simulator.recorded import AFTER_ALL
 from jaxroute.simulator.slots import append, first_finished, remove
 from jaxroute.workload.request import Request
@@ -37,12 +36,12 @@ class RoutingEnvironment:
     slots: int = 48  # S: requests that one expert holds, running and waiting; one more is a counted rejection
     queue_nodes: int = 10  # K: running and waiting requests that are observed of each expert
     episode_length: int = 5000  # requests
-    observation: Literal["graph", "flat"] = "graph"
+    obs: Literal["graph", "flat"] = "graph"  # a `GraphObservation`, or one flat vector
     penalty: Penalty = "predicted"  # form of the action impact estimator
     metrics: Level = "histogram"
 
     def __post_init__(self) -> None:
-        choices = {"observation": ("graph", "flat"), "penalty": PENALTIES, "metrics": LEVELS}
+        choices = {"obs": ("graph", "flat"), "penalty": PENALTIES, "metrics": LEVELS}
         for name, allowed in choices.items():
             known(getattr(self, name), allowed, name)
         for name in ("num_experts", "slots", "queue_nodes", "episode_length"):
@@ -65,6 +64,8 @@ class RoutingEnvironment:
         self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
     ) -> tuple[Observation, EnvState, jax.Array, jax.Array, jax.Array, dict[str, Any]]:
         """Routes the arriving request by `action` (int32 [], 0..N) and runs the cluster to the next arrival.
+
+        N drops the request, and so does any number outside of 0..N.
 
         Returns (observation, state, reward, terminated, truncated, info). Reward, float []: QoS of the requests that
         finished since the last decision, less penalty_weight times the penalty. An episode is truncated after
@@ -123,7 +124,7 @@ class RoutingEnvironment:
 
     def _observe(self, params: EnvParams, state: EnvState) -> Observation:
         observation = observe(params, state, self.queue_nodes)
-        return flatten(observation) if self.observation == "flat" else observation
+        return flatten(observation) if self.obs == "flat" else observation
 
     def _penalty(self, params: EnvParams, state: EnvState, action: jax.Array) -> jax.Array:
         """The penalty of sending the arriving request to the chosen expert, float []."""
@@ -180,7 +181,7 @@ class RoutingEnvironment:
         if totals is not None:
             totals = totals.replace(
                 arrived=totals.arrived + 1,
-                dropped=totals.dropped + (action == self.num_experts),
+                dropped=totals.dropped + ~jnp.any(chosen),
                 rejected_infeasible=totals.rejected_infeasible + (chosen & ~feasible),
                 rejected_full=totals.rejected_full + (chosen & feasible & ~free),
             )

@@ -16,7 +16,7 @@ from flax import struct
 
 from jaxroute.simulator.advance import Progress, advance
 from jaxroute.simulator.engine import EngineParams, EngineState, blocks_for, target_tokens
-from jaxroute.simulator.latency import iteration_time
+from jaxroute.simulator.latency import iteration_time, prefill_time
 from jaxroute.simulator.recorded import AFTER_ALL
 from jaxroute.simulator.slots import append
 
@@ -91,7 +91,7 @@ def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queu
     remaining = length - engine.generated
     overlap = _overlap(remaining, queue.output_tokens)
     added = (
-        latency.per_prefill_token * queue.prompt_tokens
+        prefill_time(latency, queue.prompt_tokens)
         + latency.per_decode * overlap
         + latency.per_context_token * _context_sum(queue.prompt_tokens, overlap)
     ) / length
@@ -99,18 +99,14 @@ def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queu
     iteration = decode_time(params, engine)
     batch = jnp.sum(running, dtype=jnp.int32)
     tokens = engine.prompt_tokens + engine.generated
-    to_prefill = jnp.cumsum(jnp.where(waiting, tokens, 0))
+    to_prefill = jnp.cumsum(jnp.where(waiting, prefill_time(latency, tokens), 0))
     held = jnp.where(running, engine.computed, tokens)
     blocks = jnp.cumsum(jnp.where(present, blocks_for(held, params.block_size), 0))
     seats = jnp.cumsum(present)
     unseated = waiting & ((blocks > params.usable_blocks) | (seats > params.max_num_seqs))
     turnover = iteration * jnp.sum(jnp.where(running, remaining, 0)) / jnp.maximum(batch, 1) ** 2
     finish = (
-        queue.age
-        + jnp.maximum(engine.clock, 0)
-        + latency.per_prefill_token * to_prefill
-        + turnover * jnp.cumsum(unseated)
-        + iteration * remaining
+        queue.age + jnp.maximum(engine.clock, 0) + to_prefill + turnover * jnp.cumsum(unseated) + iteration * remaining
     )
     so_far = queue.age / jnp.maximum(engine.generated, 1)
     without = jnp.where(running, so_far, finish / length)

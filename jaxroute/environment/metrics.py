@@ -41,7 +41,7 @@ class EpisodeTotals(struct.PyTreeNode):
     busy: jax.Array  # float [N], s of iterations
     block_seconds: jax.Array  # float [N], KV blocks held times s
     kv_seconds: jax.Array  # float [N], share of the KV cache held times s
-    histogram: jax.Array  # float [3, bins] counts of TIMINGS; "exact": float [3, episode length], NaN where none
+    timing_record: jax.Array  # float [3, bins] counts of TIMINGS; "exact": float [3, episode length], NaN where none
 
 
 class Completed(struct.PyTreeNode):
@@ -85,7 +85,7 @@ def empty_totals(num_experts: int, level: Level, episode_length: int) -> Episode
         busy=each,
         block_seconds=each,
         kv_seconds=each,
-        histogram=exact if level == "exact" else jnp.zeros((3, _BINS), float),
+        timing_record=exact if level == "exact" else jnp.zeros((3, _BINS), float),
     )
 
 
@@ -105,7 +105,7 @@ def add_completed(totals: EpisodeTotals, level: Level, request: Completed, laten
         preemptions=totals.preemptions + request.preemptions,
         timings=totals.timings + timings,
         several_tokens=totals.several_tokens + several,
-        histogram=_record(totals.histogram, level, timings, present, request.index),
+        timing_record=_record(totals.timing_record, level, timings, present, request.index),
     )
 
 
@@ -124,8 +124,8 @@ def _percentiles(totals: EpisodeTotals, level: Level) -> jax.Array:
     """[3 timings, 3]: p50, p95 and p99; NaN where nothing completed."""
     quantiles = jnp.asarray([0.5, 0.95, 0.99])
     if level == "exact":
-        return jnp.nanquantile(totals.histogram, quantiles, axis=1).T
-    cumulative = jnp.cumsum(totals.histogram, axis=1)
+        return jnp.nanquantile(totals.timing_record, quantiles, axis=1).T
+    cumulative = jnp.cumsum(totals.timing_record, axis=1)
     wanted = quantiles[None, :] * cumulative[:, -1:]
     bins = jnp.sum(cumulative[:, None, :] < wanted[:, :, None], axis=2)
     values = _SMALLEST * jnp.exp((bins + 0.5) * np.log(_RATIO))
@@ -136,13 +136,16 @@ def summarize(totals: EpisodeTotals, level: Level) -> dict[str, jax.Array]:
     """Metrics of an episode (or of the sum of several, with "histogram"), float []; `expert_...` float [N].
 
     Shares (`..._rate`) are of arrived requests, `qos` is the mean over all of them; `score`, timings and
-    `violation_rate` are over completed ones. `utilization` and `kv_use` are shares of the simulated time. NaN where
-    there is nothing to average.
+    `violation_rate` are over completed ones; `utilization` and `kv_use` are shares of the simulated time. An expert's
+    `qos` and rejections are over what was routed to it. Percentiles are of the cluster. NaN where there is nothing to
+    average.
     """
     completed = jnp.sum(totals.completed)
     several = jnp.sum(totals.several_tokens)
     experts = totals.completed.shape[-1]
     busy = jnp.sum(totals.busy)
+    rejected = totals.rejected_full + totals.rejected_infeasible
+    routed = totals.completed + rejected  # to each expert
     percentiles = _percentiles(totals, level)
     counts = jnp.stack([completed, completed, several])
     means = jnp.sum(totals.timings, axis=1) / counts
@@ -157,20 +160,24 @@ def summarize(totals: EpisodeTotals, level: Level) -> dict[str, jax.Array]:
         **timings,
         "violation_rate": jnp.sum(totals.violations) / completed,
         "drop_rate": totals.dropped / totals.arrived,
-        "rejection_rate": jnp.sum(totals.rejected_full + totals.rejected_infeasible) / totals.arrived,
+        "rejection_rate": jnp.sum(rejected) / totals.arrived,
         "full_rejection_rate": jnp.sum(totals.rejected_full) / totals.arrived,
         "preemptions": jnp.sum(totals.preemptions),
         "utilization": busy / experts / totals.elapsed,
         "kv_use": jnp.sum(totals.kv_seconds) / experts / totals.elapsed,
         "qos_per_busy_second": jnp.sum(totals.qos) / busy,
         "qos_per_block_second": jnp.sum(totals.qos) / jnp.sum(totals.block_seconds),
-        "expert_share": totals.completed / totals.arrived,
-        "expert_qos": totals.qos / totals.completed,
+        "expert_share": routed / totals.arrived,
+        "expert_qos": totals.qos / routed,
+        "expert_score": totals.score / totals.completed,
         "expert_latency_per_token": totals.timings[0] / totals.completed,
+        "expert_ttft": totals.timings[1] / totals.completed,
+        "expert_tpot": totals.timings[2] / totals.several_tokens,
         "expert_violation_rate": totals.violations / totals.completed,
+        "expert_rejection_rate": rejected / routed,
         "expert_preemptions": totals.preemptions,
-        "expert_rejections": totals.rejected_full + totals.rejected_infeasible,
         "expert_utilization": totals.busy / totals.elapsed,
         "expert_kv_use": totals.kv_seconds / totals.elapsed,
         "expert_qos_per_busy_second": totals.qos / totals.busy,
+        "expert_qos_per_block_second": totals.qos / totals.block_seconds,
     }

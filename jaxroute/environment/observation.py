@@ -38,8 +38,7 @@ limit."""
 
 
 class GraphObservation(flax.struct.PyTreeNode):
-    """The routing graph of one decision (simulation.md section 5). N experts, K nodes per queue; features are about
-    0..1.
+    """The routing graph of one decision (simulation.md section 5). N experts, K nodes per queue; features of order 1.
 
     All fields are traced; any leading batch axes may stand before the shapes given here.
     """

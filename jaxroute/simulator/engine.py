@@ -52,7 +52,7 @@ class EngineState(struct.PyTreeNode):
     """Queue of one engine with S slots, in order. Times are seconds relative to the present, so they stay small.
 
     A slot in [0, num_requests) is in use. A request that finishes during an advance keeps its slot, marked by its
-    finish time, until the slots are compacted (`slots.remove_finished`); schedulers pass over it.
+    finish time, until the slots are compacted (`slots.remove`); schedulers pass over it.
     """
 
     num_requests: jax.Array  # int32 [], slots in use

@@ -22,6 +22,12 @@ def iteration_time(
     )
 
 
+def prefill_time(model: LatencyModel, tokens: jax.Array) -> jax.Array:
+    """Seconds that prefilling `tokens` alone adds to an iteration."""
+    above_knee = jnp.maximum(tokens - model.knee_tokens, 0)
+    return model.per_prefill_token * tokens + model.per_token_above_knee * above_knee
+
+
 def decode_run(model: LatencyModel, decodes: jax.Array, context_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(first, growth) in seconds: iteration j = 0, 1, ... of an unchanged decode batch takes `first + growth * j`.
 

@@ -1,111 +1,140 @@
-"""The experts that scenarios name, and the latency profiles of the hardware they run on."""
+"""The experts that scenarios name, and the hardware they run on.
+
+A profile gives an engine's latency model and KV cache. `paper` and `rtx4090` state both. The others are GPUs, known by
+the time of a 7B model's linear layers on them: an expert's larger or smaller weights scale that, its KV bytes a token
+over the memory's bandwidth are the time of a context token, and what memory its weights leave is its KV cache.
+"""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxroute.errors import UserError
+from jaxroute.errors import UserError, known
 from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.engine_config import engine_from_config
 
-EXPERT_MEAN_SCORES = {
-    "alpaca-native": 0.7146,
-    "chatglm-6b": 0.7038,
-    "mpt-7b-instruct": 0.6321,
-    "koala-7B": 0.6396,
-    "baize-7b": 0.6557,
-    "mpt-7b": 0.6321,
+
+@dataclass(frozen=True)
+class Expert:
+    """A model: its mean BERTScore on MixInstruct, and its size at fp16."""
+
+    mean_score: float
+    weights_gb: float
+    kv_bytes: int  # of one token
+
+
+EXPERTS = {
+    "alpaca-native": Expert(0.7146, 13.5, 524_288),
+    "chatglm-6b": Expert(0.7038, 12.3, 458_752),
+    "mpt-7b-instruct": Expert(0.6321, 13.5, 524_288),
+    "koala-7B": Expert(0.6396, 13.5, 524_288),
+    "baize-7b": Expert(0.6557, 13.5, 524_288),
+    "mpt-7b": Expert(0.6321, 13.5, 524_288),
+    "oasst-12b": Expert(0.7468, 23.6, 737_280),
+    "vicuna-13b": Expert(0.6960, 26.0, 819_200),
+    "dolly-12b": Expert(0.6226, 23.6, 737_280),
+    "stablelm-7b": Expert(0.6247, 15.7, 393_216),
 }
-"""The paper's experts, in its order, and their mean BERTScore on MixInstruct (simulation.md section 3; MPT's for
-both).
-"""
-
-KV_BYTES_PER_TOKEN = {"chatglm-6b": 458_752}
-"""KV cache of one token at fp16, bytes, where it is not that of the 7B LLaMA family and MPT: `LLAMA_7B_KV_BYTES`."""
-
-LLAMA_7B_KV_BYTES = 524_288
+"""The paper's six in its order, then others of MixInstruct. MPT's score stands for both MPTs."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How fast a GPU runs an expert, and how many KV tokens it holds for a 7B LLaMA model."""
+    """An engine whose latency and KV cache are given, whatever the expert."""
 
     latency: tuple[float, ...]  # s: c0, c1, c2, c3 and, with a knee, knee tokens and c4
-    kv_cache_tokens: int
+    usable_blocks: int  # KV blocks of 16 tokens
     max_num_seqs: int
     max_model_len: int
     latency_limit: float  # s a token, a limit that suits the profile
     token_scale: float  # tokens that count as 1 in observations
-    same_kv_for_all: bool = False  # the KV cache is given in tokens, whatever the model
-    source: str = ""
 
 
-PROFILES = {
-    "paper": Profile(
-        latency=(0.015, 7.2e-5, 5e-5, 2.5e-5),
-        kv_cache_tokens=14_000,
-        max_num_seqs=64,
-        max_model_len=8192,
-        latency_limit=0.030,
-        token_scale=256.0,
-        same_kv_for_all=True,
-        source="the frozen scenario: the paper's per-token constants (simulation.md section 7)",
-    ),
-    "rtx4090": Profile(
-        latency=(0.018, 2.5e-5, 2.5e-5, 1.4e-7, 256, 6.5e-5),
-        kv_cache_tokens=41_408,
-        max_num_seqs=256,
-        max_model_len=32_768,
-        latency_limit=0.060,
-        token_scale=2048.0,
-        same_kv_for_all=True,
-        source="Llama-3.1-8B on an RTX 4090, vLLM 0.19, measured: 25 us a token up to 256 in the step, 90 us above",
-    ),
-    "a100": Profile(
-        latency=(0.0235, 1.405e-4, 6.07e-5, 5.93e-7),
-        kv_cache_tokens=49_000,
-        max_num_seqs=256,
-        max_model_len=2048,
-        latency_limit=0.060,
-        token_scale=256.0,
-        source="OPT-13B on an A100, measured: its decode and prefill regressions",
-    ),
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: milliseconds of the linear layers of a 7B model at 1, 256 and 2,048 tokens, memory and its bandwidth."""
+
+    linear_ms: tuple[float, float, float]
+    memory_gb: float
+    bandwidth_gb_s: float
+
+    def profile(self, name: str, expert_name: str) -> Profile:
+        """What this GPU is for an expert; `UserError` where its weights leave no room for a KV cache."""
+        expert = EXPERTS[expert_name]
+        one, knee, many = (1e-3 * ms * expert.weights_gb / _REFERENCE_WEIGHTS_GB for ms in self.linear_ms)
+        slope, steep = (knee - one) / 255, (many - knee) / (2048 - 256)
+        room = _MEMORY_USED * self.memory_gb - expert.weights_gb
+        if room <= 0:
+            raise UserError(
+                f"expert {expert_name} does not fit profile {name}: {expert.weights_gb} GB of weights, "
+                f"{_MEMORY_USED * self.memory_gb:.1f} GB of memory; choose a larger GPU"
+            )
+        return Profile(
+            latency=(one, slope, slope, expert.kv_bytes / (1e9 * self.bandwidth_gb_s), 256, max(steep - slope, 0.0)),
+            usable_blocks=int(1e9 * room / expert.kv_bytes) // 16 - 1,
+            max_num_seqs=256,
+            max_model_len=2048,
+            latency_limit=0.060,
+            token_scale=256.0,
+        )
+
+
+_REFERENCE_WEIGHTS_GB = 13.5  # of the 7B model that the linear layers were timed on
+_MEMORY_USED = 0.9  # share of a GPU's memory, vLLM's default gpu_memory_utilization
+
+PROFILES: dict[str, Profile | Gpu] = {
+    # The frozen scenario (simulation.md section 7): the per-token constants of the paper's first author.
+    "paper": Profile((0.015, 7.2e-5, 5e-5, 2.5e-5), 14_000 // 16, 64, 8192, 0.030, 256.0),
+    # Measured: Llama-3.1-8B, vLLM 0.19, 2,588 KV blocks of which vLLM keeps one; 25 us a token up to 256, then 90 us.
+    "rtx4090": Profile((0.018, 2.5e-5, 2.5e-5, 1.4e-7, 256, 6.5e-5), 2587, 256, 32_768, 0.060, 2048.0),
+    "a40": Gpu((23.9, 44.6, 259.0), 48, 696),
+    "a100": Gpu((9.3, 17.8, 133.5), 80, 2039),
+    "h100": Gpu((5.6, 9.2, 40.4), 80, 3350),
+    "rtx3090": Gpu((21.7, 67.5, 519.0), 24, 936),
+    "a6000": Gpu((23.4, 51.9, 348.0), 48, 768),
 }
-"""Latency profiles by name."""
+"""Hardware by name."""
 
 
-def known(name: Any, names: Iterable[str], what: str) -> str:
-    """`name`, if it is one of `names`; else a `UserError` with the nearest."""
-    names = list(names)
-    if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.0)
-        raise UserError(f"unknown {what} '{name}'; the nearest are {', '.join(near)}")
-    return name
+def engine_profiles(experts: Sequence[str], profile: str | Sequence[str]) -> list[Profile]:
+    """The profile of each expert; `profile` is one name for all, or a name for each. Raises `UserError`."""
+    names = [profile] * len(experts) if isinstance(profile, str) else list(profile)
+    if len(names) != len(experts):
+        raise UserError(f"profile: {len(names)} names for {len(experts)} experts; give one, or one for each")
+    found = []
+    for expert, name in zip(experts, names, strict=True):
+        known(expert, EXPERTS, "expert")
+        hardware = PROFILES[known(name, PROFILES, "profile")]
+        found.append(hardware.profile(name, expert) if isinstance(hardware, Gpu) else hardware)
+    return found
 
 
-def cluster(experts: Sequence[str], profile_name: str, kv_cache_tokens: int | None = None) -> EngineParams:
-    """Engines of a cluster, each field [N]: these experts, each on its own GPU of this profile.
+def cluster(
+    experts: Sequence[str], profiles: Sequence[Profile], kv_cache_tokens: int | Sequence[int] | None = None
+) -> EngineParams:
+    """Engines of a cluster, each field [N]: expert i on its own GPU of profile i.
 
-    `kv_cache_tokens` overrides the KV cache of every engine. Raises `UserError` for an unknown expert or profile.
+    `kv_cache_tokens`, one number or one for each expert, overrides the profiles' KV caches. Raises `UserError`.
     """
-    profile = PROFILES[known(profile_name, PROFILES, "profile")]
+    blocks = [profile.usable_blocks for profile in profiles]
+    if kv_cache_tokens is not None:
+        given = [kv_cache_tokens] * len(experts) if isinstance(kv_cache_tokens, int) else list(kv_cache_tokens)
+        if len(given) != len(experts):
+            raise UserError(f"kv_cache_tokens: {len(given)} numbers for {len(experts)} experts; give one, or one each")
+        if min(given) < 16:
+            raise UserError(f"kv_cache_tokens must be at least 16, the tokens of one KV block, not {min(given)}")
+        blocks = [tokens // 16 for tokens in given]
     engines = []
-    for expert in experts:
-        known(expert, EXPERT_MEAN_SCORES, "expert")
-        tokens = kv_cache_tokens or profile.kv_cache_tokens
-        if kv_cache_tokens is None and not profile.same_kv_for_all:
-            tokens = tokens * LLAMA_7B_KV_BYTES // KV_BYTES_PER_TOKEN.get(expert, LLAMA_7B_KV_BYTES)
+    for expert, profile, usable in zip(experts, profiles, blocks, strict=True):
         config = {
             "latency": profile.latency,
-            "num_gpu_blocks": tokens // 16 + 1,
+            "num_gpu_blocks": usable + 1,
             "max_num_seqs": profile.max_num_seqs,
             "max_model_len": profile.max_model_len,
         }
-        engines.append(engine_from_config(config, f"expert {expert} on profile {profile_name}"))
+        engines.append(engine_from_config(config, f"expert {expert}"))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *engines)

@@ -41,7 +41,8 @@ class Outcome(struct.PyTreeNode):
     finish: jax.Array  # float [R], NEVER where it did not finish
     preemptions: jax.Array  # int32 [R]
     emitted: jax.Array  # int32 [R]
-    end: jax.Array  # float [], end of the last iteration, since the last arrival (by iteration: since the start)
+    end: jax.Array  # float [], end of the last iteration, since the last request joined (by iteration: since the start)
+    joined: jax.Array  # int32 [], requests that arrived before the run ended
     progress: Progress
     stalled: jax.Array  # bool []
     drained: jax.Array  # bool [], every request finished
@@ -120,6 +121,7 @@ def _outcome(recording: Recording, run: _Run) -> Outcome:
         preemptions=run.state.preemptions,
         emitted=run.state.generated,
         end=run.state.clock,
+        joined=run.joined,
         progress=run.progress,
         stalled=(run.joined == recording.count) & ~drained & idle_out,
         drained=drained,

@@ -69,7 +69,11 @@ def paper(queue: Queue, k1: float, k2: float) -> Latencies:
 def predicted(queue: Queue) -> Latencies:
     """Ours: predictions, the engine's own latency model, waiting requests too."""
     config = queue.config
-    _, c1, c2, c3 = config["latency"][:4]
+    _, c1, c2, c3, knee, c4 = [*config["latency"], 0, 0][:6]
+
+    def prefill(tokens: int) -> float:
+        return c1 * tokens + c4 * max(tokens - knee, 0)
+
     running = [request for request in queue.requests if request.running]
     batch = len(running) + 1  # decode iterations are those of the running batch and one request more
     context = sum(request.computed for request in running) + batch
@@ -80,21 +84,21 @@ def predicted(queue: Queue) -> Latencies:
         mean = iteration * sum(request.expected_tokens - request.generated for request in running) / len(running)
         turnover = mean / len(running)
 
-    latencies, blocks, to_prefill, unseated = [], 0, 0, 0
+    latencies, blocks, to_prefill, unseated = [], 0, 0.0, 0
     for seat, request in enumerate(queue.requests, start=1):
         remaining = request.expected_tokens - request.generated
         together = max(min(remaining, queue.predicted_tokens) - 1, 0)
-        added = c1 * queue.prompt + c2 * together + c3 * _context(queue.prompt, together)
+        added = prefill(queue.prompt) + c2 * together + c3 * _context(queue.prompt, together)
         if request.running:
             blocks += math.ceil(request.computed / config["block_size"])
             without = request.age / max(request.generated, 1)
         else:
             length = request.prompt + request.generated
             blocks += math.ceil(length / config["block_size"])
-            to_prefill += length
+            to_prefill += prefill(length)
             if blocks > config["num_gpu_blocks"] - 1 or seat > config["max_num_seqs"]:
                 unseated += 1
-            finish = max(queue.clock, 0.0) + c1 * to_prefill + turnover * unseated + iteration * remaining
+            finish = max(queue.clock, 0.0) + to_prefill + turnover * unseated + iteration * remaining
             without = (request.age + finish) / request.expected_tokens
         latencies.append((request.predicted_score, without, without + added / request.expected_tokens))
     return latencies
