@@ -15,7 +15,7 @@ ARGS ?=
 .PHONY: help install train test lint fuzz bench clean
 
 help:
-	@echo "make train            train and evaluate a router (ARGS=\"seed=1 ...\" for python -m jaxroute.train)"
+	@echo "make train            train and evaluate a router (ARGS=\"--seed 1\": options of python -m jaxroute.train)"
 	@echo "make test             run the test suite (ARGS=\"-m 'not slow'\" for the fast tests)"
 	@echo "make lint             check style (ruff) and types (pyright)"
 	@echo "make fuzz CASES=n     compare n random engines with the reference simulator"

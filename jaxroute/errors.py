@@ -23,7 +23,7 @@ def known(name: Any, names: Iterable[str], what: str) -> str:
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Wraps a command's `main(argv) -> exit code`: a `UserError` is one line on stderr, exit code 2."""
+    """Wraps a command's `main(argv) -> exit code`: a line on stderr for a `UserError` (code 2) and for Ctrl-C (130)."""
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +32,8 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as interrupt:
+            print(str(interrupt) or "interrupted", file=sys.stderr)
             return 130
 
     return run

@@ -15,9 +15,10 @@ from jaxroute.config.loader import load_saved_config
 from jaxroute.config.schema import Config
 from jaxroute.environment.routers import heuristic_routers
 from jaxroute.errors import UserError, command
+from jaxroute.learner.trainer import policy_router
 from jaxroute.report.checkpoint import load_checkpoint
-from jaxroute.report.evaluation import EpisodeValues, evaluate_routers, trained_router
-from jaxroute.report.tables import evaluation_table, report_console
+from jaxroute.report.evaluation import EpisodeValues, evaluate_routers
+from jaxroute.report.tables import evaluation_table, print_notes, report_console
 
 
 @command
@@ -38,13 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_saved_config(arguments.run / "config.yaml", overrides)
     experiment = build(config)
     params = load_checkpoint(arguments.run, jax.eval_shape(lambda: _initial_params(experiment)))
-    report_console().print(evaluation_table(compare(config, experiment, params)))
+    console = report_console()
+    print_notes(console, experiment.notes)
+    console.print(evaluation_table(compare(config, experiment, params)))
     return 0
 
 
 def compare(config: Config, experiment: Experiment, params: Any) -> dict[str, EpisodeValues]:
     """Metrics of the routers in `evaluation.routers`, in that order; `params` are the trained network's variables."""
-    routers = {"trained": trained_router(experiment.network, params), **heuristic_routers(experiment.env)}
+    routers = {"trained": policy_router(experiment.network, params), **heuristic_routers(experiment.env)}
     chosen = {name: routers[name] for name in config.evaluation.routers}
     evaluation = config.evaluation
     return evaluate_routers(experiment.env, experiment.params, chosen, evaluation.episodes, evaluation.seed)

@@ -1,13 +1,13 @@
 """`python -m jaxroute.replay SPEC --out OUT.json`: one engine on a recorded list of requests.
 
-SPEC is a JSON file in the format of the recorded vLLM schedules (`config` and `requests`), or a CSV of requests with
-the columns `arrival_time,prompt_len,output_len`, which runs on the default engine.
+SPEC is a JSON file in the format of the recorded vLLM schedules (`config` and `requests`), or a CSV of requests in
+order of time with the columns `arrival_time,prompt_len,output_len` (or Azure's, see `workload.trace.load_trace`), which
+runs on the default engine.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -20,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.errors import UserError, command
+from jaxroute.report.files import write_text
 from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.engine_config import DEFAULTS, engine_from_config
 from jaxroute.simulator.recorded import Outcome, Recording, replay_by_jumps
+from jaxroute.workload import load_trace
 
 RUN_DEFAULTS = {"max_iterations": 1_000_000, "stall_iterations": 3}
 """Options of a run beside the engine's own (`engine_config.DEFAULTS`)."""
@@ -30,12 +32,12 @@ RUN_DEFAULTS = {"max_iterations": 1_000_000, "stall_iterations": 3}
 
 def load_spec(path: Path) -> dict[str, Any]:
     """Reads SPEC, JSON or CSV by its ending, into a dictionary with `config` and `requests`. Raises `UserError`."""
+    if path.suffix.lower() == ".csv":
+        return {"config": {}, "requests": _csv_requests(path)}
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
-    if path.suffix.lower() == ".csv":
-        return {"config": {}, "requests": _csv_requests(path, text)}
     try:
         spec = json.loads(text)
     except json.JSONDecodeError as error:
@@ -47,26 +49,11 @@ def load_spec(path: Path) -> dict[str, Any]:
     return spec
 
 
-def _csv_requests(path: Path, text: str) -> list[dict[str, float]]:
-    columns = ("arrival_time", "prompt_len", "output_len")
-    reader = csv.DictReader(text.splitlines())
-    for column in columns:
-        if column not in (reader.fieldnames or ()):
-            found = ", ".join(reader.fieldnames or ()) or "none"
-            raise UserError(f"{path}: column {column} is missing (needed: {', '.join(columns)}; found: {found})")
-    requests = []
-    for row in reader:
-        try:
-            requests.append(
-                {
-                    "arrival_time": float(row["arrival_time"]),
-                    "prompt_len": int(row["prompt_len"]),
-                    "output_len": int(row["output_len"]),
-                }
-            )
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: line {reader.line_num}: not a time and two whole token counts") from error
-    return requests
+def _csv_requests(path: Path) -> list[dict[str, float]]:
+    trace = load_trace(path)
+    times = (trace.first_time + trace.times).tolist()
+    columns = zip(times, trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
+    return [{"arrival_time": time, "prompt_len": prompt, "output_len": output} for time, prompt, output in columns]
 
 
 def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EngineParams, Recording, np.ndarray, np.ndarray]:
@@ -130,6 +117,8 @@ def result(outcome: Outcome, ids: np.ndarray, times: np.ndarray) -> dict[str, An
         return [float(value) if math.isfinite(value) else None for value in values]
 
     first, finish = absolute(outcome.first_token), absolute(outcome.finish)
+    joined = int(outcome.joined)
+    last_joined = float(times[joined - 1]) if joined else 0.0
     preemptions, emitted = np.asarray(outcome.preemptions).tolist(), np.asarray(outcome.emitted).tolist()
     status = "ok" if outcome.drained else "stalled" if outcome.stalled else "max_iterations"
     return {
@@ -146,7 +135,7 @@ def result(outcome: Outcome, ids: np.ndarray, times: np.ndarray) -> dict[str, An
         "summary": {
             "iterations": int(outcome.progress.iterations),
             "preemptions": sum(preemptions),
-            "end_time": float(outcome.end) + float(times[-1]),
+            "end_time": float(outcome.end) + last_joined,
         },
     }
 
@@ -179,10 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out}: cannot be written; name a file in a folder that exists and is writable")
     written = replay(spec, str(arguments.spec))
-    partial = out.with_name(out.name + ".partial")
     try:
-        partial.write_text(json.dumps(written, indent=1) + "\n")
-        partial.replace(out)
+        write_text(out, json.dumps(written, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
     summary = written["summary"]

@@ -28,7 +28,7 @@ from jaxroute.report.files import write_text
 from jaxroute.report.pictures import learning_curve, qos_comparison
 from jaxroute.report.progress import TrainingProgress
 from jaxroute.report.run_folder import MetricsLog, prepare_run_folder, versions
-from jaxroute.report.tables import evaluation_table, report_console, write_evaluation
+from jaxroute.report.tables import evaluation_table, print_notes, report_console, write_evaluation
 
 
 @command
@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_run_folder(run)
 
     console = report_console()
-    for note in experiment.notes:
-        console.print(f"note: {note}", highlight=False)
+    print_notes(console, experiment.notes)
     write_text(run / "config.yaml", config_text(config))
     write_text(run / "versions.json", json.dumps({"seed": config.training.seed, **versions()}, indent=2) + "\n")
     console.print(f"training on {jax.devices()[0].device_kind}, run in {run}", highlight=False)
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = time.monotonic()
     save_checkpoint(run, params)
     results = compare(config, experiment, params)
-    write_evaluation(run / "evaluation.json", results, config.evaluation.seed)
+    write_evaluation(run / "evaluation.json", results, config.evaluation.seed, experiment.notes)
     learning_curve(run / "learning_curve.png", records, results)
     qos_comparison(run / "qos.png", results)
     console.print(evaluation_table(results))
@@ -77,6 +76,7 @@ def train(config: Config, experiment: Experiment, run: Path, console: Console) -
 
     Raises:
         UserError: training diverged.
+        KeyboardInterrupt: as the user wished; once a chunk is done, its parameters are saved in `run` before.
     """
     env, env_params, network, hyper, sac, _ = experiment
     trainer = make_trainer(env, network, sac)
@@ -84,23 +84,32 @@ def train(config: Config, experiment: Experiment, run: Path, console: Console) -
     chunks = -(-config.training.frames // per_chunk)
     summary = jax.jit(partial(summarize, level=env.metrics))
     state = trainer.init(jax.random.key(config.training.seed), env_params, hyper)
-    records = []
+    params, records = None, []
     started = time.monotonic()
-    with MetricsLog(run) as log, TrainingProgress(console, chunks * per_chunk) as progress:
-        for chunk in range(1, chunks + 1):
-            state, metrics = trainer.train_chunk(state, env_params, hyper)
-            metrics = jax.device_get(metrics)
-            totals = metrics.pop("episode")
-            record: dict[str, Any] = {"frames": chunk * per_chunk, "seconds": round(time.monotonic() - started, 3)}
-            record.update((name, float(value)) for name, value in metrics.items())
-            if record["episodes"]:
-                episode = jax.device_get(summary(totals))
-                record["episode"] = {name: np.asarray(value).tolist() for name, value in episode.items()}
-            records.append(log.write(record))
-            progress.update(chunk * per_chunk, record)
-            if state.learner.updates > 0 and not np.isfinite(record["mean_q"] + record["critic_loss"]):
-                raise UserError(f"training diverged before frame {chunk * per_chunk}; lower agent.critic_learning_rate")
-    return state.learner.params, records
+    try:
+        with MetricsLog(run) as log, TrainingProgress(console, chunks * per_chunk) as progress:
+            for chunk in range(1, chunks + 1):
+                state, metrics = trainer.train_chunk(state, env_params, hyper)
+                # The parameters too, since the next chunk takes the state's memory over.
+                metrics, params = jax.device_get((metrics, state.learner.params))
+                totals = metrics.pop("episode")
+                record: dict[str, Any] = {"frames": chunk * per_chunk, "seconds": round(time.monotonic() - started, 3)}
+                record.update((name, float(value)) for name, value in metrics.items())
+                if record["episodes"]:
+                    episode = jax.device_get(summary(totals))
+                    record["episode"] = {name: np.asarray(value).tolist() for name, value in episode.items()}
+                records.append(log.write(record))
+                progress.update(chunk * per_chunk, record)
+                if state.learner.updates > 0 and not np.isfinite(record["mean_q"] + record["critic_loss"]):
+                    frames = chunk * per_chunk
+                    raise UserError(f"training diverged before frame {frames}; lower agent.critic_learning_rate")
+    except KeyboardInterrupt:
+        if not records:
+            raise
+        save_checkpoint(run, params)
+        done = f"interrupted after frame {records[-1]['frames']}"
+        raise KeyboardInterrupt(f"{done}; evaluate what is learned so far: python -m jaxroute.evaluate {run}") from None
+    return params, records
 
 
 if __name__ == "__main__":

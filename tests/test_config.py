@@ -63,9 +63,20 @@ def test_experts_take_the_place_of_the_scenarios():
     assert env.num_experts == params.workload.num_experts == 2
 
 
+def test_hardware_of_each_expert():
+    overrides = ["environment.kv_cache_tokens=[160, 320, 48e1]", "environment.profile=[paper, rtx4090, a100]"]
+    config = load_config(None, overrides)
+    assert config.environment.kv_cache_tokens == (160, 320, 480)
+    engines = build(config).params.engines
+    np.testing.assert_array_equal(engines.usable_blocks, [10, 20, 30])
+    np.testing.assert_array_equal(engines.max_num_seqs, [64, 256, 256])
+
+
 def test_short_training_has_short_chunks():
-    sac = build(load_config(None, ["training.frames=100", "training.num_envs=32"])).sac
-    assert sac.steps_per_chunk == 4
+    experiment = build(load_config(None, ["training.frames=100", "training.num_envs=32"]))
+    assert experiment.sac.steps_per_chunk == 4
+    assert experiment.hyperparameters.warmup_frames == 25
+    assert experiment.notes[0].startswith("agent.warmup_frames cut to 25")
 
 
 @pytest.mark.parametrize("name", ["default", "paper", "azure-conv", "azure-conv-full", "text"])
@@ -142,10 +153,17 @@ def test_saved_configuration_is_read_back_whole(tmp_path):
         ("environment.penalty=on", "environment.penalty: expected one of predicted, paper, exact, off, got 'on'"),
         ("environment.id=papr-3", "unknown environment id 'papr-3'; the nearest are paper-3"),
         ("environment.profile=rtx409", "unknown profile 'rtx409'; the nearest are rtx4090"),
+        ("environment.profile=3", "environment.profile: expected a text, or a list of one or more names, got 3"),
+        ("environment.profile=[paper]", "environment.profile: a list of 1 for 3 experts; give one value for all, or"),
+        ("environment.kv_cache_tokens=[999, 999]", "environment.kv_cache_tokens: a list of 2 for 3 experts"),
+        ("environment.kv_cache_tokens=15", "environment.kv_cache_tokens: expected a whole number from 16 to 2097151"),
+        ("environment.kv_cache_tokens=[15]", "environment.kv_cache_tokens: expected a whole number from 16 to 2097151"),
+        ("environment.kv_cache_tokens=3000000", "environment.kv_cache_tokens: expected a whole number from 16 to"),
         ("environment.experts=[koala-7b]", "unknown expert 'koala-7b'; the nearest are koala-7B"),
         ("environment.experts=[]", "environment.experts: expected a list of one or more names, got []"),
         ("agent.gamma=1.1", "agent.gamma: expected a number from 0 to 1, got 1.1"),
         ("training.buffer_capacity=1000", "training.buffer_capacity: expected a multiple of training.num_envs (32)"),
+        ("training.frames=63", "training.frames=63: expected 64 or more, two steps of training.num_envs=32"),
         ("evaluation.episodes=1", "evaluation.episodes: expected a whole number of 2 or more"),
         ("evaluation.routers=[best]", "expected a list of one or more of trained, round-robin"),
         ("workload.arrivals.kind=trace", "workload.arrivals.path: missing; add workload.arrivals.path=TRACE"),
@@ -197,6 +215,25 @@ def test_number_of_models_must_be_that_of_experts(tmp_path):
         config_folder() / "text.yaml", f"workload.requests.path={path}", "workload.requests.experts=[alpaca-7b]"
     )
     assert "workload.requests.experts: 1 models for 3 experts" in text
+
+
+def test_lengths_of_answers_are_cut_where_wished(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(RECORD)
+    overrides = [f"workload.requests.path={path}", "workload.requests.max_prompt_tokens=2"]
+    overrides += ["workload.requests.max_output_tokens=1"]
+    rows = build(load_config(config_folder() / "text.yaml", overrides)).params.workload.requests.rows  # pyright: ignore
+    assert rows.prompt_tokens.tolist() == [2] and rows.output_tokens.tolist() == [[1, 1, 1]]
+
+
+def test_traces_that_cannot_be_replayed(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text(TRACE)
+    overrides = ["workload.arrivals.kind=trace", f"workload.arrivals.path={path}"]
+    start = message(None, *overrides, "workload.arrivals.start=3")
+    assert start == f"workload.arrivals: {path}: start must lie within the trace's 0 to 2.5 s, is 3.0"
+    path.write_text("".join(TRACE.splitlines(True)[:2]))
+    assert message(None, *overrides).startswith(f"workload.arrivals: {path}: a trace needs at least two")
 
 
 def test_every_key_is_its_own_nearest():

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from jaxroute.replay import main, replay
+from tests.reference.engine import simulate
 
 GOOD = {"config": {}, "requests": [{"arrival_time": 0.0, "prompt_len": 3, "output_len": 2}]}
 
@@ -21,9 +22,9 @@ def run(tmp_path, text: str, name: str = "spec.json") -> tuple[int, dict | None]
 
 def test_csv_equals_json(tmp_path):
     requests = [
-        {"arrival_time": t, "prompt_len": p, "output_len": o} for t, p, o in [(0, 5, 4), (0.25, 40, 2), (1, 1, 1)]
+        {"arrival_time": t, "prompt_len": p, "output_len": o} for t, p, o in [(0.5, 5, 4), (0.75, 40, 2), (2, 1, 1)]
     ]
-    lines = ["arrival_time,prompt_len,output_len", *(",".join(map(str, r.values())) for r in requests)]
+    lines = ["\ufeffarrival_time,prompt_len,output_len", *(",".join(map(str, r.values())) for r in requests)]
     code, got = run(tmp_path, "\n".join(lines), "requests.csv")
     assert code == 0
     assert got == replay({"config": {}, "requests": requests})
@@ -35,6 +36,16 @@ def test_requests_keep_their_position_as_id_when_not_sorted(tmp_path):
     per_request = replay({"config": {}, "requests": [late, early]})["per_request"]
     assert list(per_request) == ["0", "1"]
     assert per_request["0"]["first_token_time"] > 2.0 > per_request["1"]["first_token_time"]
+
+
+def test_end_of_a_run_that_ends_before_all_have_joined():
+    requests = [{"arrival_time": t, "prompt_len": 3, "output_len": 20} for t in (0.5, 100.0)]
+    got = replay({"config": {"max_iterations": 5}, "requests": requests})
+    wanted = simulate({"config": {"max_iterations": 5}, "requests": requests})
+    assert got["status"] == wanted["status"] == "max_iterations" and got["summary"]["iterations"] == 5
+    assert 0.5 < got["summary"]["end_time"] < 1
+    assert got["summary"]["end_time"] == pytest.approx(wanted["summary"]["end_time"])
+    assert got["per_request"]["1"]["first_token_time"] is None
 
 
 def spec(config: dict | None = None, **request) -> str:
@@ -56,11 +67,11 @@ def spec(config: dict | None = None, **request) -> str:
         (spec({"block_size": 0}), "spec.json", "block_size"),
         (spec({"latency": [0.1]}), "spec.json", "latency"),
         (spec({"enable_chunked_prefill": 1}), "spec.json", "true or false"),
-        ("", "requests.csv", "column arrival_time is missing"),
-        ("arrival_time,prompt_len\n0,1\n", "requests.csv", "column output_len is missing"),
-        ("arrival_time,prompt_len,output_len\n0,1,x\n", "requests.csv", "line 2"),
-        ("arrival_time,prompt_len,output_len\n", "requests.csv", "there is no request"),
-        ("arrival_time,prompt_len,output_len\nnan,1,1\n", "requests.csv", "arrival_time"),
+        ("", "requests.csv", "requests.csv: the file is empty"),
+        ("arrival_time,prompt_len\n0,1\n", "requests.csv", "requests.csv, line 1: no column 'output_len'"),
+        ("arrival_time,prompt_len,output_len\n0,1,x\n", "requests.csv", "requests.csv, line 2: 'output_len'"),
+        ("arrival_time,prompt_len,output_len\n", "requests.csv", "has a header but no rows"),
+        ("arrival_time,prompt_len,output_len\nnan,1,1\n", "requests.csv", "requests.csv, line 2: 'arrival_time'"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, text, name, says):

@@ -13,6 +13,7 @@ from jaxroute.errors import UserError
 from jaxroute.report.checkpoint import load_checkpoint, save_checkpoint
 from jaxroute.report.files import whole_file
 from jaxroute.report.pictures import learning_curve, qos_comparison
+from jaxroute.report.progress import TrainingProgress
 from jaxroute.report.run_folder import MetricsLog, prepare_run_folder, versions
 from jaxroute.report.statistics import mean_interval, paired_difference
 from jaxroute.report.tables import ROWS, evaluation_table, write_evaluation
@@ -78,9 +79,9 @@ def test_table_without_the_trained_router():
 def test_evaluation_file(tmp_path):
     values = results()
     values["trained"]["ttft"][:] = np.nan
-    write_evaluation(tmp_path / "evaluation.json", values, seed=7)
+    write_evaluation(tmp_path / "evaluation.json", values, seed=7, notes=["estimated"])
     saved = json.loads((tmp_path / "evaluation.json").read_text())
-    assert (saved["episodes"], saved["seed"]) == (5, 7)
+    assert (saved["episodes"], saved["seed"], saved["notes"]) == (5, 7, ["estimated"])
     trained, other = saved["routers"]["trained"], saved["routers"]["shortest-queue"]
     assert trained["qos"] == pytest.approx(0.7) and trained["ttft"] is None
     assert len(trained["qos_per_episode"]) == 5 and len(trained["expert_qos"]) == 3
@@ -116,6 +117,17 @@ def test_metrics_log(tmp_path):
     assert logged == {"frames": 10, "loss": None, "episode": {"qos": 0.5, "expert": [1.0, None]}}
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == logged
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_progress_shows_the_latest_return_once_there_is_one(monkeypatch):
+    monkeypatch.setattr("jaxroute.report.progress.SECONDS_BETWEEN_LINES", -1.0)
+    console = Console(width=80, record=True, file=io.StringIO())
+    with TrainingProgress(console, 300) as progress:
+        for frames, value in ((100, float("nan")), (200, 12.34), (300, float("nan"))):
+            progress.update(frames, {"return": value, "reward": 0.5, "qos": 0.6})
+    lines = console.export_text().splitlines()
+    assert lines[0] == "100 frames, compiled, reward 0.500, QoS 0.600"
+    assert all("return 12.3, QoS 0.600, 0:00:00 left" in line for line in lines[1:]) and len(lines) == 3
 
 
 def test_run_folders_that_cannot_serve(tmp_path):

@@ -11,7 +11,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxroute import evaluate, train
+from jaxroute.config.build import build
 from jaxroute.config.loader import load_saved_config
+from jaxroute.report.progress import TrainingProgress
 
 TINY = [
     "training.frames=200",
@@ -19,7 +21,7 @@ TINY = [
     "training.buffer_capacity=400",
     "training.batch_size=16",
     "training.steps_per_chunk=25",
-    "agent.warmup_steps=100",
+    "agent.warmup_frames=100",
     "environment.episode_length=30",
     "environment.slots=8",
     "environment.penalty=off",
@@ -100,14 +102,38 @@ def test_same_seed_same_numbers(run, tmp_path):
 def test_evaluate_repeats_the_evaluation(run, capsys, monkeypatch):
     results = []
     compare = evaluate.compare
+    monkeypatch.setattr(evaluate, "build", lambda config: build(config)._replace(notes=["predictions are made"]))
     monkeypatch.setattr(evaluate, "compare", lambda *inputs: results.append(compare(*inputs)) or results[-1])
     assert evaluate.main([str(run)]) == 0
-    assert "3 fresh episodes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "note: predictions are made" in out and "3 fresh episodes" in out
     saved = json.loads((run / "evaluation.json").read_text())["routers"]
     for name, values in results[0].items():
         np.testing.assert_allclose(values["qos"], saved[name]["qos_per_episode"], rtol=1e-6)
     assert evaluate.main([str(run), "--episodes", "2", "--seed", "5"]) == 0
     assert len(results[1]["trained"]["qos"]) == 2
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_can_be_evaluated(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr(TrainingProgress, "update", interrupt)
+    assert train.main([*TINY, "--out", str(folder)]) == 130
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "after frame 100; evaluate what" in error and str(folder) in error
+    assert len(records(folder)) == 1
+    assert evaluate.main([str(folder)]) == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_keeps_its_metrics_alone(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*TINY, "agent.critic_learning_rate=1e38", "--out", str(folder)]) == 2
+    assert "diverged before frame 200" in capsys.readouterr().err
+    assert len(records(folder)) == 2 and not (folder / "checkpoint").exists()
 
 
 @pytest.mark.slow

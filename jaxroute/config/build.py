@@ -43,6 +43,13 @@ def build(config: Config) -> Experiment:
     environment, training = config.environment, config.training
     scenario = SCENARIOS[known(environment.id, SCENARIOS, "environment id")]
     experts = [known(expert, EXPERTS, "expert") for expert in environment.experts or scenario]
+    for key in ("profile", "kv_cache_tokens"):
+        value = getattr(environment, key)
+        if isinstance(value, tuple) and len(value) != len(experts):
+            raise UserError(
+                f"environment.{key}: a list of {len(value)} for {len(experts)} experts; give one value for all, or one "
+                f"for each of {', '.join(experts)}"
+            )
     workload, notes = _workload(config.workload, experts)
     env = RoutingEnvironment(
         num_experts=len(experts),
@@ -67,16 +74,22 @@ def build(config: Config) -> Experiment:
         # No longer than the training, so that a short one stays short.
         steps_per_chunk=min(training.steps_per_chunk, -(-training.frames // training.num_envs)),
     )
-    return Experiment(
-        env, params, RouterNetwork(**asdict(config.network)), Hyperparameters(**asdict(config.agent)), sac, notes
-    )
+    hyperparameters = Hyperparameters(**asdict(config.agent))
+    longest = training.frames // 4
+    if hyperparameters.warmup_frames > longest:
+        notes.append(f"agent.warmup_frames cut to {longest}, a quarter of training.frames, so that most of them learn")
+        hyperparameters = hyperparameters.replace(warmup_frames=longest)
+    return Experiment(env, params, RouterNetwork(**asdict(config.network)), hyperparameters, sac, notes)
 
 
 def _workload(config: WorkloadConfig, experts: list[str]) -> tuple[Workload, list[str]]:
     arrivals, requests, notes = config.arrivals, config.requests, []
     trace = load_trace(arrivals.path) if arrivals.kind == "trace" and arrivals.path else None
     if trace is not None:
-        when = TraceArrivals.create(trace.times, arrivals.rate_scale, arrivals.start)
+        try:
+            when = TraceArrivals.create(trace.times, arrivals.rate_scale, arrivals.start)
+        except UserError as error:
+            raise UserError(f"workload.arrivals: {arrivals.path}: {error}") from None
     elif arrivals.kind == "piecewise":
         when = PiecewiseArrivals.create(arrivals.durations, arrivals.rates)
     else:
@@ -90,7 +103,9 @@ def _workload(config: WorkloadConfig, experts: list[str]) -> tuple[Workload, lis
                 f"workload.requests.experts: {len(names)} models for {len(experts)} experts; name one for each of "
                 f"environment.experts ({', '.join(experts)})"
             )
-        table = load_mixinstruct(requests.path, names, requests.score)
+        table = load_mixinstruct(
+            requests.path, names, requests.score, requests.max_prompt_tokens, requests.max_output_tokens
+        )
         if table.predictions_made:
             notes.append(
                 f"{requests.path}: no pred_output_tokens or pred_score; predictions are the truth with the frozen "

@@ -176,7 +176,11 @@ def _convert(value: Any, kind: Any) -> tuple[Any, str]:
         converted, expected = _convert(value, arguments[0])
         return (converted, "") if not expected and arguments[1].holds(converted) else (None, arguments[1].text)
     if origin in (UnionType, Union):
-        return (None, "") if value is None else _convert(value, next(one for one in arguments if one is not NoneType))
+        if value is None and NoneType in arguments:
+            return None, ""
+        attempts = [_convert(value, one) for one in arguments if one is not NoneType]
+        fits = next((attempt for attempt in attempts if not attempt[1]), None)
+        return fits or (None, ", or ".join(expected for _, expected in attempts))
     if origin is Literal:
         return (value, "") if value in arguments else (None, f"one of {', '.join(arguments)}")
     if origin is tuple:
@@ -229,5 +233,10 @@ def _cross_check(config: Config) -> None:
         )
     if config.network.hidden % config.network.heads:
         raise UserError(f"network.hidden: expected a multiple of network.heads ({config.network.heads})")
+    if training.frames < 2 * training.num_envs:
+        raise UserError(
+            f"training.frames={training.frames}: expected {2 * training.num_envs} or more, two steps of "
+            f"training.num_envs={training.num_envs}, or nothing is learned"
+        )
     if training.buffer_capacity % training.num_envs:
         raise UserError(f"training.buffer_capacity: expected a multiple of training.num_envs ({training.num_envs})")

@@ -20,6 +20,7 @@ NonNegative = Annotated[float, Range("a number of 0 or more", lambda value: isfi
 Fraction = Annotated[float, Range("a number from 0 to 1", lambda value: 0 <= value <= 1)]
 Whole = Annotated[int, Range("a whole number of 0 or more", lambda value: value >= 0)]
 Count = Annotated[int, Range("a whole number of 1 or more", lambda value: value >= 1)]
+KVTokens = Annotated[int, Range("a whole number from 16 to 2097151", lambda value: 16 <= value < 2**21)]
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)]
 EvaluationEpisodes = Annotated[int, Range("a whole number of 2 or more, for an interval", lambda value: value >= 2)]
 Names = Annotated[tuple[str, ...], Range("a list of one or more names", bool)]
@@ -36,8 +37,8 @@ class EnvironmentConfig:
 
     id: str  # registered scenario: its experts
     experts: Names | None  # experts in place of the scenario's
-    profile: str  # hardware profile of every expert
-    kv_cache_tokens: Count | None  # KV cache of every expert, tokens; None: the profile's own
+    profile: str | Names  # hardware profile of every expert, or one for each
+    kv_cache_tokens: KVTokens | tuple[KVTokens, ...] | None  # KV cache, the same; None: the profile's own
     slots: Count  # requests (running and waiting) that one engine can hold
     queue_nodes: Count  # running and waiting requests observed per expert, each
     episode_length: Count  # requests per episode
@@ -67,6 +68,8 @@ class RequestsConfig:
     path: str | None  # jsonl: MixInstruct-shaped file
     experts: Names | None  # jsonl: model names in the file, one per expert of the environment
     score: str  # jsonl: name of the score under candidates[].scores
+    max_prompt_tokens: Count | None  # jsonl: longer prompts are cut to it; None: none is
+    max_output_tokens: Count | None  # jsonl: longer answers are cut to it; None: none is
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class AgentConfig:
     target_entropy_ratio: Fraction
     initial_temperature: Positive
     max_grad_norm: Positive
-    warmup_steps: Whole
+    warmup_frames: Whole
     reward_centering_rate: Fraction
 
 

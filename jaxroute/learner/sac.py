@@ -19,18 +19,18 @@ from flax import struct
 
 @struct.dataclass
 class Hyperparameters:
-    """What may be swept: every field is a traced scalar, none changes a shape."""
+    """What may be swept: every field is a traced scalar, none changes a shape. Values: `configs/default.yaml`."""
 
-    actor_learning_rate: Any = 3e-4
-    critic_learning_rate: Any = 3e-4  # of the shared encoder too
-    alpha_learning_rate: Any = 3e-4
-    gamma: Any = 0.99  # discount per decision
-    tau: Any = 0.005  # share of the online network that an update mixes into the target network
-    target_entropy_ratio: Any = 0.5  # of the largest entropy; near 1 the temperature runs away with few actions
-    initial_temperature: Any = 0.05
-    max_grad_norm: Any = 10.0  # global norm, the actor's and the critics' gradients each
-    warmup_steps: Any = 25_000  # frames (decisions over all environments) of random actions before the first update
-    reward_centering_rate: Any = 1e-3  # of the running mean reward per update; 0: rewards are not centred
+    actor_learning_rate: Any
+    critic_learning_rate: Any  # of the shared encoder too
+    alpha_learning_rate: Any
+    gamma: Any  # discount per decision
+    tau: Any  # share of the online network that an update mixes into the target network
+    target_entropy_ratio: Any  # of the largest entropy; near 1 the temperature runs away with few actions
+    initial_temperature: Any
+    max_grad_norm: Any  # global norm, the actor's and the critics' gradients each
+    warmup_frames: Any  # decisions over all environments that are random, before the first update
+    reward_centering_rate: Any  # of the running mean reward per update; 0: rewards are not centred
 
 
 @struct.dataclass
@@ -195,7 +195,7 @@ def update(
         actor_grad_norm=optax.tree.norm(actor_grads),
         average_reward=average_reward,
     )
-    state = LearnerState(
+    following = LearnerState(
         params=params,
         target_params=optax.incremental_update(params, state.target_params, hyper.tau),
         critic_optimizer=critic_optimizer,
@@ -205,4 +205,5 @@ def update(
         average_reward=average_reward,
         updates=state.updates + 1,
     )
-    return state, metrics
+    # Where JAX is set to 64 bits, some of it was computed in them.
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), following, state), metrics

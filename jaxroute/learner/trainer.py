@@ -20,11 +20,11 @@ from jaxroute.learner.sac import Hyperparameters, LearnerState, Transition, Upda
 class SACConfig:
     """What the shapes of the program depend on; everything else is in `Hyperparameters`."""
 
-    num_envs: int = 32  # environments stepped together
-    buffer_capacity: int = 100_000  # transitions, a multiple of num_envs
-    batch_size: int = 256
-    updates_per_step: int = 1  # gradient updates after each collection step, which makes num_envs transitions
-    steps_per_chunk: int = 250  # collection steps of one call of train_chunk
+    num_envs: int  # environments stepped together
+    buffer_capacity: int  # transitions, a multiple of num_envs
+    batch_size: int
+    updates_per_step: int  # gradient updates after each collection step, which makes num_envs transitions
+    steps_per_chunk: int  # collection steps of one call of train_chunk
 
 
 @struct.dataclass
@@ -35,18 +35,20 @@ class TrainState:
     buffer: ReplayBuffer
     env_state: Any  # each leaf [num_envs, ...]
     observation: Any  # of env_state, each leaf [num_envs, ...]
+    returns: jax.Array  # float32 [num_envs], sums of the rewards of the episodes so far
     key: jax.Array
     steps: jax.Array  # int32 []: collection steps so far; frames are num_envs times as many
 
 
 # in_axes and out_axes of a TrainState when seeds, hyperparameters or environment parameters are vmapped. The counters
-# are the same for all and stay unbatched: then a write to the buffer stays a slice update, and, where warmup_steps is
+# are the same for all and stay unbatched: then a write to the buffer stays a slice update, and, where warmup_frames is
 # unbatched too, warm-up stays a branch.
 TRAIN_STATE_AXES = TrainState(
     learner=0,  # pyright: ignore[reportArgumentType]
     buffer=ReplayBuffer(rows=0, rows_added=None),  # pyright: ignore[reportArgumentType]
     env_state=0,
     observation=0,
+    returns=0,  # pyright: ignore[reportArgumentType]
     key=0,  # pyright: ignore[reportArgumentType]
     steps=None,  # pyright: ignore[reportArgumentType]
 )
@@ -60,9 +62,10 @@ class Trainer(NamedTuple):
         followed by `updates_per_step` updates once warm-up is over. The state passed in is donated: use it no more.
         Metrics are float32 [] means over the chunk, in a dict:
         reward, qos, penalty: per decision. qos is thus the running QoS per request
-        drop_share: of decisions
+        drop_rate: of decisions
         the fields of sac.UpdateMetrics: per update, NaN where there was none
         episodes: number that ended
+        return: sum of an episode's rewards, averaged over those episodes; NaN where there was none
         episode: the environment's info["episode"] averaged over those episodes (a pytree; NaN where there was none)
     """
 
@@ -88,6 +91,7 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
             buffer=replay_buffer.init(example, config.buffer_capacity),
             env_state=env_state,
             observation=observation,
+            returns=jnp.zeros(config.num_envs, jnp.float32),
             key=key,
             steps=jnp.zeros((), jnp.int32),
         )
@@ -101,7 +105,7 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
         """One transition in each environment, then the updates; its metrics are sums to be divided over the chunk."""
         key, action_key, env_key, sample_key = jax.random.split(state.key, 4)
         # Compared in steps, as frames could pass the int32 range.
-        warming_up = state.steps < (hyper.warmup_steps + config.num_envs - 1) // config.num_envs
+        warming_up = state.steps < (hyper.warmup_frames + config.num_envs - 1) // config.num_envs
 
         logits = jax.vmap(lambda x: sac.policy_logits(network, state.learner.params, x))(state.observation)
         logits = jnp.where(warming_up & sac.allowed_actions(logits), 0.0, logits)
@@ -109,6 +113,7 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
         observation, env_state, reward, terminated, truncated, info = jax.vmap(env.step, (0, 0, 0, None))(
             jax.random.split(env_key, config.num_envs), state.env_state, action, env_params
         )
+        reward = reward.astype(jnp.float32)  # as the buffer's, with 64-bit environments too
         transition = Transition(state.observation, action, reward, terminated, info["final_observation"])
         buffer = replay_buffer.add(state.buffer, transition)
 
@@ -125,6 +130,7 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
         )
 
         ended = terminated | truncated
+        returns = state.returns + reward
 
         def sum_over_ended(x: jax.Array) -> jax.Array:
             return jnp.where(ended.reshape(-1, *[1] * (x.ndim - 1)), x, 0).sum(axis=0)
@@ -134,14 +140,16 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
                 "reward": reward.mean(),
                 "qos": info["qos"].mean(),
                 "penalty": info["penalty"].mean(),
-                "drop_share": (action == env.num_actions - 1).mean(),
+                "drop_rate": (action == env.num_actions - 1).mean(),
             },
             "update": update_metrics,
             "updated": ~warming_up,
             "episode": jax.tree.map(sum_over_ended, info["episode"]),
+            "return": sum_over_ended(returns),
             "episodes": ended.sum(),
         }
-        return TrainState(learner, buffer, env_state, observation, key, state.steps + 1), metrics
+        returns = jnp.where(ended, 0.0, returns)
+        return TrainState(learner, buffer, env_state, observation, returns, key, state.steps + 1), metrics
 
     def train_chunk(state: TrainState, env_params: Any, hyper: Hyperparameters) -> tuple[TrainState, dict[str, Any]]:
         state, steps = jax.lax.scan(lambda s, _: step(s, env_params, hyper), state, length=config.steps_per_chunk)
@@ -151,6 +159,7 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
             **jax.tree.map(jnp.mean, steps["decision"]),
             **{name: getattr(update_metrics, name) for name in UpdateMetrics.__dataclass_fields__},
             "episodes": episodes.astype(jnp.float32),
+            "return": steps["return"].sum() / episodes,
             "episode": jax.tree.map(lambda x: x.sum(axis=0) / episodes, steps["episode"]),
         }
         return state, metrics
@@ -158,16 +167,14 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
     return Trainer(init=jax.jit(init), train_chunk=jax.jit(train_chunk, donate_argnums=0))
 
 
-def policy_router(network: nn.Module, params: Any, greedy: bool = True) -> Callable[..., jax.Array]:
-    """A router for one environment: router(observation, env_state, env_params, key) -> action int32 [].
+def policy_router(network: nn.Module, params: Any) -> Callable[..., jax.Array]:
+    """The policy's likeliest allowed action: router(observation, env_state, env_params, key) -> action int32 [].
 
     `params` are the network's variables (`TrainState.learner.params`); the router is a pytree that holds them, so that
-    they are arguments of a program it is passed to. Greedy: the likeliest allowed action; else one drawn by `key`.
+    they are arguments of a program it is passed to. It is for one environment, and of the observation alone.
     """
 
     def route(params: Any, observation: Any, env_state: Any, env_params: Any, key: jax.Array) -> jax.Array:
-        logits = sac.policy_logits(network, params, observation)
-        action = jnp.argmax(logits) if greedy else jax.random.categorical(key, logits)
-        return action.astype(jnp.int32)
+        return jnp.argmax(sac.policy_logits(network, params, observation)).astype(jnp.int32)
 
     return jax.tree_util.Partial(route, params)

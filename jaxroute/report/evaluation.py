@@ -6,7 +6,6 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,20 +14,10 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.metrics import summarize
 from jaxroute.environment.routers import Router
 from jaxroute.environment.state import EnvParams
-from jaxroute.learner.trainer import policy_router
 
 EpisodeValues = dict[
     str, np.ndarray
 ]  # metric (see `metrics.summarize`) -> [episodes], or [episodes, N] for "expert_..."
-
-
-def trained_router(network: nn.Module, params: Any) -> Router:
-    """The policy's likeliest action. `params` are arguments of a program that takes the router, not constants."""
-
-    def route(params: Any, observation: Any, state: Any, env_params: Any, key: jax.Array) -> jax.Array:
-        return policy_router(network, params)(observation, state, env_params, key)
-
-    return jax.tree_util.Partial(route, params)
 
 
 def evaluate_routers(

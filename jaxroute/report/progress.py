@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import timedelta
 from types import TracebackType
@@ -14,7 +15,10 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class TrainingProgress:
-    """Shows frames, rate, reward, QoS and the time left. Use as a context; call `update` after every chunk."""
+    """Shows frames, rate, return, QoS and the time left. Use as a context; call `update` after every chunk.
+
+    Until an episode has ended, the reward per decision stands in place of the return.
+    """
 
     def __init__(self, console: Console, frames: int):
         self._console, self._frames = console, frames
@@ -23,6 +27,7 @@ class TrainingProgress:
         self._task = self._bar.add_task("compiling", total=frames)
         self._done, self._updated = 0, time.monotonic()
         self._printed = float("-inf")
+        self._gain = ""
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -41,7 +46,10 @@ class TrainingProgress:
         speed = "compiled" if self._done == 0 else f"{rate:,.0f}/s"
         left = "" if self._done == 0 else f", {timedelta(seconds=round((self._frames - frames) / rate))} left"
         self._done, self._updated = frames, now
-        text = f"{frames:,} frames, {speed}, reward {record['reward']:.3f}, QoS {record['qos']:.3f}{left}"
+        if math.isfinite(record["return"]):
+            self._gain = f"return {record['return']:,.1f}"
+        gain = self._gain or f"reward {record['reward']:.3f}"
+        text = f"{frames:,} frames, {speed}, {gain}, QoS {record['qos']:.3f}{left}"
         self._bar.update(self._task, completed=frames, description=text)
         if not self._console.is_terminal and (now - self._printed > SECONDS_BETWEEN_LINES or frames == self._frames):
             self._console.print(text, highlight=False)

@@ -41,6 +41,11 @@ def report_console() -> Console:
     return console if console.is_terminal else Console(width=100)
 
 
+def print_notes(console: Console, notes: Sequence[str]) -> None:
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
 def evaluation_table(results: dict[str, EpisodeValues]) -> Table:
     """Routers in columns, metrics in rows; ± is half of a 95 % interval over the episodes. 80 characters hold it."""
     episodes = len(next(iter(results.values()))["qos"])
@@ -67,8 +72,11 @@ def evaluation_table(results: dict[str, EpisodeValues]) -> Table:
     return table
 
 
-def write_evaluation(path: Path, results: dict[str, EpisodeValues], seed: int) -> None:
-    """Every router's metrics: means over episodes, null without a value; QoS also per episode, with intervals."""
+def write_evaluation(path: Path, results: dict[str, EpisodeValues], seed: int, notes: Sequence[str]) -> None:
+    """Every router's metrics: means over episodes, null without a value; QoS also per episode, with intervals.
+
+    `notes` are what to know of the data, a line each.
+    """
     routers = {}
     for name, values in results.items():
         routers[name] = {
@@ -80,7 +88,8 @@ def write_evaluation(path: Path, results: dict[str, EpisodeValues], seed: int) -
             lead = paired_difference(results["trained"]["qos"], values["qos"])
             routers[name]["lead_of_trained"] = {"mean": lead.mean, "interval_95": _half_width(lead)}
     episodes = len(next(iter(results.values()))["qos"])
-    write_text(path, json.dumps({"episodes": episodes, "seed": seed, "routers": routers}, indent=2) + "\n")
+    evaluation = {"episodes": episodes, "seed": seed, "notes": list(notes), "routers": routers}
+    write_text(path, json.dumps(evaluation, indent=2) + "\n")
 
 
 def _mean(values: np.ndarray) -> float | list | None:

@@ -90,7 +90,7 @@ class TraceArrivals:
         if not (gaps >= 0).all():
             raise UserError("the arrival times of a trace must be numbers in ascending order; sort the trace by time")
         if start is not None and not 0 <= start <= seconds[-1]:
-            raise UserError(f"the trace's start offset must lie within its 0 to {seconds[-1]:.1f} s, is {start}")
+            raise UserError(f"start must lie within the trace's 0 to {seconds[-1]:.1f} s, is {start}")
         gaps = np.concatenate([[seconds[-1] / len(gaps)], gaps])
         row = int(np.searchsorted(seconds, start or 0.0))
         # `start` lies in the gap that leads to `row`; at the first row nothing of the gap is left.

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxroute.errors import UserError
 
-MAX_INT32 = int(np.iinfo(np.int32).max)
+MOST_TOKENS = 2**21 - 1  # as long a request as an engine can count
 
 
 class Place:
@@ -78,12 +76,12 @@ def member(place: Place, record: dict[str, Any], key: str, kind: type, inside: s
 
 
 def tokens(place: Place, label: str, value: Any) -> int:
-    """A token count: a whole number of at least 1, from JSON or as the text of a CSV cell."""
+    """A token count: a whole number from 1 to `MOST_TOKENS`, from JSON or as the text of a CSV cell."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10:
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_INT32:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_TOKENS:
         raise place.error(
-            f"{label} must be a whole number of tokens, at least 1, is {shown(value)}; correct or drop it"
+            f"{label} must be a whole number of tokens from 1 to {MOST_TOKENS}, is {shown(value)}; correct or drop it"
         )
     return value
 
