@@ -74,12 +74,11 @@ def build(config: Config) -> Experiment:
         # No longer than the training, so that a short one stays short.
         steps_per_chunk=min(training.steps_per_chunk, -(-training.frames // training.num_envs)),
     )
-    hyperparameters = Hyperparameters(**asdict(config.agent))
-    longest = training.frames // 4
-    if hyperparameters.warmup_frames > longest:
+    agent, longest = asdict(config.agent), training.frames // 4
+    if agent["warmup_frames"] > longest:
         notes.append(f"agent.warmup_frames cut to {longest}, a quarter of training.frames, so that most of them learn")
-        hyperparameters = hyperparameters.replace(warmup_frames=longest)
-    return Experiment(env, params, RouterNetwork(**asdict(config.network)), hyperparameters, sac, notes)
+        agent["warmup_frames"] = longest
+    return Experiment(env, params, RouterNetwork(**asdict(config.network)), Hyperparameters(**agent), sac, notes)
 
 
 def _workload(config: WorkloadConfig, experts: list[str]) -> tuple[Workload, list[str]]:
