@@ -75,8 +75,8 @@ def test_hardware_of_each_expert():
 def test_short_training_has_short_chunks():
     experiment = build(load_config(None, ["training.frames=100", "training.num_envs=32"]))
     assert experiment.sac.steps_per_chunk == 4
-    assert experiment.hyperparameters.warmup_frames == 25
-    assert experiment.notes[0].startswith("agent.warmup_frames cut to 25")
+    assert experiment.hyperparameters.warmup_frames == 50
+    assert experiment.notes[0].startswith("agent.warmup_frames cut to 50")
 
 
 @pytest.mark.parametrize("name", ["default", "paper", "azure-conv", "azure-conv-full", "text"])

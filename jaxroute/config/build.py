@@ -74,9 +74,9 @@ def build(config: Config) -> Experiment:
         # No longer than the training, so that a short one stays short.
         steps_per_chunk=min(training.steps_per_chunk, -(-training.frames // training.num_envs)),
     )
-    agent, longest = asdict(config.agent), training.frames // 4
+    agent, longest = asdict(config.agent), training.frames // 2
     if agent["warmup_frames"] > longest:
-        notes.append(f"agent.warmup_frames cut to {longest}, a quarter of training.frames, so that most of them learn")
+        notes.append(f"agent.warmup_frames cut to {longest}, half of training.frames")
         agent["warmup_frames"] = longest
     return Experiment(env, params, RouterNetwork(**asdict(config.network)), Hyperparameters(**agent), sac, notes)
 
