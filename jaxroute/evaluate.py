@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
 
 from jaxroute.config.build import Experiment, build
 from jaxroute.config.loader import load_saved_config
@@ -41,16 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     params = load_checkpoint(arguments.run, jax.eval_shape(lambda: _initial_params(experiment)))
     console = report_console()
     print_notes(console, experiment.notes)
-    console.print(evaluation_table(compare(config, experiment, params)))
+    console.print(evaluation_table(compare(config, experiment, params, console)))
     return 0
 
 
-def compare(config: Config, experiment: Experiment, params: Any) -> dict[str, EpisodeValues]:
-    """Metrics of the routers in `evaluation.routers`, in that order; `params` are the trained network's variables."""
+def compare(config: Config, experiment: Experiment, params: Any, console: Console) -> dict[str, EpisodeValues]:
+    """Metrics of the routers in `evaluation.routers`, in that order; `params` are the trained network's variables.
+
+    Prints a line for each router that is done.
+    """
+
+    def done(name: str, values: EpisodeValues) -> None:
+        console.print(f"evaluated {name}: QoS {values['qos'].mean():.4f}", highlight=False)
+
     routers = {"trained": policy_router(experiment.network, params), **heuristic_routers(experiment.env)}
     chosen = {name: routers[name] for name in config.evaluation.routers}
     evaluation = config.evaluation
-    return evaluate_routers(experiment.env, experiment.params, chosen, evaluation.episodes, evaluation.seed)
+    return evaluate_routers(experiment.env, experiment.params, chosen, evaluation.episodes, evaluation.seed, done)
 
 
 def _initial_params(experiment: Experiment) -> Any:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     params, records = train(config, experiment, run, console)
     trained = time.monotonic()
     save_checkpoint(run, params)
-    results = compare(config, experiment, params)
+    results = compare(config, experiment, params, console)
     write_evaluation(run / "evaluation.json", results, config.evaluation.seed, experiment.notes)
     learning_curve(run / "learning_curve.png", records, results)
     qos_comparison(run / "qos.png", results)

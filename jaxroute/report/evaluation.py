@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,14 @@ EpisodeValues = dict[
 
 
 def evaluate_routers(
-    env: RoutingEnvironment, params: EnvParams, routers: dict[str, Router], episodes: int, seed: int
+    env: RoutingEnvironment,
+    params: EnvParams,
+    routers: dict[str, Router],
+    episodes: int,
+    seed: int,
+    done: Callable[[str, EpisodeValues], None] = lambda name, values: None,
 ) -> dict[str, EpisodeValues]:
-    """Router name -> exact metrics of `episodes` whole episodes.
+    """Router name -> exact metrics of `episodes` whole episodes; `done` is called with each router's.
 
     Episode e has the same request stream for every router and in every call with the same `seed`: the environment's
     randomness depends on its keys alone, and routers draw from keys of their own.
@@ -33,7 +39,11 @@ def evaluate_routers(
     program = jax.jit(partial(_run_episodes, env))
     policies = [jax.tree_util.Partial(router) for router in routers.values()]
     keys = jax.random.split(jax.random.key(seed), episodes)
-    return {name: jax.device_get(program(policies, jnp.int32(i), keys, params)) for i, name in enumerate(routers)}
+    results = {}
+    for index, name in enumerate(routers):
+        results[name] = jax.device_get(program(policies, jnp.int32(index), keys, params))
+        done(name, results[name])
+    return results
 
 
 def _run_episodes(
