@@ -123,14 +123,14 @@ def queue_of(params: EnvParams, run: Run, step: int, expert: int) -> Queue:
     requests = [
         Queued(
             running=slot < engines.num_running[here],
-            prompt=int(engines.prompt_tokens[here][slot]),
-            generated=int(engines.generated[here][slot]),
-            computed=int(engines.computed[here][slot]),
-            true_tokens=int(engines.target_tokens[here][slot]),
-            age=-float(slots.arrival[here][slot]),
-            score=float(slots.score[here][slot]),
-            predicted_score=float(slots.predicted_score[here][slot]),
-            predicted_tokens=int(slots.predicted_tokens[here][slot]),
+            prompt=int(engines.prompt_tokens[step, slot, expert]),
+            generated=int(engines.generated[step, slot, expert]),
+            computed=int(engines.computed[step, slot, expert]),
+            true_tokens=int(engines.target_tokens[step, slot, expert]),
+            age=-float(slots.arrival[step, slot, expert]),
+            score=float(slots.score[step, slot, expert]),
+            predicted_score=float(slots.predicted_score[step, slot, expert]),
+            predicted_tokens=int(slots.predicted_tokens[step, slot, expert]),
         )
         for slot in range(engines.num_requests[here])
     ]

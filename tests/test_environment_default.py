@@ -14,7 +14,7 @@ import pytest
 
 import jaxroute
 from jaxroute.environment.metrics import summarize
-from jaxroute.environment.observation import flatten, observe
+from jaxroute.environment.observation import flatten
 from jaxroute.environment.registry import make_params
 from jaxroute.errors import UserError
 from tests.rollouts import CHEAP_COMPILE, Run, oracle
@@ -194,7 +194,8 @@ def test_observations_are_finite_and_normalised(default, bare):
 def test_observations_do_not_tell_the_truth(default, params):
     """Neither observations nor masks depend on the true lengths and scores, which a perturbation shows."""
     states = default.run.before
-    see = jax.jit(jax.vmap(jax.vmap(lambda p, state: observe(p, state, 10)), in_axes=(None, 0)))
+    env = default.env
+    see = jax.jit(jax.vmap(jax.vmap(env.observe), in_axes=(None, 0)))
     seen = jax.device_get(see(params, states))
     rng = np.random.default_rng(0)
     anything = lambda leaf: rng.permutation(leaf.ravel()).reshape(leaf.shape) * 1.7  # noqa: E731

@@ -78,25 +78,20 @@ def test_exact_form_as_the_penalty(exact_cases):
 
 def _all_forms(params, state, limits):
     """float [3 forms, N]: the impact on each expert, by the paper's, the predicted and the exact form; `limits` [N]."""
-    request = state.request
-
-    def of_expert(engine_params, engine, slots, k1, k2, true_tokens, predicted_tokens, limit):
-        queue = Queue(
-            engine=engine,
-            age=-slots.arrival,
-            score=slots.score,
-            predicted_score=slots.predicted_score,
-            predicted_tokens=slots.predicted_tokens,
-            prompt_tokens=request.prompt_tokens,
-            output_tokens=predicted_tokens,
-        )
-        paper = paper_impact(k1, k2, limit, queue.replace(output_tokens=true_tokens), engine.target_tokens)
-        ours = [form(engine_params, limit, queue) for form in (predicted_impact, exact_impact)]
-        return jnp.stack([paper, *ours])
-
-    inputs = (params.engines, state.engines, state.slots, params.penalty_prefill, params.penalty_context)
-    lengths = (request.output_tokens, request.predicted_output_tokens)
-    return jax.vmap(of_expert, out_axes=1)(*inputs, *lengths, limits)
+    request, slots = state.request, state.slots
+    queue = Queue(
+        engine=state.engines,
+        age=-slots.arrival,
+        score=slots.score,
+        predicted_score=slots.predicted_score,
+        predicted_tokens=slots.predicted_tokens,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens=request.predicted_output_tokens,
+    )
+    k1, k2, true_tokens = params.penalty_prefill, params.penalty_context, state.engines.target_tokens
+    paper = paper_impact(k1, k2, limits, queue.replace(output_tokens=request.output_tokens), true_tokens)
+    ours = [form(params.engines, limits, queue) for form in (predicted_impact, exact_impact)]
+    return jnp.stack([paper, *ours])
 
 
 def _misled(run):

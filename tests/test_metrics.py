@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxroute.environment.metrics import TIMINGS, Completed, add_completed, empty_totals, summarize
+from jaxroute.environment.metrics import (
+    TIMINGS,
+    Completed,
+    add_completed,
+    empty_totals,
+    summarize,
+    totals_first,
+    totals_last,
+)
 
 EXPERTS, ROUNDS = 3, 1500
 EPISODE = EXPERTS * ROUNDS
@@ -36,11 +44,16 @@ def _completed(seed: int) -> Completed:
     )
 
 
-def _totals(level: str, completed: Completed):
-    def add(totals, request):
-        return add_completed(totals, level, request, jnp.asarray(LIMIT)), None
+def _totals(level: str, completed: Completed, slots: int = 1):
+    """Totals of one environment, whose rounds come as the requests in so many slots at a time."""
 
-    return jax.jit(lambda inputs: jax.lax.scan(add, empty_totals(EXPERTS, level, EPISODE), inputs)[0])(completed)
+    def add(totals, requests):
+        return add_completed(totals, level, requests, jnp.asarray(LIMIT)), None
+
+    start = totals_last(jax.tree.map(lambda leaf: leaf[None], empty_totals(EXPERTS, level, EPISODE)))
+    inputs = jax.tree.map(lambda leaf: leaf.reshape(-1, slots, EXPERTS, 1), completed)
+    totals = jax.jit(lambda inputs: jax.lax.scan(add, start, inputs)[0])(inputs)
+    return jax.tree.map(lambda leaf: leaf[0], totals_first(totals))
 
 
 def _timings(completed: Completed) -> list[np.ndarray]:
@@ -72,7 +85,7 @@ def test_percentiles_of_both_levels():
 
 def test_every_request_is_counted_and_has_its_own_place():
     completed = _completed(1)
-    totals = _totals("exact", completed)
+    totals = _totals("exact", completed, slots=5)
     present, index, score = (np.asarray(leaf) for leaf in (completed.present, completed.index, completed.score))
     timings = _timings(completed)
     for row, values in zip(np.asarray(totals.timing_record), timings, strict=True):
@@ -99,10 +112,11 @@ def test_totals_of_episodes_add_up():
 
 
 def test_timings_beyond_the_histogram_fall_into_its_ends():
-    zero, one = jnp.zeros(3), jnp.ones(3, jnp.int32)
-    finish = jnp.asarray([0.0, 1e-5, 1e6])
+    zero, one = jnp.zeros((1, 3, 1)), jnp.ones((1, 3, 1), jnp.int32)
+    finish = jnp.asarray([0.0, 1e-5, 1e6])[None, :, None]
     request = Completed(one > 0, one, one, zero, one, arrival=zero, first_token=finish, finish=finish)
-    histogram = add_completed(empty_totals(3, "histogram", 3), "histogram", request, jnp.asarray(LIMIT)).timing_record
+    totals = totals_last(jax.tree.map(lambda leaf: leaf[None], empty_totals(3, "histogram", 3)))
+    histogram = add_completed(totals, "histogram", request, jnp.asarray(LIMIT)).timing_record[0]
     np.testing.assert_array_equal(histogram[:, 0], [2, 2, 0])
     np.testing.assert_array_equal(histogram[:, -1], [1, 1, 0])
 

@@ -1,6 +1,7 @@
 """Action impact estimator: what sending a request to an expert costs the requests that are already there.
 
-Three forms (simulation.md section 4), each a pure function of one engine's queue of S slots before the request joins:
+Three forms (simulation.md section 4), each a pure function of an engine's queue of S slots before the request joins,
+with any trailing axes (`...`, as in `simulator.engine`):
 
 - `predicted_impact`, the default: from predictions and the expert's own latency model, waiting requests too, and only
   requests that the action turns from met to missed;
@@ -15,22 +16,22 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxroute.simulator.advance import Progress, advance
-from jaxroute.simulator.engine import EngineParams, EngineState, blocks_for, target_tokens
+from jaxroute.simulator.engine import EngineParams, EngineState, blocks_for, prefix_sum, target_tokens, total
 from jaxroute.simulator.latency import iteration_time, prefill_time
 from jaxroute.simulator.recorded import AFTER_ALL
 from jaxroute.simulator.slots import append
 
 
 class Queue(struct.PyTreeNode):
-    """One expert's queue and the request that may join it."""
+    """An expert's queue and the request that may join it."""
 
     engine: EngineState
-    age: jax.Array  # float [S], s since arrival
-    score: jax.Array  # float [S], true
-    predicted_score: jax.Array  # float [S]
-    predicted_tokens: jax.Array  # int32 [S]
-    prompt_tokens: jax.Array  # int32 [], of the request that may join
-    output_tokens: jax.Array  # int32 [], its length: predicted, or the true one for `paper_impact`
+    age: jax.Array  # float [S, ...], s since arrival
+    score: jax.Array  # float [S, ...], true
+    predicted_score: jax.Array  # float [S, ...]
+    predicted_tokens: jax.Array  # int32 [S, ...]
+    prompt_tokens: jax.Array  # int32 [...], of the request that may join
+    output_tokens: jax.Array  # int32 [...], its length: predicted, or the true one for `paper_impact`
 
 
 def expected_length(predicted_tokens: jax.Array, generated: jax.Array) -> jax.Array:
@@ -39,10 +40,10 @@ def expected_length(predicted_tokens: jax.Array, generated: jax.Array) -> jax.Ar
 
 
 def decode_time(params: EngineParams, engine: EngineState) -> jax.Array:
-    """Seconds of a decode iteration of the running batch and one request more, float []."""
-    running = engine.unfinished() & (jnp.arange(engine.num_slots) < engine.num_running)
-    batch = jnp.sum(running, dtype=jnp.int32) + 1
-    context = jnp.sum(jnp.where(running, engine.computed, 0), dtype=jnp.int32)
+    """Seconds of a decode iteration of the running batch and one request more, float [...]."""
+    running = engine.unfinished() & (engine.position < engine.num_running)
+    batch = total(running) + 1
+    context = total(jnp.where(running, engine.computed, 0))
     return iteration_time(params.latency, jnp.int32(0), batch, (context + batch).astype(engine.clock.dtype))
 
 
@@ -59,22 +60,23 @@ def _context_sum(prompt: jax.Array, overlap: jax.Array) -> jax.Array:
 def paper_impact(
     k1: jax.Array, k2: jax.Array, latency_limit: jax.Array, queue: Queue, true_tokens: jax.Array
 ) -> jax.Array:
-    """The paper's penalty, float []: sum of the scores of running requests whose latency per token passes the limit.
+    """The paper's penalty, float [...]: sum of the scores of running requests whose latency per token passes the limit.
 
     `l+ = (k1*p + k2*sum_{k=1..n}(p + k)) / d` with n = max(min(d - o, d_i) - 1, 0); charged where l_now + l+ > L, with
-    l_now the time since arrival per token so far, 0 before the first. `true_tokens` int32 [S] are the true lengths d.
+    l_now the time since arrival per token so far, 0 before the first. `true_tokens` int32 [S, ...] are the true
+    lengths d.
     """
     engine = queue.engine
-    running = engine.unfinished() & (jnp.arange(engine.num_slots) < engine.num_running)
+    running = engine.unfinished() & (engine.position < engine.num_running)
     overlap = _overlap(true_tokens - engine.generated, queue.output_tokens)
     added = k1 * queue.prompt_tokens + k2 * _context_sum(queue.prompt_tokens, overlap)
     so_far = jnp.where(engine.generated > 0, queue.age / jnp.maximum(engine.generated, 1), 0.0)
     missed = so_far + added / jnp.maximum(true_tokens, 1) > latency_limit
-    return jnp.sum(jnp.where(running & missed, queue.score, 0.0))
+    return jnp.sum(jnp.where(running & missed, queue.score, 0.0), axis=0)
 
 
 def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queue) -> jax.Array:
-    """Our penalty, float []: predicted scores of the requests that the action turns from met to missed.
+    """Our penalty, float [...]: predicted scores of the requests that the action turns from met to missed.
 
     As the paper's, with predicted lengths d = max(prediction, o + 1), the expert's own c1, c2 and c3 for k1, the
     per-sequence cost and k2, and l_now over max(o, 1). A waiting request is judged by its predicted finish: the time
@@ -83,9 +85,8 @@ def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queu
     running request over their number, since that often one of them ends.
     """
     engine, latency = queue.engine, params.latency
-    position = jnp.arange(engine.num_slots)
     present = engine.unfinished()
-    running = present & (position < engine.num_running)
+    running = present & (engine.position < engine.num_running)
     waiting = present & ~running
     length = expected_length(queue.predicted_tokens, engine.generated)
     remaining = length - engine.generated
@@ -97,25 +98,25 @@ def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queu
     ) / length
 
     iteration = decode_time(params, engine)
-    batch = jnp.sum(running, dtype=jnp.int32)
+    batch = total(running)
     tokens = engine.prompt_tokens + engine.generated
-    to_prefill = jnp.cumsum(jnp.where(waiting, prefill_time(latency, tokens), 0))
+    to_prefill = prefix_sum(jnp.where(waiting, prefill_time(latency, tokens), 0))
     held = jnp.where(running, engine.computed, tokens)
-    blocks = jnp.cumsum(jnp.where(present, blocks_for(held, params.block_size), 0))
-    seats = jnp.cumsum(present)
+    blocks = prefix_sum(jnp.where(present, blocks_for(held, params.block_size), 0))
+    seats = prefix_sum(present)
     unseated = waiting & ((blocks > params.usable_blocks) | (seats > params.max_num_seqs))
-    turnover = iteration * jnp.sum(jnp.where(running, remaining, 0)) / jnp.maximum(batch, 1) ** 2
+    turnover = iteration * total(jnp.where(running, remaining, 0)) / jnp.maximum(batch, 1) ** 2
     finish = (
-        queue.age + jnp.maximum(engine.clock, 0) + to_prefill + turnover * jnp.cumsum(unseated) + iteration * remaining
+        queue.age + jnp.maximum(engine.clock, 0) + to_prefill + turnover * prefix_sum(unseated) + iteration * remaining
     )
     so_far = queue.age / jnp.maximum(engine.generated, 1)
     without = jnp.where(running, so_far, finish / length)
     turned = present & (without < latency_limit) & (without + added >= latency_limit)
-    return jnp.sum(jnp.where(turned, queue.predicted_score, 0.0))
+    return jnp.sum(jnp.where(turned, queue.predicted_score, 0.0), axis=0)
 
 
 def exact_impact(params: EngineParams, latency_limit: jax.Array, queue: Queue) -> jax.Array:
-    """As `predicted_impact`, with latencies from running the engine, float []. Costs two drains of the engine."""
+    """As `predicted_impact`, with latencies from running the engine, float [...]. Costs two drains of the engine."""
     engine = queue.engine
     # A prediction longer than the cache holds would have the engine preempt that request for ever.
     room = params.usable_blocks * params.block_size + 1
@@ -128,10 +129,11 @@ def exact_impact(params: EngineParams, latency_limit: jax.Array, queue: Queue) -
     joins = (engine.num_requests < engine.num_slots) & (queue.prompt_tokens < room)
     joined_target = target(queue.prompt_tokens, queue.output_tokens)
     joined = append(engine, joins, queue.prompt_tokens, joined_target, jnp.zeros((), float))
+    nothing = Progress.none(engine.num_requests.shape)
 
     def met(state: EngineState) -> jax.Array:
-        done, _ = advance(params, state, Progress.none(), jnp.asarray(AFTER_ALL, float))
+        done, _ = advance(params, state, nothing, jnp.asarray(AFTER_ALL, float))
         return (done.finish_time + queue.age) / engine.target_tokens < latency_limit
 
     turned = engine.unfinished() & met(engine) & ~met(joined)
-    return jnp.sum(jnp.where(turned, queue.predicted_score, 0.0))
+    return jnp.sum(jnp.where(turned, queue.predicted_score, 0.0), axis=0)

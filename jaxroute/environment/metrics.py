@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from jaxroute.environment.batching import batch_first, batch_last
+from jaxroute.simulator.engine import LARGE, lowest, slot_positions, total
+
 Level = Literal["off", "histogram", "exact"]
 LEVELS: tuple[Level, ...] = ("off", "histogram", "exact")
 
@@ -45,11 +48,11 @@ class EpisodeTotals(struct.PyTreeNode):
 
 
 class Completed(struct.PyTreeNode):
-    """At most one completed request at each of N experts; every field [N], 0 where there is none."""
+    """Completed requests in the S slots of N experts in B environments; every field [S, N, B]."""
 
-    present: jax.Array  # bool
+    present: jax.Array  # bool; where it is False the other fields may be anything, but tokens is above 0
     index: jax.Array  # int32, number of the request in the episode
-    tokens: jax.Array  # int32, output; 1 where there is none
+    tokens: jax.Array  # int32, output
     score: jax.Array  # float, true
     preemptions: jax.Array  # int32
     arrival: jax.Array  # float, s, like the next two from the same origin
@@ -57,7 +60,7 @@ class Completed(struct.PyTreeNode):
     finish: jax.Array  # float
 
     def qos(self, latency_limit: jax.Array) -> jax.Array:
-        """Score of the requests whose latency per token is below the limit, float [N] (simulation.md section 4)."""
+        """float [S, N, B]: the score, where the latency per token is below the limit (simulation.md section 4)."""
         met = self.present & ((self.finish - self.arrival) / self.tokens < latency_limit)
         return jnp.where(met, self.score, 0)
 
@@ -89,35 +92,67 @@ def empty_totals(num_experts: int, level: Level, episode_length: int) -> Episode
     )
 
 
-def add_completed(totals: EpisodeTotals, level: Level, request: Completed, latency_limit: jax.Array) -> EpisodeTotals:
-    """The totals with at most one completed request more at each expert."""
-    several = request.present & (request.tokens > 1)
-    latency = (request.finish - request.arrival) / request.tokens
-    ttft = request.first_token - request.arrival
-    tpot = (request.finish - request.first_token) / jnp.maximum(request.tokens - 1, 1)
-    present = jnp.stack([request.present, request.present, several])
-    timings = jnp.where(present, jnp.stack([latency, ttft, tpot]), 0.0)
+def totals_last(totals: EpisodeTotals | None) -> EpisodeTotals | None:
+    """Environments from the first axis to the last, but in the record, which is written to in few places."""
+    if totals is None:
+        return None
+    return batch_last(totals.replace(timing_record=None)).replace(timing_record=totals.timing_record)
+
+
+def totals_first(totals: EpisodeTotals | None) -> EpisodeTotals | None:
+    """The way back from `totals_last`."""
+    if totals is None:
+        return None
+    return batch_first(totals.replace(timing_record=None)).replace(timing_record=totals.timing_record)
+
+
+def add_completed(totals: EpisodeTotals, level: Level, completed: Completed, latency_limit: jax.Array) -> EpisodeTotals:
+    """The totals with the completed requests; both with environments last (`totals_last`)."""
+    several = completed.present & (completed.tokens > 1)
+    latency = (completed.finish - completed.arrival) / completed.tokens
+    ttft = completed.first_token - completed.arrival
+    tpot = (completed.finish - completed.first_token) / jnp.maximum(completed.tokens - 1, 1)
+    timings = [jnp.where(completed.present, latency, 0), jnp.where(completed.present, ttft, 0)]
+    timings.append(jnp.where(several, tpot, 0))
+    sum_of = lambda values: total(jnp.where(completed.present, values, 0))  # noqa: E731
     return totals.replace(
-        completed=totals.completed + request.present,
-        qos=totals.qos + request.qos(latency_limit),
-        score=totals.score + request.score,
-        violations=totals.violations + (request.present & (latency >= latency_limit)),
-        preemptions=totals.preemptions + request.preemptions,
-        timings=totals.timings + timings,
-        several_tokens=totals.several_tokens + several,
-        timing_record=_record(totals.timing_record, level, timings, present, request.index),
+        completed=totals.completed + total(completed.present),
+        qos=totals.qos + total(completed.qos(latency_limit)),
+        score=totals.score + sum_of(completed.score),
+        violations=totals.violations + total(completed.present & (latency >= latency_limit)),
+        preemptions=totals.preemptions + sum_of(completed.preemptions),
+        timings=totals.timings + jnp.stack([total(timing) for timing in timings]),
+        several_tokens=totals.several_tokens + total(several),
+        timing_record=_record(totals.timing_record, level, timings, completed, several),
     )
 
 
-def _record(histogram: jax.Array, level: Level, timings: jax.Array, present: jax.Array, index: jax.Array) -> jax.Array:
-    """Adds the timings [3, N] of the requests that are `present` (bool [3, N]); `index` int32 [N] is theirs."""
-    size = histogram.shape[-1]
-    row = jnp.broadcast_to(jnp.arange(3)[:, None], timings.shape)
-    if level == "exact":
-        return histogram.at[row, jnp.where(present, index, size)].set(timings, mode="drop")
-    floor = jnp.floor(jnp.log(jnp.maximum(timings, _SMALLEST) / _SMALLEST) / np.log(_RATIO))
-    column = jnp.where(present, jnp.minimum(floor, size - 1).astype(jnp.int32), size)
-    return histogram.at[row, column].add(1.0, mode="drop")
+def _record(
+    record: jax.Array, level: Level, timings: list[jax.Array], completed: Completed, several: jax.Array
+) -> jax.Array:
+    """Writes the TIMINGS, each [S, N, B], of the completed requests, the last one where `several`, into the record
+    [B, 3, bins], or with "exact" [B, 3, episode length]. Each round takes one request of each expert."""
+    position = slot_positions(completed.present)
+    size = record.shape[-1]
+    environment, row = jnp.arange(record.shape[0]), jnp.arange(3)[:, None, None]
+
+    def write_one_each(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        record, left = carry
+        here = left & (position == lowest(jnp.where(left, position, LARGE)))
+        pick = lambda values: total(jnp.where(here, values, 0))  # noqa: E731
+        present = total(here) > 0
+        present = jnp.stack([present, present, total(here & several) > 0])
+        values = jnp.stack([pick(timing) for timing in timings])
+        if level == "exact":
+            column = jnp.where(present, pick(completed.index), size)
+            record = record.at[environment, row, column].set(values, mode="drop")
+        else:
+            floor = jnp.floor(jnp.log(jnp.maximum(values, _SMALLEST) / _SMALLEST) / np.log(_RATIO))
+            column = jnp.where(present, jnp.minimum(floor, size - 1).astype(jnp.int32), size)
+            record = record.at[environment, row, column].add(1.0, mode="drop")
+        return record, left & ~here
+
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), write_one_each, (record, completed.present))[0]
 
 
 def _percentiles(totals: EpisodeTotals, level: Level) -> jax.Array:

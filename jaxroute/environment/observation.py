@@ -5,13 +5,15 @@ Nothing here is computed from true output lengths or scores.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from jaxroute.environment.impact import decode_time, expected_length
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.simulator.engine import EngineParams, EngineState, blocks_for
+from jaxroute.simulator.engine import blocks_for, total
 
 ARRIVED_FEATURES = ("prompt_tokens",)
 EXPERT_FEATURES = (
@@ -60,75 +62,91 @@ def _score(score: jax.Array) -> jax.Array:
     return (score - 0.5) * 4
 
 
-def action_mask(params: EnvParams, state: EnvState) -> jax.Array:
-    """bool [N + 1]: an expert is allowed if it has a free slot and could hold the prompt and a token; drop always."""
+def action_mask(params: EnvParams, state: EnvState, slots: int) -> jax.Array:
+    """bool [N + 1, ...]: an expert is allowed if one of its `slots` is free and it could hold the prompt and a token;
+    drop always."""
     engines, prompt = params.engines, state.request.prompt_tokens
     fits = blocks_for(prompt, engines.block_size) <= engines.usable_blocks
     fits &= prompt < engines.max_model_len
     fits &= engines.enable_chunked_prefill | (prompt <= engines.max_num_batched_tokens)
-    allowed = fits & (state.engines.num_requests < state.engines.num_slots)
-    return jnp.append(allowed, True)
+    allowed = fits & (state.engines.num_requests < slots)
+    return jnp.concatenate([allowed, jnp.ones_like(allowed[:1])])
 
 
-def observe(params: EnvParams, state: EnvState, queue_nodes: int) -> GraphObservation:
-    """The observation of one environment with K = `queue_nodes`."""
-    request, slots, scale = state.request, state.slots, params.token_scale
+def observe(params: EnvParams, state: EnvState, queue_nodes: int, slots: int) -> GraphObservation:
+    """The observation with K = `queue_nodes`, of environments on a last axis B, for experts with so many `slots`.
 
-    def of_expert(engine_params: EngineParams, engine: EngineState, arrival, predicted_score, predicted_tokens):
-        iteration = decode_time(engine_params, engine)
-        blocks = blocks_for(engine.computed, engine_params.block_size)
-        length = expected_length(predicted_tokens, engine.generated)
-        finish = jnp.maximum(engine.clock, 0) - arrival + iteration * (length - engine.generated)
-        per_token = -arrival / jnp.maximum(engine.generated, 1)
-        features = jnp.stack(
-            [
-                engine.prompt_tokens / scale,
-                _score(predicted_score),
-                predicted_tokens / scale,
-                blocks / engine_params.usable_blocks,
-                engine.generated / scale,
-                _squash(per_token / params.latency_limit),
-                _squash(finish / length / params.latency_limit),
-            ],
-            axis=-1,
+    The fields of `state` have any number of slots S that holds all requests. The result's fields are [B, ...].
+    """
+    engine, payload, request, scale = state.engines, state.slots, state.request, params.token_scale
+    iteration = decode_time(params.engines, engine)
+    start = jnp.maximum(engine.clock, 0)
+    waiting = engine.num_requests - engine.num_running
+    node = jnp.arange(queue_nodes, dtype=jnp.int32)[:, None, None]
+
+    def queue_features(rows: Callable[[jax.Array], jax.Array], count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Features float32 [B, N, K, Fq] of the `count` [N, B] first of the requests `rows(leaf)` [K, N, B], mask."""
+        arrival, generated, predicted = rows(payload.arrival), rows(engine.generated), rows(payload.predicted_tokens)
+        length = expected_length(predicted, generated)
+        finish = start - arrival + iteration * (length - generated)
+        blocks = blocks_for(rows(engine.computed), params.engines.block_size)
+        features = (
+            rows(engine.prompt_tokens) / scale,
+            _score(rows(payload.predicted_score)),
+            predicted / scale,
+            blocks / params.engines.usable_blocks,
+            generated / scale,
+            _squash(-arrival / jnp.maximum(generated, 1) / params.latency_limit),
+            _squash(finish / length / params.latency_limit),
         )
-        features = jnp.pad(features, ((0, queue_nodes), (0, 0)))
-        nodes = jnp.arange(queue_nodes)
-        running_mask = nodes < engine.num_running
-        waiting_mask = nodes < engine.num_requests - engine.num_running
-        running = jnp.where(running_mask[:, None], features[:queue_nodes], 0)
-        waiting = jax.lax.dynamic_slice_in_dim(features, engine.num_running, queue_nodes)
-        waiting = jnp.where(waiting_mask[:, None], waiting, 0)
-        used = jnp.sum(jnp.where(jnp.arange(engine.num_slots) < engine.num_running, blocks, 0))
-        return running, waiting, running_mask, waiting_mask, used / engine_params.usable_blocks, iteration
+        mask = node < count
+        stacked = jnp.stack([jnp.where(mask, feature, 0).astype(jnp.float32) for feature in features])
+        return stacked.transpose(3, 2, 1, 0), mask.transpose(2, 1, 0)
 
-    running, waiting, running_mask, waiting_mask, kv_use, iteration = jax.vmap(of_expert)(
-        params.engines, state.engines, slots.arrival, slots.predicted_score, slots.predicted_tokens
+    running_features, running_mask = queue_features(lambda leaf: _rows(leaf, queue_nodes), engine.num_running)
+    waiting_features, waiting_mask = queue_features(
+        lambda leaf: _rows_from(leaf, engine.num_running, queue_nodes), waiting
     )
-    engines = state.engines
+    blocks = blocks_for(engine.computed, params.engines.block_size)
+    used = total(jnp.where(engine.position < engine.num_running, blocks, 0))
     prefill = params.engines.latency.per_prefill_token * request.prompt_tokens
-    finish = jnp.maximum(engines.clock, 0) + prefill + iteration * request.predicted_output_tokens
-    expert = jnp.stack(
-        [
-            kv_use,
-            engines.num_running / queue_nodes,
-            (engines.num_requests - engines.num_running) / queue_nodes,
-            _squash(iteration / params.latency_limit),
-            _score(request.predicted_score),
-            request.predicted_output_tokens / scale,
-            _squash(finish / request.predicted_output_tokens / params.latency_limit),
-        ],
-        axis=-1,
+    finish = start + prefill + iteration * request.predicted_output_tokens
+    expert = (
+        used / params.engines.usable_blocks,
+        engine.num_running / queue_nodes,
+        waiting / queue_nodes,
+        _squash(iteration / params.latency_limit),
+        _score(request.predicted_score),
+        request.predicted_output_tokens / scale,
+        _squash(finish / request.predicted_output_tokens / params.latency_limit),
     )
     return GraphObservation(
-        arrived=(request.prompt_tokens / scale)[None].astype(jnp.float32),
-        expert=expert.astype(jnp.float32),
-        running=running.astype(jnp.float32),
-        waiting=waiting.astype(jnp.float32),
+        arrived=(request.prompt_tokens / scale)[:, None].astype(jnp.float32),
+        expert=jnp.stack(jnp.broadcast_arrays(*expert)).astype(jnp.float32).transpose(2, 1, 0),
+        running=running_features,
+        waiting=waiting_features,
         running_mask=running_mask,
         waiting_mask=waiting_mask,
-        action_mask=action_mask(params, state),
+        action_mask=action_mask(params, state, slots).T,
     )
+
+
+def _rows(leaf: jax.Array, count: int) -> jax.Array:
+    """The first `count` slots of `leaf` [S, N, B]; zeros where it has no more."""
+    return jnp.pad(leaf[:count], ((0, max(count - leaf.shape[0], 0)), (0, 0), (0, 0)))
+
+
+def _rows_from(leaf: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    """`count` slots of `leaf` [S, N, B] from `start` (int32 [N, B], below S) on; anything past the last.
+
+    By shifts of powers of two, a select each: a gather costs CPUs ten times as much.
+    """
+    shift = 1 << (leaf.shape[0] - 1).bit_length()
+    while shift > 1:
+        shift //= 2
+        leaf = _rows(leaf, count + 2 * shift - 1)
+        leaf = jnp.where(start & shift, leaf[shift:], leaf[:-shift])
+    return _rows(leaf, count)
 
 
 def flatten(observation: GraphObservation) -> jax.Array:

@@ -24,19 +24,19 @@ def heuristic_routers(env: RoutingEnvironment) -> dict[str, Router]:
     def round_robin(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
         """Each decision's expert follows the one before it; a barred expert's turn passes to the next allowed one."""
         turns_away = (jnp.arange(env.num_experts) - state.step) % env.num_experts
-        return _smallest(turns_away, action_mask(params, state))
+        return _smallest(turns_away, action_mask(params, state, env.slots))
 
     def shortest_queue(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
         """The expert with the fewest requests, running and waiting; ties go to the lowest index."""
-        return _smallest(env.queue_lengths(state), action_mask(params, state))
+        return _smallest(env.queue_lengths(state), action_mask(params, state, env.slots))
 
     def bert_router(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
         """The expert with the highest predicted score, whatever its load."""
-        return _smallest(-state.request.predicted_score, action_mask(params, state))
+        return _smallest(-state.request.predicted_score, action_mask(params, state, env.slots))
 
     def random(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
         """Any expert, all alike."""
-        return _smallest(jax.random.uniform(key, (env.num_experts,)), action_mask(params, state))
+        return _smallest(jax.random.uniform(key, (env.num_experts,)), action_mask(params, state, env.slots))
 
     return {
         "round-robin": round_robin,

@@ -25,7 +25,7 @@ class EnvParams(struct.PyTreeNode):
 
 
 class SlotPayload(struct.PyTreeNode):
-    """What the environment knows of the request in each slot, beyond the engine's own state; each field [N, S]."""
+    """What the environment knows of the request in each slot, beyond the engine's own state; each field [S, N]."""
 
     arrival: jax.Array  # float, s relative to the present, <= 0
     index: jax.Array  # int32, number of the request in the episode
@@ -37,7 +37,7 @@ class SlotPayload(struct.PyTreeNode):
 class EnvState(struct.PyTreeNode):
     """One environment at a decision. Times are relative to it; randomness comes in with each step's key."""
 
-    engines: EngineState  # each field [N, ...]; every iteration that has started is accounted as done
+    engines: EngineState  # each field [N] or [S, N]; every iteration that has started is accounted as done
     slots: SlotPayload
     request: Request  # the arriving one
     workload: WorkloadState

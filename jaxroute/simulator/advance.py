@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, blocks_for
+from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, blocks_for, lowest, total
 from jaxroute.simulator.latency import decode_run, iteration_time, iterations_started_before, run_time
 from jaxroute.simulator.scheduler import Decision, prefill_limit, schedule
 
 
 class Progress(struct.PyTreeNode):
-    """What an engine did while it was advanced. Counts are int32 [], times float [] in seconds."""
+    """What engines did while they were advanced. Counts are int32 [...], times float [...] in seconds."""
 
     iterations: jax.Array
     idle_iterations: jax.Array  # iterations in a row, up to now, that scheduled nothing (a stall, when they do not end)
@@ -28,15 +28,13 @@ class Progress(struct.PyTreeNode):
     decodes: jax.Array  # sum of nd
     context_tokens: jax.Array  # sum of ctx
     busy_time: jax.Array  # sum of the durations of iterations
-    block_seconds: (
-        jax.Array
-    )  # KV blocks held, integrated over busy time (taken as growing linearly in a run of decodes)
+    block_seconds: jax.Array  # KV blocks held, integrated over busy time (in a run of decodes: growing linearly)
 
     @classmethod
-    def none(cls, idle_iterations: jax.Array | int = 0) -> Progress:
-        """Nothing done yet, after `idle_iterations` that scheduled nothing."""
-        count, time = jnp.int32(0), jnp.zeros((), float)
-        return cls(count, jnp.int32(idle_iterations), count, count, count, time, time)
+    def none(cls, shape: tuple[int, ...] = ()) -> Progress:
+        """Nothing done yet, by engines of these trailing axes."""
+        count, time = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, float)
+        return cls(count, count, count, count, count, time, time)
 
 
 def run_iteration(
@@ -48,12 +46,11 @@ def run_iteration(
         params.latency, decision.prefill_tokens, decision.decodes, decision.context_tokens.astype(state.clock.dtype)
     )
     clock = state.clock + duration
-    position = jnp.arange(state.num_slots, dtype=jnp.int32)
     # 6: a request whose computed tokens reach its length yields a token; 3: a preempted one starts again from nothing.
-    computed = jnp.where(position < decision.num_running, state.computed + decision.tokens, 0)
+    computed = jnp.where(state.position < decision.num_running, state.computed + decision.tokens, 0)
     sampled = (decision.tokens > 0) & (computed >= state.prompt_tokens + state.generated)
     generated = state.generated + sampled
-    nothing = ~jnp.any(decision.tokens > 0)
+    nothing = decision.prefill_tokens + decision.decodes == 0
     state = state.replace(
         clock=clock,
         num_running=decision.num_running,
@@ -76,20 +73,18 @@ def run_iteration(
 
 
 def _is_blocked(params: EngineParams, state: EngineState, batch: jax.Array, next_blocks: jax.Array) -> jax.Array:
-    """bool []: the head of `waiting` cannot join a batch of `batch` decodes that will hold `next_blocks` (rules 4, 5).
+    """bool [...]: the head of `waiting` cannot join a batch of `batch` decodes that will hold `next_blocks`.
 
-    While the batch only decodes it stays so: seats and budget do not change, and blocks only become scarcer.
+    Rules 4 and 5. While the batch only decodes it stays so: seats and budget do not change, blocks only become scarcer.
     """
-    position = jnp.arange(state.num_slots, dtype=jnp.int32)
-    waiting = state.unfinished() & (position >= state.num_running)
-    head = jnp.min(jnp.where(waiting, position, LARGE))
-    length = jnp.sum(jnp.where(position == head, state.prompt_tokens + state.generated, 0), dtype=jnp.int32)
+    head = state.position == state.num_running  # never a finished request: those have been running
+    length = total(jnp.where(head, state.prompt_tokens + state.generated, 0))
     budget = params.max_num_batched_tokens - batch
     wanted = jnp.minimum(length, prefill_limit(params))
     tokens = jnp.minimum(wanted, budget)
     held = jnp.where(params.reserve_full_isl, jnp.maximum(length, tokens), tokens)
     return (
-        (head == LARGE)
+        (state.num_running == state.num_requests)
         | (tokens <= 0)
         | ((tokens < wanted) & ~params.enable_chunked_prefill)
         | (batch >= params.max_num_seqs)
@@ -104,7 +99,7 @@ def _iterations_until_full(
     context: jax.Array,
     enough: jax.Array,
 ) -> jax.Array:
-    """Decode iterations that the KV cache has room for, int32 []; any number from `enough` on means enough.
+    """Decode iterations that the KV cache has room for, int32 [...]; any number from `enough` on means enough.
 
     Rounding every request's last block up or down bounds the answer within `block_size - 1`, and bisection finds it.
     The loop runs only where memory is that short.
@@ -113,14 +108,17 @@ def _iterations_until_full(
     spare = params.usable_blocks * params.block_size - context
     low = (spare - batch * (params.block_size - 1)) // batch
 
+    def is_open(low: jax.Array, high: jax.Array) -> jax.Array:
+        return (low < high) & (low < enough)
+
     def bisect(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low + high + 1) >> 1
         fits = blocks_after(middle) <= params.usable_blocks
-        return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
+        goes_on = is_open(low, high)
+        return jnp.where(goes_on & fits, middle, low), jnp.where(goes_on & ~fits, middle - 1, high)
 
-    is_open = lambda bounds: (bounds[0] < bounds[1]) & (bounds[0] < enough)  # noqa: E731
-    return jax.lax.while_loop(is_open, bisect, (low, spare // batch))[0]
+    return jax.lax.while_loop(lambda bounds: jnp.any(is_open(*bounds)), bisect, (low, spare // batch))[0]
 
 
 def run_decodes(
@@ -134,22 +132,19 @@ def run_decodes(
 ) -> tuple[EngineState, Progress]:
     """Runs the plain iterations that follow, up to the next event; none where the next iteration is something else.
 
-    `stalled`, bool []: the last iteration changed nothing, so that it repeats until something arrives.
+    `stalled`, bool [...]: the last iteration changed nothing, so that it repeats until something arrives.
     """
-    position = jnp.arange(state.num_slots, dtype=jnp.int32)
-    running = state.unfinished() & (position < state.num_running) & ~stalled
-    batch = jnp.sum(running, dtype=jnp.int32)
-    context = jnp.sum(jnp.where(running, state.computed, 0), dtype=jnp.int32)
+    running = state.unfinished() & (state.position < state.num_running) & ~stalled
+    batch = total(running)
+    context = total(jnp.where(running, state.computed, 0))
 
     def blocks_after(iterations: jax.Array | int) -> jax.Array:
-        blocks = blocks_for(state.computed + iterations, params.block_size)
-        return jnp.sum(jnp.where(running, blocks, 0), dtype=jnp.int32)
+        return total(jnp.where(running, blocks_for(state.computed + iterations, params.block_size), 0))
 
     decoding = (state.generated > 0) & (state.computed == state.prompt_tokens + state.generated - 1)
-    decoding = jnp.all(~running | decoding)
-    plain = decoding & (batch > 0) & (batch <= params.max_num_batched_tokens)
+    plain = (total(running & decoding) == batch) & (batch > 0) & (batch <= params.max_num_batched_tokens)
     plain &= _is_blocked(params, state, batch, blocks_after(1))
-    to_completion = jnp.min(jnp.where(running, state.target_tokens - state.generated, LARGE))
+    to_completion = lowest(jnp.where(running, state.target_tokens - state.generated, LARGE))
     to_stall = stall_iterations - progress.idle_iterations
     gap = until - state.clock
     first, growth = decode_run(params.latency, batch, context.astype(state.clock.dtype))
@@ -194,7 +189,7 @@ def advance(
     most_iterations: jax.Array | int = LARGE,
     stall_iterations: jax.Array | int = LARGE,
 ) -> tuple[EngineState, Progress]:
-    """Runs one engine by jumps: every iteration that starts before `until` (s from the present; rule 9).
+    """Runs engines by jumps: every iteration that starts before `until` (float [...], s from the present; rule 9).
 
     Ends sooner when the queue is empty, when `progress` counts `most_iterations`, or `stall_iterations` empty ones in a
     row. Requests that finish are marked, not removed.
@@ -205,10 +200,12 @@ def advance(
 
     def jump(carry: tuple[EngineState, Progress]) -> tuple[EngineState, Progress]:
         state, progress, decision = run_iteration(params, *carry)
-        stalled = ~jnp.any((decision.tokens > 0) | decision.preempted)
-        return run_decodes(params, state, progress, stalled, until, most_iterations, stall_iterations)
+        stalled = total((decision.tokens > 0) | decision.preempted) == 0
+        jumped = run_decodes(params, state, progress, stalled, until, most_iterations, stall_iterations)
+        runs = goes_on(carry)
+        return jax.tree.map(lambda new, old: jnp.where(runs, new, old), jumped, carry)
 
-    return jax.lax.while_loop(goes_on, jump, (state, progress))
+    return jax.lax.while_loop(lambda carry: jnp.any(goes_on(carry)), jump, (state, progress))
 
 
 def may_run(
@@ -218,9 +215,9 @@ def may_run(
     most_iterations: jax.Array | int = LARGE,
     stall_iterations: jax.Array | int = LARGE,
 ) -> jax.Array:
-    """bool []: the next iteration belongs to an advance with these bounds (see `advance`)."""
+    """bool [...]: the next iteration belongs to an advance with these bounds (see `advance`)."""
     return (
-        jnp.any(state.unfinished())
+        (total(state.unfinished()) > 0)
         & (state.clock < until)
         & (progress.iterations < most_iterations)
         & (progress.idle_iterations < stall_iterations)

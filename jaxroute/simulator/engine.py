@@ -3,13 +3,21 @@
 vLLM keeps `running` in order of admission and puts preempted requests, last admitted first, back at the head of
 `waiting`. So one array in order, with a boundary, holds both queues: the first `num_running` positions run, the rest
 wait. Preemption and admission only move the boundary.
+
+Slots are the first axis. Engines, if there are several, are trailing axes, written `...` in shapes: [S, ...] for what a
+slot has and [...] for what an engine has, so that the two broadcast, and sums over slots run along whole rows of
+engines, which is what vector units want. The functions of this folder take any such trailing axes.
 """
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+Tree = TypeVar("Tree")
 
 NEVER = jnp.inf
 """Time of an event that has not happened."""
@@ -23,7 +31,7 @@ class LatencyModel(struct.PyTreeNode):
 
     np = prefill and recompute tokens, nd = decode entries, ctx = computed tokens of the scheduled entries afterwards.
     The last term is the steeper slope of a real GPU above some number of tokens in the iteration; c4 = 0 turns it off.
-    All fields are traced floats of one shape: [] for one engine, [N] for a cluster.
+    All fields are traced floats [...]: [] for one engine, [N] for a cluster.
     """
 
     base: jax.Array  # c0, s
@@ -35,7 +43,7 @@ class LatencyModel(struct.PyTreeNode):
 
 
 class EngineParams(struct.PyTreeNode):
-    """Options of one engine under vLLM's names. Every field is traced: [] for one engine, [N] for a cluster."""
+    """Options of an engine under vLLM's names. Every field is traced, [...]: [] for one engine, [N] for a cluster."""
 
     latency: LatencyModel
     usable_blocks: jax.Array  # int32, KV blocks that requests can hold: `num_gpu_blocks - 1`
@@ -49,41 +57,51 @@ class EngineParams(struct.PyTreeNode):
 
 
 class EngineState(struct.PyTreeNode):
-    """Queue of one engine with S slots, in order. Times are seconds relative to the present, so they stay small.
+    """Queue of an engine with S slots, in order. Times are seconds relative to the present, so they stay small.
 
     A slot in [0, num_requests) is in use. A request that finishes during an advance keeps its slot, marked by its
     finish time, until the slots are compacted (`slots.remove`); schedulers pass over it.
     """
 
-    num_requests: jax.Array  # int32 [], slots in use
-    num_running: jax.Array  # int32 [], boundary: slots before it run, those from it on wait
-    clock: jax.Array  # float [], start of the next iteration; in the past when the engine is idle
-    prompt_tokens: jax.Array  # int32 [S]
-    target_tokens: jax.Array  # int32 [S], tokens to generate: the true length, cut at max_model_len
-    generated: jax.Array  # int32 [S], tokens generated so far, kept over preemptions
-    computed: jax.Array  # int32 [S], tokens in the KV cache; 0 while waiting
-    preemptions: jax.Array  # int32 [S]
-    first_token_time: jax.Array  # float [S], NEVER before it
-    finish_time: jax.Array  # float [S], NEVER before it
+    num_requests: jax.Array  # int32 [...], slots in use
+    num_running: jax.Array  # int32 [...], boundary: slots before it run, those from it on wait
+    clock: jax.Array  # float [...], start of the next iteration; in the past when the engine is idle
+    prompt_tokens: jax.Array  # int32 [S, ...]
+    target_tokens: jax.Array  # int32 [S, ...], tokens to generate: the true length, cut at max_model_len
+    generated: jax.Array  # int32 [S, ...], tokens generated so far, kept over preemptions
+    computed: jax.Array  # int32 [S, ...], tokens in the KV cache; 0 while waiting
+    preemptions: jax.Array  # int32 [S, ...]
+    first_token_time: jax.Array  # float [S, ...], NEVER before it
+    finish_time: jax.Array  # float [S, ...], NEVER before it
 
     @property
     def num_slots(self) -> int:
         """S, the shape of the slot arrays (static)."""
-        return self.prompt_tokens.shape[-1]
+        return self.prompt_tokens.shape[0]
+
+    @property
+    def position(self) -> jax.Array:
+        """int32 [S, 1...]: the number of each slot."""
+        return slot_positions(self.prompt_tokens)
 
     def unfinished(self) -> jax.Array:
-        """bool [S]: the slot holds a request that has not finished."""
-        return (jnp.arange(self.num_slots) < self.num_requests) & (self.finish_time == NEVER)
+        """bool [S, ...]: the slot holds a request that has not finished."""
+        return (self.position < self.num_requests) & (self.finish_time == NEVER)
 
 
-def empty_engine(num_slots: int) -> EngineState:
-    """An idle engine with `num_slots` free slots."""
-    integers = jnp.zeros(num_slots, jnp.int32)
-    never = jnp.full(num_slots, NEVER, float)
+def slot_positions(slots: jax.Array) -> jax.Array:
+    """int32 [S, 1...]: the number of each slot of `slots` [S, ...]."""
+    return jnp.arange(slots.shape[0], dtype=jnp.int32).reshape(-1, *[1] * (slots.ndim - 1))
+
+
+def empty_engine(num_slots: int, shape: tuple[int, ...] = ()) -> EngineState:
+    """Idle engines with `num_slots` free slots each; `shape` is their trailing axes, () for one engine."""
+    integers = jnp.zeros((num_slots, *shape), jnp.int32)
+    never = jnp.full((num_slots, *shape), NEVER, float)
     return EngineState(
-        num_requests=jnp.int32(0),
-        num_running=jnp.int32(0),
-        clock=jnp.zeros((), float),
+        num_requests=jnp.zeros(shape, jnp.int32),
+        num_running=jnp.zeros(shape, jnp.int32),
+        clock=jnp.zeros(shape, float),
         prompt_tokens=integers,
         target_tokens=integers,
         generated=integers,
@@ -104,11 +122,31 @@ def blocks_for(tokens: jax.Array, block_size: jax.Array) -> jax.Array:
     return jnp.floor((tokens + (block_size - 1)).astype(jnp.float32) * reciprocal + 0.5 * reciprocal).astype(jnp.int32)
 
 
+def total(values: jax.Array) -> jax.Array:
+    """Sum over slots, [...] of `values` [S, ...], of their dtype; bool counts as int32.
+
+    As a product with ones: XLA computes a sum anew, without vector instructions, inside of everything that uses it, but
+    a product once.
+    """
+    values = values.astype(jnp.int32) if values.dtype == bool else values
+    ones = jnp.ones(values.shape[0], values.dtype)
+    summed = jnp.dot(ones, values.reshape(values.shape[0], -1), precision=jax.lax.Precision.HIGHEST)
+    return summed.reshape(values.shape[1:])
+
+
+def lowest(values: jax.Array) -> jax.Array:
+    """Minimum over slots: [...] of `values` [S, ...]."""
+    return jnp.min(values, axis=0)
+
+
 def prefix_sum(values: jax.Array) -> jax.Array:
-    """Inclusive cumulative sum, int32 [S], of int32 or bool. Doubling shifts take a third of cumsum's time on CPUs."""
-    total, shift = values.astype(jnp.int32), 1
+    """Inclusive cumulative sum over slots, of the shape and dtype of `values` [S, ...]; bool counts as int32.
+
+    Doubling shifts are many times faster than cumsum on CPUs.
+    """
+    total, shift = values.astype(jnp.int32) if values.dtype == bool else values, 1
     while shift < total.shape[0]:
-        total += jnp.pad(total[:-shift], (shift, 0))
+        total += jnp.concatenate([jnp.zeros_like(total[:shift]), total[:-shift]])
         shift *= 2
     return total
 

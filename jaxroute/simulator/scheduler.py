@@ -18,30 +18,30 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, blocks_for, prefix_sum
+from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, blocks_for, lowest, prefix_sum, total
 
 
 class Decision(struct.PyTreeNode):
-    """What one iteration does, for a queue of S slots."""
+    """What one iteration does, for queues of S slots."""
 
-    num_running: jax.Array  # int32 [], the boundary afterwards
-    tokens: jax.Array  # int32 [S], tokens scheduled for each slot, 0 for the others
-    preempted: jax.Array  # bool [S]
-    prefill_tokens: jax.Array  # int32 [], np
-    decodes: jax.Array  # int32 [], nd
-    context_tokens: jax.Array  # int32 [], ctx
-    used_blocks: jax.Array  # int32 [], KV blocks held during the iteration
+    num_running: jax.Array  # int32 [...], the boundary afterwards
+    tokens: jax.Array  # int32 [S, ...], tokens scheduled for each slot, 0 for the others
+    preempted: jax.Array  # bool [S, ...]
+    prefill_tokens: jax.Array  # int32 [...], np
+    decodes: jax.Array  # int32 [...], nd
+    context_tokens: jax.Array  # int32 [...], ctx
+    used_blocks: jax.Array  # int32 [...], KV blocks held during the iteration
 
 
 def prefill_limit(params: EngineParams) -> jax.Array:
-    """Most tokens of one request in an iteration, int32 []: the long-prefill threshold, where there is one."""
+    """Most tokens of one request in an iteration, int32 [...]: the long-prefill threshold, where there is one."""
     threshold = params.long_prefill_token_threshold
     return jnp.where(threshold > 0, threshold, LARGE)
 
 
 def schedule(params: EngineParams, state: EngineState) -> Decision:
     """The decision for the iteration that starts now. Numbers in comments are the rules of simulation.md section 1."""
-    position = jnp.arange(state.num_slots, dtype=jnp.int32)
+    position = state.position
     present = state.unfinished()
     running = position < state.num_running
     length = state.prompt_tokens + state.generated
@@ -66,33 +66,29 @@ def schedule(params: EngineParams, state: EngineState) -> Decision:
         unchunked = (tokens == wanted) | params.enable_chunked_prefill
         seated = prefix_sum(present) <= params.max_num_seqs
         passes = fits & (running | ((tokens > 0) & unchunked & whole_fits & seated))
-        failed = jnp.min(jnp.where(present & ~passes, position, LARGE))
-        return jnp.bool_(True), present, tokens, jnp.minimum(failed, state.num_requests)
+        failed = lowest(jnp.where(present & ~passes, position, LARGE))
+        return jnp.ones_like(ample), present, tokens, jnp.minimum(failed, state.num_requests)
 
-    # Mostly there is enough of everything for everyone, and then nobody needs to wait their turn. A loop of at most one
-    # round, since under `vmap` a loop is left out where no engine needs it, and a branch is not. What it works on must
-    # come in by the carry: XLA computes a loop's invariants ahead of it.
+    # Mostly there is enough of everything for everyone, and then nobody needs to wait their turn (who does so anyway
+    # gets the same). A loop of at most one round, since under `vmap` a loop is left out where no engine needs it, and
+    # a branch is not. What it works on must come in by the carry: XLA computes a loop's invariants ahead of it.
     most = jnp.where(running | ~params.reserve_full_isl, state.computed + wanted, length)
-    most_blocks = jnp.sum(jnp.where(present, blocks_for(most, params.block_size), 0), dtype=jnp.int32)
-    ample = (
-        (jnp.sum(wanted, dtype=jnp.int32) <= budget)
-        & (most_blocks <= params.usable_blocks)
-        & (jnp.sum(present, dtype=jnp.int32) <= params.max_num_seqs)
-    )
+    most_blocks = total(jnp.where(present, blocks_for(most, params.block_size), 0))
+    ample = (total(wanted) <= budget) & (most_blocks <= params.usable_blocks) & (total(present) <= params.max_num_seqs)
     all_at_once = (ample, present, wanted, state.num_requests)
-    _, _, tokens, num_running = jax.lax.while_loop(lambda carry: ~carry[0], take_turns, all_at_once)
+    _, _, tokens, num_running = jax.lax.while_loop(lambda carry: ~jnp.all(carry[0]), take_turns, all_at_once)
 
     blocks = blocks_for(state.computed + tokens, params.block_size)
     scheduled = present & (position < num_running)
     tokens = jnp.where(scheduled, tokens, 0)
     decode = (tokens == 1) & (state.generated > 0) & (state.computed == length - 1)
-    decodes = jnp.sum(decode, dtype=jnp.int32)
+    decodes = total(decode)
     return Decision(
         num_running=num_running,
         tokens=tokens,
         preempted=present & running & (position >= num_running),
-        prefill_tokens=jnp.sum(tokens, dtype=jnp.int32) - decodes,
+        prefill_tokens=total(tokens) - decodes,
         decodes=decodes,
-        context_tokens=jnp.sum(jnp.where(tokens > 0, state.computed + tokens, 0), dtype=jnp.int32),
-        used_blocks=jnp.sum(jnp.where(scheduled, blocks, 0), dtype=jnp.int32),
+        context_tokens=total(jnp.where(tokens > 0, state.computed + tokens, 0)),
+        used_blocks=total(jnp.where(scheduled, blocks, 0)),
     )

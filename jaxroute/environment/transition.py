@@ -1,0 +1,274 @@
+"""From one decision to the next, for a batch of environments: route, run the cluster, count what finished, observe.
+
+B environments are the last axis of all arrays here, [slots, experts, B], except in observations and in the totals'
+timing record, where they are the first (see `batching`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxroute.environment.batching import in_order, once
+from jaxroute.environment.impact import Queue, exact_impact, paper_impact, predicted_impact
+from jaxroute.environment.metrics import (
+    Completed,
+    EpisodeTotals,
+    add_completed,
+    empty_totals,
+    totals_first,
+    totals_last,
+)
+from jaxroute.environment.observation import GraphObservation, flatten, observe
+from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
+from jaxroute.simulator.advance import Progress, advance
+from jaxroute.simulator.engine import EngineState, blocks_for, empty_engine, slot_positions, target_tokens, total
+from jaxroute.simulator.recorded import AFTER_ALL
+from jaxroute.simulator.slots import append, finished, remove
+from jaxroute.workload.arrivals import WorkloadState
+from jaxroute.workload.request import Request
+
+if TYPE_CHECKING:
+    from jaxroute.environment.environment import RoutingEnvironment
+
+FEW_SLOTS = 16
+"""While no expert of a batch holds as many requests, only so many slots are worked on."""
+
+Observation = GraphObservation | jax.Array
+Queues = tuple[EngineState, SlotPayload]
+
+
+class Arrival(struct.PyTreeNode):
+    """The next arrival of each environment."""
+
+    gap: jax.Array  # float [B], s from this decision to it
+    request: Request
+    workload: WorkloadState  # after it
+
+
+class Outcome(struct.PyTreeNode):
+    """What a decision leads to."""
+
+    state: EnvState  # at the next arrival
+    observation: Observation
+    qos: jax.Array  # float [B], of what finished in between
+    penalty: jax.Array  # float [B], 0 where the request joined no expert
+
+
+def transition(
+    env: RoutingEnvironment, params: EnvParams, state: EnvState, action: jax.Array, arrival: Arrival
+) -> Outcome:
+    """Routes by `action` (int32 [B]) and runs to `arrival`, before any reset."""
+    if env.slots <= FEW_SLOTS:
+        return _transition(env, params, state, action, arrival, arrival.gap)
+    few = jnp.max(state.engines.num_requests) < FEW_SLOTS
+    queues = (state.engines, state.slots)
+    # Where there are more, this runs nothing, and is thrown away.
+    until = jnp.where(few, arrival.gap, -AFTER_ALL)
+    outcome = _transition(env, params, _with_queues(state, _front(queues)), action, arrival, until)
+
+    def on_all_slots(carry: tuple[Queues, Outcome]) -> tuple[Queues, Outcome]:
+        queues, thrown_away = carry
+        before = _with_queues(state, queues)
+        if before.totals is not None:
+            assert thrown_away.state.totals is not None  # as state.totals
+            # Unchanged, and changed in place: a second one would be costly.
+            before = before.replace(totals=before.totals.replace(timing_record=thrown_away.state.totals.timing_record))
+        outcome = _transition(env, params, before, action, arrival, arrival.gap)
+        queues = in_order((outcome.state.engines, outcome.state.slots))
+        return queues, outcome.replace(state=_with_queues(outcome.state, _front(queues)))
+
+    queues, outcome = once(~few, on_all_slots, (in_order(queues), outcome))
+    front = (outcome.state.engines, outcome.state.slots)
+    put_back = lambda old, new: old.at[:FEW_SLOTS].set(new) if new.shape[0] < old.shape[0] else new  # noqa: E731
+    return outcome.replace(state=_with_queues(outcome.state, in_order(jax.tree.map(put_back, queues, front))))
+
+
+def _with_queues(state: EnvState, queues: Queues) -> EnvState:
+    return state.replace(engines=queues[0], slots=queues[1])
+
+
+def _front(queues: Queues) -> Queues:
+    return jax.tree.map(lambda leaf: leaf[:FEW_SLOTS] if leaf.ndim == 3 else leaf, queues)
+
+
+def end_episodes(
+    env: RoutingEnvironment, params: EnvParams, outcome: Outcome, truncated: jax.Array, first: Arrival
+) -> tuple[EpisodeTotals | None, EnvState, Observation]:
+    """Where `truncated` (bool [B]): totals with the requests still open run to their end, the next episode's state,
+    which begins with `first`, and its first observation. Elsewhere what `outcome` has."""
+    state = outcome.state
+    idle = empty_engine(1, (env.num_experts, truncated.shape[0]))
+    nothing = jnp.zeros_like(idle.first_token_time)
+    no_requests = SlotPayload(nothing, idle.generated, nothing, nothing, idle.generated)
+
+    def choose(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(truncated, a, b), new, old)
+
+    def choose_first(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(truncated.reshape(-1, *[1] * (b.ndim - 1)), a, b), new, old)
+
+    # Slots out of use may hold anything, so the counters are all of the queues that needs a reset.
+    counters = {name: getattr(state.engines, name) for name in ("num_requests", "num_running", "clock")}
+    next_state = state.replace(
+        engines=state.engines.replace(**choose(jax.tree.map(jnp.zeros_like, counters), counters)),
+        request=choose(first.request, state.request),
+        workload=choose(first.workload, state.workload),
+        step=choose(jnp.int32(0), state.step),
+    )
+
+    def end(carry: tuple[EpisodeTotals | None, EpisodeTotals | None, Observation]):
+        totals, next_totals, observation = carry
+        if totals is not None:
+            drained, qos = _run(env, params, state.replace(totals=totals), jnp.asarray(AFTER_ALL, float))
+            final = drained.totals
+            assert final is not None  # as totals
+            rest = jnp.maximum(jnp.max(drained.engines.clock, axis=0), 0)
+            final = final.replace(drained_qos=final.drained_qos + qos, elapsed=final.elapsed + rest)
+            zero = empty_totals(env.num_experts, env.metrics, env.episode_length)
+            totals = choose_first(totals_first(final), totals_first(totals))
+            next_totals = choose_first(zero, totals_first(next_totals))
+            totals, next_totals = totals_last(totals), totals_last(next_totals)
+        start = observe_batch(env, params, next_state.replace(engines=idle, slots=no_requests))
+        return totals, next_totals, choose_first(start, observation)
+
+    carry = (state.totals, state.totals, outcome.observation)
+    totals, next_totals, observation = once(jnp.any(truncated), end, carry)
+    return totals, next_state.replace(totals=next_totals), observation
+
+
+def observe_batch(env: RoutingEnvironment, params: EnvParams, state: EnvState) -> Observation:
+    """The observation of the kind that `env` gives, leaves [B, ...]."""
+    observation = observe(params, state, env.queue_nodes, env.slots)
+    return jax.vmap(flatten)(observation) if env.obs == "flat" else observation
+
+
+def _transition(
+    env: RoutingEnvironment,
+    params: EnvParams,
+    state: EnvState,
+    action: jax.Array,
+    arrival: Arrival,
+    until: jax.Array,
+) -> Outcome:
+    """As `transition`, with any number of slots in `state` that holds all requests; runs the cluster up to `until`."""
+    penalty = _penalty(env, params, state, action)
+    state, joined = _route(env, params, state, action)
+    state, qos = _run(env, params, state, until)
+    gap, engines, slots, totals = arrival.gap, state.engines, state.slots, state.totals
+    if totals is not None:
+        totals = totals.replace(elapsed=totals.elapsed + gap)
+    state = state.replace(
+        engines=engines.replace(clock=engines.clock - gap, first_token_time=engines.first_token_time - gap),
+        slots=slots.replace(arrival=slots.arrival - gap),
+        request=arrival.request,
+        workload=arrival.workload,
+        totals=totals,
+    )
+    return Outcome(state, observe_batch(env, params, state), qos, jnp.where(joined, penalty, 0))
+
+
+def _of_expert(expert: jax.Array, tree: Any) -> Any:
+    """Leaves [..., N, B] to [..., B]: those of each environment's `expert` (int32 [B]; out of range: the nearest)."""
+
+    def select(leaf: jax.Array) -> jax.Array:
+        chosen = leaf[..., 0, :]
+        for other in range(1, leaf.shape[-2]):
+            chosen = jnp.where(expert >= other, leaf[..., other, :], chosen)
+        return chosen
+
+    return jax.tree.map(select, tree)
+
+
+def _penalty(env: RoutingEnvironment, params: EnvParams, state: EnvState, action: jax.Array) -> jax.Array:
+    """The penalty of sending the arriving request to the chosen expert, float [B]."""
+    if env.penalty == "off":
+        return jnp.zeros(action.shape, float)
+    request = state.request
+    lengths = request.output_tokens if env.penalty == "paper" else request.predicted_output_tokens
+    engine, slots, engine_params, output_tokens = _of_expert(
+        action, (state.engines, state.slots, params.engines, lengths)
+    )
+    queue = Queue(
+        engine=engine,
+        age=-slots.arrival,
+        score=slots.score,
+        predicted_score=slots.predicted_score,
+        predicted_tokens=slots.predicted_tokens,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens=output_tokens,
+    )
+    if env.penalty == "paper":
+        k1, k2 = _of_expert(action, (params.penalty_prefill, params.penalty_context))
+        return paper_impact(k1, k2, params.latency_limit, queue, engine.target_tokens)
+    impact = exact_impact if env.penalty == "exact" else predicted_impact
+    return impact(engine_params, params.latency_limit, queue)
+
+
+def _route(
+    env: RoutingEnvironment, params: EnvParams, state: EnvState, action: jax.Array
+) -> tuple[EnvState, jax.Array]:
+    """Appends the request to the chosen expert's queue, if it fits there; also whether it did, bool [B]."""
+    request, engines = state.request, params.engines
+    chosen = jnp.arange(env.num_experts)[:, None] == action
+    # simulation.md section 1, rule 8: what could never finish is rejected here, by its true length.
+    length = jnp.minimum(request.prompt_tokens + request.output_tokens, engines.max_model_len)
+    feasible = blocks_for(length - 1, engines.block_size) <= engines.usable_blocks
+    whole = request.prompt_tokens + request.output_tokens - 1
+    feasible &= engines.enable_chunked_prefill | (whole <= engines.max_num_batched_tokens)
+    feasible &= request.prompt_tokens < engines.max_model_len
+    free = state.engines.num_requests < env.slots
+    joins = chosen & feasible & free
+
+    target = target_tokens(request.prompt_tokens, request.output_tokens, engines.max_model_len)
+    at_tail = joins & (slot_positions(state.slots.arrival) == state.engines.num_requests)
+    put = lambda new, old: jnp.where(at_tail, new, old)  # noqa: E731
+    slots = SlotPayload(
+        arrival=put(0.0, state.slots.arrival),
+        index=put(state.step, state.slots.index),
+        score=put(request.score, state.slots.score),
+        predicted_score=put(request.predicted_score, state.slots.predicted_score),
+        predicted_tokens=put(request.predicted_output_tokens, state.slots.predicted_tokens),
+    )
+    queues = append(state.engines, joins, request.prompt_tokens, target, jnp.zeros((), float))
+    totals = state.totals
+    if totals is not None:
+        totals = totals.replace(
+            arrived=totals.arrived + 1,
+            dropped=totals.dropped + ~jnp.any(chosen, axis=0),
+            rejected_infeasible=totals.rejected_infeasible + (chosen & ~feasible),
+            rejected_full=totals.rejected_full + (chosen & feasible & ~free),
+        )
+    state = state.replace(engines=queues, slots=slots, totals=totals, step=state.step + 1)
+    return state, jnp.any(joins, axis=0)
+
+
+def _run(env: RoutingEnvironment, params: EnvParams, state: EnvState, until: jax.Array) -> tuple[EnvState, jax.Array]:
+    """Runs every iteration that starts before `until` (s) and takes out what finished; also its QoS, float [B]."""
+    nothing = Progress.none(state.engines.num_requests.shape)
+    engines, progress = advance(params.engines, state.engines, nothing, until)
+    slots, totals = state.slots, state.totals
+    done = finished(engines)
+    completed = Completed(
+        present=done,
+        index=slots.index,
+        tokens=jnp.maximum(engines.generated, 1),
+        score=slots.score,
+        preemptions=engines.preemptions,
+        arrival=slots.arrival,
+        first_token=engines.first_token_time,
+        finish=engines.finish_time,
+    )
+    qos = jnp.sum(total(completed.qos(params.latency_limit)), axis=0)
+    if totals is not None:
+        totals = totals.replace(
+            busy=totals.busy + progress.busy_time,
+            block_seconds=totals.block_seconds + progress.block_seconds,
+            kv_seconds=totals.kv_seconds + progress.block_seconds / params.engines.usable_blocks,
+        )
+        totals = add_completed(totals, env.metrics, completed, params.latency_limit)
+    engines, slots = remove(engines, slots, done)
+    return state.replace(engines=engines, slots=slots, totals=totals), qos
