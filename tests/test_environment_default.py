@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jaxroute
+from jaxroute.environment import transition
 from jaxroute.environment.metrics import summarize
 from jaxroute.environment.observation import flatten
 from jaxroute.environment.registry import make_params
@@ -123,7 +124,7 @@ def test_truncation_and_reset(default, bare):
         _equal(getattr(after, field), getattr(fresh, field))
     for field in ("num_requests", "num_running", "clock"):
         _equal(getattr(after.engines, field), getattr(fresh.engines, field))
-    observation = jax.vmap(lambda p, state: observe(p, state, default.env.queue_nodes))
+    observation = jax.vmap(default.env.observe)
     params = _sweep(jaxroute.make("paper-3")[1])
     wanted = jax.device_get(jax.jit(observation)(params, fresh))
     got = jax.tree.map(lambda leaf: leaf[EPISODE - 1], run.observation)
@@ -252,3 +253,28 @@ def test_bad_input_is_one_clear_line(call, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_working_on_few_slots_changes_nothing(monkeypatch):
+    """All slots at once, or the first few of them where those hold all requests: the same, bit for bit."""
+    env, params = jaxroute.make("paper-3", slots=24, episode_length=150)
+    arrivals = params.workload.arrivals.replace(rate=jnp.asarray(7.0))
+    params = params.replace(workload=params.workload.replace(arrivals=arrivals))
+
+    def rollout():
+        def step(carry, key):
+            keys, (observation, state) = jax.random.split(key, 2), carry
+            action = jax.random.randint(key, (2,), 0, 4)
+            observation, state, *rest = jax.vmap(env.step, (0, 0, 0, None))(keys, state, action, params)
+            return (observation, state), (observation, state.engines.num_requests, rest)
+
+        start = jax.vmap(env.reset, (0, None))(jax.random.split(jax.random.key(1), 2), params)
+        return jax.device_get(jax.lax.scan(step, start, jax.random.split(jax.random.key(2), 200))[1])
+
+    results = []
+    for few in (6, 24):
+        monkeypatch.setattr(transition, "FEW_SLOTS", few)
+        results.append(jax.jit(rollout)())
+    longest = results[0][1].max(axis=(1, 2))
+    assert (longest < 6).sum() > 20 and (longest >= 6).sum() > 20
+    _equal(*results)

@@ -72,10 +72,5 @@ def batch_first(tree: Any) -> Any:
 
 
 def keep_batch_last(leaf: jax.Array) -> jax.Array:
-    """`leaf` [B, ...] itself, in memory as [..., B]: then the step that follows need not move it."""
+    """`leaf` [B, ...] itself, in memory as [..., B]: what works on it with environments last need not move it."""
     return with_layout_constraint(leaf, Layout(major_to_minor=(*range(1, leaf.ndim), 0)))
-
-
-def in_order(tree: Any) -> Any:
-    """`tree` itself, in memory in the order of its axes. XLA's own choice costs copies around every loop."""
-    return jax.tree.map(lambda leaf: with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim)))), tree)

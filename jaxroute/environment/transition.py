@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.environment.batching import in_order, once
+from jaxroute.environment.batching import batch_first, batch_last, keep_batch_last, once
 from jaxroute.environment.impact import Queue, exact_impact, paper_impact, predicted_impact
 from jaxroute.environment.metrics import (
     Completed,
@@ -65,26 +65,30 @@ def transition(
     if env.slots <= FEW_SLOTS:
         return _transition(env, params, state, action, arrival, arrival.gap)
     few = jnp.max(state.engines.num_requests) < FEW_SLOTS
-    queues = (state.engines, state.slots)
     # Where there are more, this runs nothing, and is thrown away.
     until = jnp.where(few, arrival.gap, -AFTER_ALL)
-    outcome = _transition(env, params, _with_queues(state, _front(queues)), action, arrival, until)
+    outcome = _transition(env, params, _with_queues(state, _front(_queues(state))), action, arrival, until)
 
     def on_all_slots(carry: tuple[Queues, Outcome]) -> tuple[Queues, Outcome]:
         queues, thrown_away = carry
-        before = _with_queues(state, queues)
-        if before.totals is not None:
-            assert thrown_away.state.totals is not None  # as state.totals
-            # Unchanged, and changed in place: a second one would be costly.
-            before = before.replace(totals=before.totals.replace(timing_record=thrown_away.state.totals.timing_record))
+        before, empty = _with_queues(state, batch_last(queues)), thrown_away.state.totals
+        if before.totals is not None and empty is not None:
+            # Nothing was written to it, and with one of them it can be changed in place.
+            before = before.replace(totals=before.totals.replace(timing_record=empty.timing_record))
         outcome = _transition(env, params, before, action, arrival, arrival.gap)
-        queues = in_order((outcome.state.engines, outcome.state.slots))
-        return queues, outcome.replace(state=_with_queues(outcome.state, _front(queues)))
+        queues = _queues(outcome.state)
+        outcome = outcome.replace(state=_with_queues(outcome.state, _front(queues)))
+        return jax.tree.map(keep_batch_last, batch_first(queues)), outcome
 
-    queues, outcome = once(~few, on_all_slots, (in_order(queues), outcome))
-    front = (outcome.state.engines, outcome.state.slots)
-    put_back = lambda old, new: old.at[:FEW_SLOTS].set(new) if new.shape[0] < old.shape[0] else new  # noqa: E731
-    return outcome.replace(state=_with_queues(outcome.state, in_order(jax.tree.map(put_back, queues, front))))
+    # With environments first, as they came in, XLA needs no copy of the queues around the loop.
+    queues, outcome = once(~few, on_all_slots, (batch_first(_queues(state)), outcome))
+    put_back = lambda old, new: old.at[:, :FEW_SLOTS].set(new) if new.ndim == 3 else new  # noqa: E731
+    queues = jax.tree.map(put_back, queues, batch_first(_queues(outcome.state)))
+    return outcome.replace(state=_with_queues(outcome.state, batch_last(queues)))
+
+
+def _queues(state: EnvState) -> Queues:
+    return state.engines, state.slots
 
 
 def _with_queues(state: EnvState, queues: Queues) -> EnvState:

@@ -123,32 +123,30 @@ def blocks_for(tokens: jax.Array, block_size: jax.Array) -> jax.Array:
 
 
 def total(values: jax.Array) -> jax.Array:
-    """Sum over slots, [...] of `values` [S, ...], of their dtype; bool counts as int32.
+    """Sum over slots, [...] of `values` [S, ...], of their dtype; bool counts as int32. Values must be finite.
 
     As a product with ones: XLA computes a sum anew, without vector instructions, inside of everything that uses it, but
     a product once.
     """
+    return _product(jnp.ones((1, values.shape[0])), values)[0]
+
+
+def prefix_sum(values: jax.Array) -> jax.Array:
+    """Inclusive cumulative sum over slots, of the shape and dtype of `values` [S, ...]; as `total`."""
+    return _product(jnp.tri(values.shape[0]), values)
+
+
+def _product(matrix: jax.Array, values: jax.Array) -> jax.Array:
+    """`matrix` [M, S] times `values` [S, ...] over slots: [M, ...]."""
     values = values.astype(jnp.int32) if values.dtype == bool else values
-    ones = jnp.ones(values.shape[0], values.dtype)
-    summed = jnp.dot(ones, values.reshape(values.shape[0], -1), precision=jax.lax.Precision.HIGHEST)
-    return summed.reshape(values.shape[1:])
+    flat = values.reshape(values.shape[0], -1)
+    product = jnp.dot(matrix.astype(values.dtype), flat, precision=jax.lax.Precision.HIGHEST)
+    return product.reshape(-1, *values.shape[1:])
 
 
 def lowest(values: jax.Array) -> jax.Array:
     """Minimum over slots: [...] of `values` [S, ...]."""
     return jnp.min(values, axis=0)
-
-
-def prefix_sum(values: jax.Array) -> jax.Array:
-    """Inclusive cumulative sum over slots, of the shape and dtype of `values` [S, ...]; bool counts as int32.
-
-    Doubling shifts are many times faster than cumsum on CPUs.
-    """
-    total, shift = values.astype(jnp.int32) if values.dtype == bool else values, 1
-    while shift < total.shape[0]:
-        total += jnp.concatenate([jnp.zeros_like(total[:shift]), total[:-shift]])
-        shift *= 2
-    return total
 
 
 def target_tokens(prompt_tokens: jax.Array, output_tokens: jax.Array, max_model_len: jax.Array) -> jax.Array:

@@ -67,11 +67,12 @@ def schedule(params: EngineParams, state: EngineState) -> Decision:
         seated = prefix_sum(present) <= params.max_num_seqs
         passes = fits & (running | ((tokens > 0) & unchunked & whole_fits & seated))
         failed = lowest(jnp.where(present & ~passes, position, LARGE))
-        return jnp.ones_like(ample), present, tokens, jnp.minimum(failed, state.num_requests)
+        return jnp.ones_like(ample), passes, tokens, jnp.minimum(failed, state.num_requests)
 
     # Mostly there is enough of everything for everyone, and then nobody needs to wait their turn (who does so anyway
     # gets the same). A loop of at most one round, since under `vmap` a loop is left out where no engine needs it, and
-    # a branch is not. What it works on must come in by the carry: XLA computes a loop's invariants ahead of it.
+    # a branch is not. What it works on must come in by the carry and change there: XLA computes what a loop does not
+    # change ahead of it.
     most = jnp.where(running | ~params.reserve_full_isl, state.computed + wanted, length)
     most_blocks = total(jnp.where(present, blocks_for(most, params.block_size), 0))
     ample = (total(wanted) <= budget) & (most_blocks <= params.usable_blocks) & (total(present) <= params.max_num_seqs)
