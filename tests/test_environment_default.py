@@ -120,8 +120,12 @@ def test_truncation_and_reset(default, bare):
     after = jax.tree.map(lambda leaf: leaf[EPISODE], run.before)
     # The state is that of a reset, but for the request at hand and for what stands in slots out of use.
     fresh = jax.device_get(default.reset).replace(request=after.request)
-    for field in ("workload", "step", "totals"):
+    for field in ("workload", "step"):
         _equal(getattr(after, field), getattr(fresh, field))
+    # Totals stay until the next episode's first step, and begin anew with it.
+    _equal(after.totals, jax.tree.map(lambda leaf: leaf[EPISODE - 1], run.info["episode"]))
+    np.testing.assert_array_equal(run.info["episode"].arrived[EPISODE], 1)
+    assert (run.info["episode"].timing_record[EPISODE].sum(axis=-1) <= 1).all()
     for field in ("num_requests", "num_running", "clock"):
         _equal(getattr(after.engines, field), getattr(fresh.engines, field))
     observation = jax.vmap(default.env.observe)

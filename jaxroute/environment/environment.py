@@ -108,15 +108,15 @@ class RoutingEnvironment:
         arrival, first = batch_last((arrival, first))
         outcome = transition(self, params, state, action, arrival)
         truncated = outcome.state.step >= self.episode_length
-        totals, state, observation = end_episodes(self, params, outcome, truncated, first)
-        next_totals = totals_first(state.totals)
-        state = batch_first(state.replace(totals=None)).replace(totals=next_totals)
+        state, observation = end_episodes(self, params, outcome, truncated, first)
+        totals = totals_first(state.totals)
+        state = batch_first(state.replace(totals=None)).replace(totals=totals)
         queues = jax.tree.map(keep_batch_last, (state.engines, state.slots))
         info = {
             "final_observation": outcome.observation,
             "qos": outcome.qos,
             "penalty": outcome.penalty,
-            "episode": totals_first(totals),
+            "episode": totals,
         }
         reward = outcome.qos - params.penalty_weight * outcome.penalty
         state = state.replace(engines=queues[0], slots=queues[1])

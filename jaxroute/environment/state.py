@@ -42,4 +42,4 @@ class EnvState(struct.PyTreeNode):
     request: Request  # the arriving one
     workload: WorkloadState
     step: jax.Array  # int32 [], decisions taken in the episode
-    totals: EpisodeTotals | None  # of the episode so far; None with metrics off
+    totals: EpisodeTotals | None  # of the episode so far, at its first decision still the last one's; None: metrics off

@@ -101,9 +101,9 @@ def _front(queues: Queues) -> Queues:
 
 def end_episodes(
     env: RoutingEnvironment, params: EnvParams, outcome: Outcome, truncated: jax.Array, first: Arrival
-) -> tuple[EpisodeTotals | None, EnvState, Observation]:
-    """Where `truncated` (bool [B]): totals with the requests still open run to their end, the next episode's state,
-    which begins with `first`, and its first observation. Elsewhere what `outcome` has."""
+) -> tuple[EnvState, Observation]:
+    """Where `truncated` (bool [B]): the next episode's state, which begins with `first`, with the old one's totals, for
+    which the requests still open run to their end; and its first observation. Elsewhere what `outcome` has."""
     state = outcome.state
     idle = empty_engine(1, (env.num_experts, truncated.shape[0]))
     nothing = jnp.zeros_like(idle.first_token_time)
@@ -124,24 +124,22 @@ def end_episodes(
         step=choose(jnp.int32(0), state.step),
     )
 
-    def end(carry: tuple[EpisodeTotals | None, EpisodeTotals | None, Observation]):
-        totals, next_totals, observation = carry
+    def end(carry: tuple[Queues, EpisodeTotals | None, Observation]):
+        queues, totals, observation = carry
         if totals is not None:
-            drained, qos = _run(env, params, state.replace(totals=totals), jnp.asarray(AFTER_ALL, float))
+            full = _with_queues(state.replace(totals=totals), batch_last(queues))
+            drained, qos = _run(env, params, full, jnp.asarray(AFTER_ALL, float))
             final = drained.totals
             assert final is not None  # as totals
             rest = jnp.maximum(jnp.max(drained.engines.clock, axis=0), 0)
             final = final.replace(drained_qos=final.drained_qos + qos, elapsed=final.elapsed + rest)
-            zero = empty_totals(env.num_experts, env.metrics, env.episode_length)
-            totals = choose_first(totals_first(final), totals_first(totals))
-            next_totals = choose_first(zero, totals_first(next_totals))
-            totals, next_totals = totals_last(totals), totals_last(next_totals)
+            totals = totals_last(choose_first(totals_first(final), totals_first(totals)))
         start = observe_batch(env, params, next_state.replace(engines=idle, slots=no_requests))
-        return totals, next_totals, choose_first(start, observation)
+        return jax.tree.map(keep_batch_last, queues), totals, choose_first(start, observation)
 
-    carry = (state.totals, state.totals, outcome.observation)
-    totals, next_totals, observation = once(jnp.any(truncated), end, carry)
-    return totals, next_state.replace(totals=next_totals), observation
+    carry = (batch_first(_queues(state)), state.totals, outcome.observation)
+    _, totals, observation = once(jnp.any(truncated), end, carry)
+    return next_state.replace(totals=totals), observation
 
 
 def observe_batch(env: RoutingEnvironment, params: EnvParams, state: EnvState) -> Observation:
@@ -160,6 +158,7 @@ def _transition(
 ) -> Outcome:
     """As `transition`, with any number of slots in `state` that holds all requests; runs the cluster up to `until`."""
     penalty = _penalty(env, params, state, action)
+    state = _begin_totals(env, state)
     state, joined = _route(env, params, state, action)
     state, qos = _run(env, params, state, until)
     gap, engines, slots, totals = arrival.gap, state.engines, state.slots, state.totals
@@ -173,6 +172,21 @@ def _transition(
         totals=totals,
     )
     return Outcome(state, observe_batch(env, params, state), qos, jnp.where(joined, penalty, 0))
+
+
+def _begin_totals(env: RoutingEnvironment, state: EnvState) -> EnvState:
+    """Empty totals in the first step of an episode. Not at the end of the one before: then the environment would hold
+    both, and copy them at every step."""
+    begins = state.step == 0
+
+    def empty(totals: EpisodeTotals) -> EpisodeTotals:
+        zero = empty_totals(env.num_experts, env.metrics, env.episode_length)
+        choose = lambda a, b: jnp.where(begins.reshape(-1, *[1] * (b.ndim - 1)), a, b)  # noqa: E731
+        chosen = totals_last(jax.tree.map(choose, zero, totals_first(totals)))
+        assert chosen is not None
+        return chosen
+
+    return state if state.totals is None else state.replace(totals=once(jnp.any(begins), empty, state.totals))
 
 
 def _of_expert(expert: jax.Array, tree: Any) -> Any:

@@ -54,16 +54,13 @@ def _run_episodes(
     fold_in = jax.vmap(jax.random.fold_in, (0, None))
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
-        observation, state, _ = carry
+        observation, state = carry
         route = jax.vmap(lambda *inputs: jax.lax.switch(which, policies, *inputs), (0, 0, None, 0))
         actions = route(observation, state, params, fold_in(router_keys, index))
-        observation, state, _, _, _, info = jax.vmap(env.step, (0, 0, 0, None))(
-            fold_in(env_keys, index), state, actions, params
-        )
-        return (observation, state, info["episode"]), None
+        observation, state, *_ = jax.vmap(env.step, (0, 0, 0, None))(fold_in(env_keys, index), state, actions, params)
+        return (observation, state), None
 
     observation, state = jax.vmap(env.reset, (0, None))(fold_in(env_keys, env.episode_length), params)
     # An episode's totals are whole after its last step, where the scan ends.
-    carry = (observation, state, state.totals)
-    (_, _, totals), _ = jax.lax.scan(step, carry, jnp.arange(env.episode_length))
-    return jax.vmap(partial(summarize, level=env.metrics))(totals)
+    (_, state), _ = jax.lax.scan(step, (observation, state), jnp.arange(env.episode_length))
+    return jax.vmap(partial(summarize, level=env.metrics))(state.totals)
