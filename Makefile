@@ -12,14 +12,15 @@ CASES ?= 2000
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint fuzz bench clean
+.PHONY: help install train test lint fuzz bench bench-device clean
 
 help:
 	@echo "make train            train and evaluate a router (ARGS=\"--seed 1\": options of python -m jaxroute.train)"
 	@echo "make test             run the test suite (ARGS=\"-m 'not slow'\" for the fast tests)"
 	@echo "make lint             check style (ruff) and types (pyright)"
 	@echo "make fuzz CASES=n     compare n random engines with the reference simulator"
-	@echo "make bench            run the benchmarks"
+	@echo "make bench            run the benchmarks, half an hour (ARGS=--quick: two minutes)"
+	@echo "make bench-device     checks and rates on this machine's GPU (benchmarks/README.md)"
 	@echo "make install          only make the virtual environment $(VENV) with $(PYTHON)"
 	@echo "make clean            remove it, and caches"
 
@@ -50,7 +51,10 @@ fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz $(CASES)
 
 bench: $(READY)
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-device: $(READY)
+	$(BIN)/python -m benchmarks.device $(ARGS)
 
 clean:
 	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis

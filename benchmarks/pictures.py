@@ -1,0 +1,44 @@
+"""Cost per decision against experts and against slots, log-log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, StrMethodFormatter
+
+from benchmarks.harness import Row
+from jaxroute.report.files import whole_file
+from jaxroute.report.pictures import STYLE
+
+COLOURS = {"advance": "#0b6e8a", "environment": "#c2571a", "event simulator": "#9aa5ad"}
+
+
+def cost_curves(path: Path, key: str, unit: str, title: str, rows: Mapping[str, Sequence[Row]]) -> None:
+    """Writes a PNG: microseconds a decision of each entry over `key`, a number in its rows, beside the event
+    simulator's in the runs of the first; dotted, what growth in proportion would be from the first point on.
+    """
+    lines = {name: [(row[key], 1e6 / row["median"]) for row in of_entry] for name, of_entry in rows.items()}
+    first = next(iter(rows.values()))
+    if all(row["event_rate"] for row in first):
+        lines["event simulator"] = [(row[key], 1e6 / row["event_rate"]) for row in first]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.2, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for name, points in lines.items():
+            x, y = zip(*sorted(points), strict=True)
+            colour = COLOURS[name]
+            axes.plot(x, y, color=colour, marker="o", linewidth=1.8, label=name)
+            axes.plot(x, [y[0] * at / x[0] for at in x], color=colour, linestyle=":", linewidth=1)
+            for at, cost in zip(x, y, strict=True):
+                axes.annotate(f"{cost:.3g}", (at, cost), (0, -13), textcoords="offset points", ha="center", fontsize=8)
+        axes.set(xscale="log", yscale="log", xlabel=unit, ylabel="microseconds a decision", title=title)
+        axes.set_xticks(sorted({row[key] for row in first}))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(y=0.15)
+        axes.legend(loc="best", title="dotted: in proportion")
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)

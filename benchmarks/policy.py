@@ -1,0 +1,43 @@
+"""Decisions a second of the environment with the router's network choosing: HAN and policy head, freshly initialised,
+actions sampled from the policy as in training.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from benchmarks import decisions
+from benchmarks.decisions import Scan, Setting
+from benchmarks.environment import rollout_by
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.state import EnvParams
+from jaxroute.errors import command
+from jaxroute.learner.sac import policy_logits
+from jaxroute.network.router_network import RouterNetwork
+
+
+def rollout(setting: Setting, params: EnvParams) -> Scan:
+    network = RouterNetwork()
+    env = RoutingEnvironment(num_experts=setting.experts, slots=setting.slots)
+    observation, _ = jax.jit(env.reset)(jax.random.key(0), params)
+    weights = jax.jit(network.init)(jax.random.key(1), observation)
+
+    def act(weights: Any, observation: Any, lengths: jax.Array, key: jax.Array) -> jax.Array:
+        del lengths
+        logits = jax.vmap(lambda one: policy_logits(network, weights, one))(observation)
+        return jax.random.categorical(key, logits)
+
+    return rollout_by(act, weights, setting, params)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    return decisions.main("policy", __doc__, rollout, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
