@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from benchmarks import advance, environment, policy
 from benchmarks.decisions import Rollout, Setting, decisions_table, measure_setting
 from benchmarks.engine import engine_table, measure_engines
-from benchmarks.harness import Parser, Row, machine, report, writable
+from benchmarks.harness import Parser, Row, cores, machine, report, use_devices, writable
 from benchmarks.pictures import cost_curves
 from benchmarks.training import measure_training, training_table
 from jaxroute.errors import UserError, command
@@ -41,9 +43,12 @@ def settings(entry: str, quick: bool) -> list[Setting]:
     by_experts = [replace(base, experts=experts, rate=float(experts)) for experts in EXPERTS]
     by_slots = [replace(base, slots=slots) for slots in SLOTS]
     if quick:
-        few = {"advance": [base, by_experts[-1], by_slots[0]], "environment": [base]}
+        spread = replace(base, num_envs=256 * jax.device_count(), shards=jax.device_count())
+        few = {"advance": [base, by_experts[-1], by_slots[0]], "environment": [replace(base, num_envs=256), spread]}
         return few.get(entry, [replace(base, num_envs=64)])
     rows = [replace(base, num_envs=num_envs) for num_envs in BATCHES[entry]]
+    if entry != "policy" and jax.device_count() > 1:
+        rows += [replace(base, num_envs=256 * jax.device_count(), shards=jax.device_count())]
     rows += by_experts
     if entry != "policy":
         rows += [replace(base, rate=rate) for rate in (2.0, 12.0)] + by_slots
@@ -88,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
     writable(out / "results.json", "--out")
     repeats = 3 if quick else 5
+    if jax.default_backend() == "cpu":
+        use_devices(cores())
 
     entries: dict[str, list[Row]] = {}
     for entry, rollout in ROLLOUTS.items():

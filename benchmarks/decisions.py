@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.table import Table
 
 from benchmarks.baselines import Baselines, event_note
@@ -27,9 +28,11 @@ from benchmarks.harness import (
     report,
     table,
     tree_bytes,
+    use_devices,
 )
 from jaxroute.environment.registry import make_params
 from jaxroute.environment.state import EnvParams
+from jaxroute.errors import UserError
 from jaxroute.simulator.profiles import EXPERTS
 from jaxroute.workload import FrozenRequests, PoissonArrivals, Workload
 
@@ -44,12 +47,14 @@ class Setting:
     experts: int = 6
     rate: float = 6.0  # requests/s at each environment
     slots: int = 48
+    shards: int = 1  # devices that share the environments; on CPUs a device is a core, or part of them
     steps: int | None = None  # of every environment in a call; None: for calls of a second or so on two cores
     episode_length: int = 5000  # requests, as in training
 
     def __str__(self) -> str:
         load = f"{self.experts} experts, {self.rate:g} requests/s, {self.slots} slots"
-        return f"{load}, {self.num_envs:,} environments"
+        shared = f" on {self.shards} devices" if self.shards > 1 else ""
+        return f"{load}, {self.num_envs:,} environments{shared}"
 
     @property
     def steps_per_call(self) -> int:
@@ -79,6 +84,7 @@ COLUMNS = (
     Column("rate", "req/s", "g"),
     Column("slots", "slots"),
     Column("num_envs", "envs"),
+    Column("shards", "shards"),
     Column("slowest", "slowest"),
     Column("median", "median"),
     Column("fastest", "fastest"),
@@ -97,10 +103,34 @@ def _baselines(experts: int, rate: float, slots: int) -> Baselines:
     return Baselines(Setting(1, experts, rate, slots).params(), slots)
 
 
+def sharded(rollout: Rollout, setting: Setting, params: EnvParams) -> Scan:
+    """The rollout of all environments, an equal part of them on each device, which never talk to each other."""
+    scan = rollout(setting, params)
+    if setting.shards == 1:
+        return scan
+    part = rollout(replace(setting, num_envs=setting.num_envs // setting.shards, steps=setting.steps_per_call), params)
+    mesh = jax.make_mesh((setting.shards,), ("device",), devices=jax.devices()[: setting.shards])
+
+    def run(carry: Any, key: jax.Array, *inputs: Any) -> tuple[Any, Any]:
+        key = jax.random.fold_in(key, jax.lax.axis_index("device"))
+        carry, output = part.run(carry, key, *inputs)
+        return carry, jax.tree.map(lambda leaf: leaf[None], output)
+
+    each = PartitionSpec("device")
+    inputs = [PartitionSpec()] * (1 + len(scan.inputs))
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(each, *inputs), out_specs=(each, each), check_vma=False)
+
+    def run_all(carry: Any, key: jax.Array, *inputs: Any) -> tuple[Any, tuple[Any, ...]]:
+        carry, output = mapped(carry, key, *inputs)
+        return carry, jax.tree.map(lambda leaf: leaf.mean(0), output)
+
+    return scan._replace(run=run_all, carry=jax.device_put(scan.carry, NamedSharding(mesh, each)))
+
+
 def measure_setting(rollout: Rollout, setting: Setting, repeats: int, quick: bool) -> Row:
     """One row: rates in decisions/s, compile time, bytes, shares of the limits, and the ratios to the baselines."""
     steps = setting.steps_per_call
-    scan = rollout(setting, setting.params())
+    scan = sharded(rollout, setting, setting.params())
     state_bytes = tree_bytes(scan.state) / setting.num_envs
     warm_up = 1 if quick else -(-SETTLED_STEPS // steps)
     row, _, (qos, *_) = measure(scan.run, scan.carry, scan.inputs, setting.num_envs * steps, repeats, warm_up)
@@ -133,16 +163,23 @@ def main(entry: str, description: str | None, rollout: Rollout, argv: Sequence[s
     parser.add_argument("--experts", type=count, nargs="+", default=[6], metavar="N", help="experts (default 6)")
     parser.add_argument("--rates", type=rate, nargs="+", default=[6.0], metavar="R", help="requests/s (default 6)")
     parser.add_argument("--slots", type=count, nargs="+", default=[48], metavar="S", help="of an expert (default 48)")
+    parser.add_argument(
+        "--shards", type=count, nargs="+", default=[1], metavar="D", help="devices that share them (default 1)"
+    )
     parser.add_argument("--steps", type=count, help="steps in a call (default: for calls of about a second)")
     parser.add_argument("--episode-length", type=count, default=5000, help="requests (default 5000, as in training)")
     parser.add_measuring()
     arguments = parser.read(argv)
     batches = arguments.num_envs or ([64] if arguments.quick else [64, 256, 1024])
+    use_devices(max(arguments.shards))
+    for num_envs, shards in itertools.product(batches, arguments.shards):
+        if num_envs % shards:
+            raise UserError(f"--num-envs {num_envs} is not a multiple of --shards {shards}")
     rows = []
-    for experts, load, slots, num_envs in itertools.product(
-        arguments.experts, arguments.rates, arguments.slots, batches
+    for experts, load, slots, num_envs, shards in itertools.product(
+        arguments.experts, arguments.rates, arguments.slots, batches, arguments.shards
     ):
-        setting = Setting(num_envs, experts, load, slots, arguments.steps, arguments.episode_length)
+        setting = Setting(num_envs, experts, load, slots, shards, arguments.steps, arguments.episode_length)
         rows.append(measure_setting(rollout, setting, arguments.repeats, arguments.quick))
     record = {"entry": entry, "machine": machine(argv, entry), "rows": rows}
     report([decisions_table(entry, rows)], record, arguments.json)

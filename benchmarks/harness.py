@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -85,6 +85,17 @@ def rate(text: str) -> float:
 def cores() -> int:
     """Cores that this process may use: those of XLA's threads too."""
     return len(os.sched_getaffinity(0))
+
+
+def use_devices(number: int) -> None:
+    """Makes sure of so many devices. The CPU is split into as many as are wanted, if JAX has not started yet."""
+    if number > 1:
+        with suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", number)
+    if jax.device_count() < number:
+        raise UserError(
+            f"--shards {number}: JAX has {jax.device_count()} device(s) here; ask for no more shards than that"
+        )
 
 
 def spread(calls: Sequence[float], work: float) -> Row:

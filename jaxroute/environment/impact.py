@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.advance import Progress, advance
+from jaxroute.simulator.advance import Progress
+from jaxroute.simulator.advance_kernel import advance_engines
 from jaxroute.simulator.engine import EngineParams, EngineState, blocks_for, prefix_sum, target_tokens, total
 from jaxroute.simulator.latency import iteration_time, prefill_time
 from jaxroute.simulator.recorded import AFTER_ALL
@@ -132,7 +133,7 @@ def exact_impact(params: EngineParams, latency_limit: jax.Array, queue: Queue) -
     nothing = Progress.none(engine.num_requests.shape)
 
     def met(state: EngineState) -> jax.Array:
-        done, _ = advance(params, state, nothing, jnp.asarray(AFTER_ALL, float))
+        done, _ = advance_engines(params, state, nothing, jnp.asarray(AFTER_ALL, float))
         return (done.finish_time + queue.age) / engine.target_tokens < latency_limit
 
     turned = engine.unfinished() & met(engine) & ~met(joined)

@@ -24,7 +24,8 @@ from jaxroute.environment.metrics import (
 )
 from jaxroute.environment.observation import GraphObservation, flatten, observe
 from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
-from jaxroute.simulator.advance import Progress, advance
+from jaxroute.simulator.advance import Progress
+from jaxroute.simulator.advance_kernel import advance_engines
 from jaxroute.simulator.engine import EngineState, blocks_for, empty_engine, slot_positions, target_tokens, total
 from jaxroute.simulator.recorded import AFTER_ALL
 from jaxroute.simulator.slots import append, finished, remove
@@ -62,6 +63,7 @@ def transition(
     env: RoutingEnvironment, params: EnvParams, state: EnvState, action: jax.Array, arrival: Arrival
 ) -> Outcome:
     """Routes by `action` (int32 [B]) and runs to `arrival`, before any reset."""
+    state = _begin_totals(env, state)
     if env.slots <= FEW_SLOTS:
         return _transition(env, params, state, action, arrival, arrival.gap)
     few = jnp.max(state.engines.num_requests) < FEW_SLOTS
@@ -158,7 +160,6 @@ def _transition(
 ) -> Outcome:
     """As `transition`, with any number of slots in `state` that holds all requests; runs the cluster up to `until`."""
     penalty = _penalty(env, params, state, action)
-    state = _begin_totals(env, state)
     state, joined = _route(env, params, state, action)
     state, qos = _run(env, params, state, until)
     gap, engines, slots, totals = arrival.gap, state.engines, state.slots, state.totals
@@ -267,7 +268,7 @@ def _route(
 def _run(env: RoutingEnvironment, params: EnvParams, state: EnvState, until: jax.Array) -> tuple[EnvState, jax.Array]:
     """Runs every iteration that starts before `until` (s) and takes out what finished; also its QoS, float [B]."""
     nothing = Progress.none(state.engines.num_requests.shape)
-    engines, progress = advance(params.engines, state.engines, nothing, until)
+    engines, progress = advance_engines(params.engines, state.engines, nothing, until)
     slots, totals = state.slots, state.totals
     done = finished(engines)
     completed = Completed(

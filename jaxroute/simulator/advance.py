@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, blocks_for, lowest, total
+from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, anywhere, blocks_for, lowest, total
 from jaxroute.simulator.latency import decode_run, iteration_time, iterations_started_before, run_time
 from jaxroute.simulator.scheduler import Decision, prefill_limit, schedule
 
@@ -118,7 +118,7 @@ def _iterations_until_full(
         goes_on = is_open(low, high)
         return jnp.where(goes_on & fits, middle, low), jnp.where(goes_on & ~fits, middle - 1, high)
 
-    return jax.lax.while_loop(lambda bounds: jnp.any(is_open(*bounds)), bisect, (low, spare // batch))[0]
+    return jax.lax.while_loop(lambda bounds: anywhere(is_open(*bounds)), bisect, (low, spare // batch))[0]
 
 
 def run_decodes(
@@ -205,7 +205,7 @@ def advance(
         runs = goes_on(carry)
         return jax.tree.map(lambda new, old: jnp.where(runs, new, old), jumped, carry)
 
-    return jax.lax.while_loop(lambda carry: jnp.any(goes_on(carry)), jump, (state, progress))
+    return jax.lax.while_loop(lambda carry: anywhere(goes_on(carry)), jump, (state, progress))
 
 
 def may_run(

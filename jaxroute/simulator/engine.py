@@ -116,7 +116,7 @@ def blocks_for(tokens: jax.Array, block_size: jax.Array) -> jax.Array:
     """KV blocks that hold `tokens`: ceil(tokens / block_size), int32.
 
     By a float multiplication, since CPUs have no SIMD integer division. The half keeps the quotient off the integers,
-    so the rounding is exact below 2**21 tokens.
+    so the rounding is exact below 2**20 tokens, also where a GPU divides approximately.
     """
     reciprocal = 1.0 / block_size.astype(jnp.float32)
     return jnp.floor((tokens + (block_size - 1)).astype(jnp.float32) * reciprocal + 0.5 * reciprocal).astype(jnp.int32)
@@ -128,11 +128,15 @@ def total(values: jax.Array) -> jax.Array:
     As a product with ones: XLA computes a sum anew, without vector instructions, inside of everything that uses it, but
     a product once.
     """
+    if values.ndim == 1:  # one engine, as in a GPU's program (advance_kernel.py), which has no such product
+        return jnp.sum(values, dtype=jnp.int32 if values.dtype == bool else values.dtype)
     return _product(jnp.ones((1, values.shape[0])), values)[0]
 
 
 def prefix_sum(values: jax.Array) -> jax.Array:
     """Inclusive cumulative sum over slots, of the shape and dtype of `values` [S, ...]; as `total`."""
+    if values.ndim == 1:
+        return jax.lax.cumsum(values.astype(jnp.int32) if values.dtype == bool else values)
     return _product(jnp.tri(values.shape[0]), values)
 
 
@@ -142,6 +146,11 @@ def _product(matrix: jax.Array, values: jax.Array) -> jax.Array:
     flat = values.reshape(values.shape[0], -1)
     product = jnp.dot(matrix.astype(values.dtype), flat, precision=jax.lax.Precision.HIGHEST)
     return product.reshape(-1, *values.shape[1:])
+
+
+def anywhere(mask: jax.Array) -> jax.Array:
+    """bool []: whether `mask`, bool [...], holds for an engine."""
+    return jnp.any(mask) if mask.ndim else mask
 
 
 def lowest(values: jax.Array) -> jax.Array:

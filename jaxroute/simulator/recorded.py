@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.advance import Progress, advance, may_run, run_iteration
+from jaxroute.simulator.advance import Progress, may_run, run_iteration
+from jaxroute.simulator.advance_kernel import advance_engines
 from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, empty_engine, target_tokens
 from jaxroute.simulator.scheduler import Decision
 from jaxroute.simulator.slots import append
@@ -137,13 +138,13 @@ def replay_by_jumps(params: EngineParams, recording: Recording) -> Outcome:
         until = jnp.where(recording.by_iteration, AFTER_ALL, recording.gap[index])
         most = jnp.where(recording.by_iteration, recording.arrival_iteration[index] - run.skipped, LARGE)
         most = jnp.minimum(most, recording.max_iterations)
-        state, progress = advance(params, run.state, run.progress, jnp.where(present, until, -AFTER_ALL), most)
+        state, progress = advance_engines(params, run.state, run.progress, jnp.where(present, until, -AFTER_ALL), most)
         run = run.replace(state=state, progress=progress)
         return jax.lax.cond(_is_due(recording, run), lambda: _join(params, recording, run), lambda: run), None
 
     run, _ = jax.lax.scan(to_next_arrival, _start(recording), length=recording.gap.shape[0])
     after_all = jnp.asarray(AFTER_ALL, float)
-    state, progress = advance(
+    state, progress = advance_engines(
         params, run.state, run.progress, after_all, recording.max_iterations, recording.stall_iterations
     )
     return _outcome(recording, run.replace(state=state, progress=progress))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, blocks_for, lowest, prefix_sum, total
+from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, anywhere, blocks_for, lowest, prefix_sum, total
 
 
 class Decision(struct.PyTreeNode):
@@ -67,7 +67,8 @@ def schedule(params: EngineParams, state: EngineState) -> Decision:
         seated = prefix_sum(present) <= params.max_num_seqs
         passes = fits & (running | ((tokens > 0) & unchunked & whole_fits & seated))
         failed = lowest(jnp.where(present & ~passes, position, LARGE))
-        return jnp.ones_like(ample), passes, tokens, jnp.minimum(failed, state.num_requests)
+        # All true, but not a constant, which Triton does not take as the result of a loop's round.
+        return ample | ~ample, passes, tokens, jnp.minimum(failed, state.num_requests)
 
     # Mostly there is enough of everything for everyone, and then nobody needs to wait their turn (who does so anyway
     # gets the same). A loop of at most one round, since under `vmap` a loop is left out where no engine needs it, and
@@ -77,7 +78,7 @@ def schedule(params: EngineParams, state: EngineState) -> Decision:
     most_blocks = total(jnp.where(present, blocks_for(most, params.block_size), 0))
     ample = (total(wanted) <= budget) & (most_blocks <= params.usable_blocks) & (total(present) <= params.max_num_seqs)
     all_at_once = (ample, present, wanted, state.num_requests)
-    _, _, tokens, num_running = jax.lax.while_loop(lambda carry: ~jnp.all(carry[0]), take_turns, all_at_once)
+    _, _, tokens, num_running = jax.lax.while_loop(lambda carry: anywhere(~carry[0]), take_turns, all_at_once)
 
     blocks = blocks_for(state.computed + tokens, params.block_size)
     scheduled = present & (position < num_running)

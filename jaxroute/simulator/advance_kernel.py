@@ -1,0 +1,107 @@
+"""`advance` as a kernel for NVIDIA GPUs (Pallas, Triton), and the function that takes it there and nowhere else.
+
+As one loop over all engines, `advance` runs until the slowest of them is done, and their state crosses memory in every
+round. In the kernel a program loads one engine, runs `advance` on it in registers for as long as that engine needs,
+and stores it back: no engine waits for another, and state crosses memory once. The rules are not repeated here.
+
+So, of one engine, `advance` must be made of what Triton lowers: elementwise operations; sums, minima and maxima over
+slots; `cumsum`; loops. It lowers no slices, gathers, sorts and products of vectors, neither `any` nor `all`, and no
+constant scalar as the result of a loop's round.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxroute.simulator.advance import Progress, advance
+from jaxroute.simulator.engine import LARGE, EngineParams, EngineState
+
+HAS_TRITON = find_spec("jax.experimental.pallas.triton") is not None
+"""JAX has announced that a later version will be without: then GPUs run the loop too."""
+
+CHANGED = ("num_running", "clock", "generated", "computed", "preemptions", "first_token_time", "finish_time")
+"""What an advance changes of an engine's state."""
+
+
+def advance_engines(
+    params: EngineParams,
+    state: EngineState,
+    progress: Progress,
+    until: jax.Array,
+    most_iterations: jax.Array | int = LARGE,
+    stall_iterations: jax.Array | int = LARGE,
+) -> tuple[EngineState, Progress]:
+    """`advance`, with its arguments and result; on an NVIDIA GPU one kernel, also under `jax.vmap`.
+
+    Only slots out of use can differ, which hold nothing: the kernel leaves them as they were.
+    """
+    if not HAS_TRITON:
+        return advance(params, state, progress, until, most_iterations, stall_iterations)
+    bounds = (until, jnp.int32(most_iterations), jnp.int32(stall_iterations))
+    return jax.lax.platform_dependent(params, state, progress, *bounds, cuda=advance_in_kernel, default=advance)
+
+
+def advance_in_kernel(*inputs: Any, interpret: bool = False) -> tuple[EngineState, Progress]:
+    """`advance` of engines [...] as a kernel of one program an engine; `interpret` it where there is no GPU.
+
+    `inputs` are the six arguments of `advance`, all arrays; what engines share may have fewer or shorter axes, and is
+    in memory once. A program is one warp: a thread has a slot or two, so everything fits in registers, and a sum over
+    slots is a few shuffles without a barrier.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    _, state, progress, *_ = inputs
+    engines = state.clock.shape
+    block = pl.next_power_of_2(state.num_slots)
+
+    def program(*refs: Any) -> None:
+        ins, outs = refs[: len(inputs)], refs[len(inputs) :]
+        _, state, _, until, *_ = ins
+        # Nothing is moved of engines that are busy until then, and of slots out of use.
+        used = jnp.where(state.clock[...] < until[...], state.num_requests[...], 0)
+        in_use = jnp.arange(block, dtype=jnp.int32) < used
+
+        def load(ref: Any) -> jax.Array:
+            return triton.load(ref, mask=in_use, other=0) if ref.shape else ref[...]
+
+        def store(ref: Any, value: jax.Array) -> None:
+            if ref.shape:
+                triton.store(ref, value, mask=in_use)
+            else:
+                ref[...] = value
+
+        state, progress = advance(*jax.tree.map(load, ins))
+        jax.tree.map(store, outs, ([getattr(state, name) for name in CHANGED], progress))
+
+    def spec(leaf: Any) -> pl.BlockSpec:
+        """One engine's part of a leaf: a scalar, or `block` slots, of which the last may not exist."""
+        slots = leaf.ndim > len(engines)
+        sizes = leaf.shape[slots:]
+
+        def part(*engine: jax.Array) -> tuple[jax.Array | int, ...]:
+            own = engine[len(engines) - len(sizes) :]
+            return (*[0] * slots, *(index if size > 1 else 0 for index, size in zip(own, sizes, strict=True)))
+
+        return pl.BlockSpec((*[block] * slots, *[None] * len(sizes)), part)
+
+    outputs = jax.eval_shape(lambda: ([getattr(state, name) for name in CHANGED], progress))
+    leaves, structure = jax.tree.flatten(inputs)
+    number = jax.tree.unflatten(structure, range(len(leaves)))
+    changed, progress = pl.pallas_call(
+        program,
+        out_shape=outputs,
+        grid=engines,
+        in_specs=jax.tree.map(spec, inputs),
+        out_specs=jax.tree.map(spec, outputs),
+        # The state is written where it was read: what is not written stays as it was.
+        input_output_aliases={getattr(number[1], name): place for place, name in enumerate(CHANGED)},
+        compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name="advance",
+    )(*inputs)
+    return state.replace(**dict(zip(CHANGED, changed, strict=True))), progress
