@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxroute.environment.batching import batch_first, batch_last, keep_batch_last, over_batch
 from jaxroute.environment.metrics import LEVELS, Level, empty_totals, totals_first, totals_last
 from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
-from jaxroute.environment.transition import Arrival, Observation, end_episodes, observe_batch, transition
+from jaxroute.environment.transition import Arrival, Observation, observe_batch, transition
 from jaxroute.errors import UserError, known
 from jaxroute.simulator.engine import empty_engine
 
@@ -106,18 +106,17 @@ class RoutingEnvironment:
         params, totals = batch_last(params), totals_last(state.totals)
         state = batch_last(state.replace(totals=None)).replace(totals=totals)
         arrival, first = batch_last((arrival, first))
-        outcome = transition(self, params, state, action, arrival)
-        truncated = outcome.state.step >= self.episode_length
-        state, observation = end_episodes(self, params, outcome, truncated, first)
-        totals = totals_first(state.totals)
-        state = batch_first(state.replace(totals=None)).replace(totals=totals)
+        truncated = state.step + 1 >= self.episode_length
+        outcome = transition(self, params, state, action, truncated, arrival, first)
+        totals = totals_first(outcome.state.totals)
+        state = batch_first(outcome.state.replace(totals=None)).replace(totals=totals)
         queues = jax.tree.map(keep_batch_last, (state.engines, state.slots))
         info = {
-            "final_observation": outcome.observation,
+            "final_observation": outcome.final_observation,
             "qos": outcome.qos,
             "penalty": outcome.penalty,
             "episode": totals,
         }
         reward = outcome.qos - params.penalty_weight * outcome.penalty
         state = state.replace(engines=queues[0], slots=queues[1])
-        return observation, state, reward, jnp.zeros_like(truncated), truncated, info
+        return outcome.observation, state, reward, jnp.zeros_like(truncated), truncated, info

@@ -26,7 +26,7 @@ from jaxroute.environment.observation import GraphObservation, flatten, observe
 from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
 from jaxroute.simulator.advance import Progress
 from jaxroute.simulator.advance_kernel import advance_engines
-from jaxroute.simulator.engine import EngineState, blocks_for, empty_engine, slot_positions, target_tokens, total
+from jaxroute.simulator.engine import EngineState, blocks_for, slot_positions, target_tokens, total
 from jaxroute.simulator.recorded import AFTER_ALL
 from jaxroute.simulator.slots import append, finished, remove
 from jaxroute.workload.arrivals import WorkloadState
@@ -53,95 +53,94 @@ class Arrival(struct.PyTreeNode):
 class Outcome(struct.PyTreeNode):
     """What a decision leads to."""
 
-    state: EnvState  # at the next arrival
-    observation: Observation
-    qos: jax.Array  # float [B], of what finished in between
+    state: EnvState  # at the next decision: at the next arrival, or in environments that end, at a new episode's first
+    observation: Observation  # of it
+    final_observation: Observation  # at the next arrival, whether the episode ends or not
+    qos: jax.Array  # float [B], of what finished up to the next arrival
     penalty: jax.Array  # float [B], 0 where the request joined no expert
 
 
 def transition(
-    env: RoutingEnvironment, params: EnvParams, state: EnvState, action: jax.Array, arrival: Arrival
+    env: RoutingEnvironment,
+    params: EnvParams,
+    state: EnvState,
+    action: jax.Array,
+    ends: jax.Array,
+    arrival: Arrival,
+    first: Arrival,
 ) -> Outcome:
-    """Routes by `action` (int32 [B]) and runs to `arrival`, before any reset."""
-    state = _begin_totals(env, state)
-    if env.slots <= FEW_SLOTS:
-        return _transition(env, params, state, action, arrival, arrival.gap)
-    few = jnp.max(state.engines.num_requests) < FEW_SLOTS
-    # Where there are more, this runs nothing, and is thrown away.
-    until = jnp.where(few, arrival.gap, -AFTER_ALL)
-    outcome = _transition(env, params, _with_queues(state, _front(_queues(state))), action, arrival, until)
+    """Routes by `action` (int32 [B]) and runs to `arrival`. Where the episode `ends` with that (bool [B]), the requests
+    still open then run to their end, which the totals count, and a new episode begins with `first`.
 
-    def on_all_slots(carry: tuple[Queues, Outcome]) -> tuple[Queues, Outcome]:
-        queues, thrown_away = carry
-        before, empty = _with_queues(state, batch_last(queues)), thrown_away.state.totals
-        if before.totals is not None and empty is not None:
-            # Nothing was written to it, and with one of them it can be changed in place.
-            before = before.replace(totals=before.totals.replace(timing_record=empty.timing_record))
-        outcome = _transition(env, params, before, action, arrival, arrival.gap)
-        queues = _queues(outcome.state)
-        outcome = outcome.replace(state=_with_queues(outcome.state, _front(queues)))
-        return jax.tree.map(keep_batch_last, batch_first(queues)), outcome
+    The end of an episode is one more transition: nothing is routed, and the next arrival comes when all is done.
+    """
+    state = _begin_totals(env, state)
+    few = (jnp.max(state.engines.num_requests) < FEW_SLOTS) | (env.slots <= FEW_SLOTS)
+    queues = (state.engines, state.slots)
+    front = jax.tree.map(lambda leaf: leaf[:FEW_SLOTS] if leaf.ndim == 3 else leaf, queues)
+    # Where there are more requests, this routes and runs nothing, so that the queues stay; the rest is thrown away.
+    until = jnp.where(few, arrival.gap, -AFTER_ALL)
+    routed, coming = jnp.where(few, action, -1), arrival.replace(gap=jnp.where(few, arrival.gap, 0))
+    now = _transition(env, params, _with_queues(state, front), routed, coming, until, jnp.bool_(False))
+    front = (now.state.engines, now.state.slots)
+    outcome = now.replace(state=now.state.replace(engines=None, slots=None))
 
     # With environments first, as they came in, XLA needs no copy of the queues around the loop.
-    queues, outcome = once(~few, on_all_slots, (batch_first(_queues(state)), outcome))
-    put_back = lambda old, new: old.at[:, :FEW_SLOTS].set(new) if new.ndim == 3 else new  # noqa: E731
-    queues = jax.tree.map(put_back, queues, batch_first(_queues(outcome.state)))
+    put = lambda old, new: keep_batch_last(old.at[:, :FEW_SLOTS].set(new) if new.ndim == 3 else new)  # noqa: E731
+    queues = jax.tree.map(put, batch_first(queues), batch_first(front))
+
+    def on_all_slots(carry: tuple[jax.Array, jax.Array, Queues, Outcome]):
+        crowded, _, queues, outcome = carry
+        ending = ~crowded
+        before = _choose(ending, _small(outcome.state), _small(state))
+        # Nothing has been written to a record that is thrown away, and with one of them it is changed in place.
+        before = _with_record(_with_queues(before, batch_last(queues)), outcome.state.totals)
+        until = jnp.where(ending, jnp.where(ends, AFTER_ALL, -AFTER_ALL), arrival.gap)
+        routed, coming = _choose(ending, (jnp.full_like(action, -1), first), (action, arrival))
+        now = _transition(env, params, before, routed, coming, until, ending)
+
+        same = ending & ~ends
+        after = _choose_first(same, queues, batch_first((now.state.engines, now.state.slots)))
+        small = _with_record(_choose(same, _small(before), _small(now.state)), now.state.totals)
+        outcome = Outcome(
+            state=small,
+            observation=_choose_first(same, outcome.observation, now.observation),
+            final_observation=_choose(ending, outcome.final_observation, now.observation),
+            qos=jnp.where(ending, outcome.qos, now.qos),
+            penalty=jnp.where(ending, outcome.penalty, now.penalty),
+        )
+        return jnp.bool_(False), ~ending & jnp.any(ends), jax.tree.map(keep_batch_last, after), outcome
+
+    carry = (~few, jnp.any(ends), queues, outcome)
+    *_, queues, outcome = jax.lax.while_loop(lambda carry: carry[0] | carry[1], on_all_slots, carry)
     return outcome.replace(state=_with_queues(outcome.state, batch_last(queues)))
-
-
-def _queues(state: EnvState) -> Queues:
-    return state.engines, state.slots
 
 
 def _with_queues(state: EnvState, queues: Queues) -> EnvState:
     return state.replace(engines=queues[0], slots=queues[1])
 
 
-def _front(queues: Queues) -> Queues:
-    return jax.tree.map(lambda leaf: leaf[:FEW_SLOTS] if leaf.ndim == 3 else leaf, queues)
+def _small(state: EnvState) -> EnvState:
+    """The state without queues and timing record."""
+    totals = state.totals and state.totals.replace(timing_record=None)
+    return state.replace(engines=None, slots=None, totals=totals)
 
 
-def end_episodes(
-    env: RoutingEnvironment, params: EnvParams, outcome: Outcome, truncated: jax.Array, first: Arrival
-) -> tuple[EnvState, Observation]:
-    """Where `truncated` (bool [B]): the next episode's state, which begins with `first`, with the old one's totals, for
-    which the requests still open run to their end; and its first observation. Elsewhere what `outcome` has."""
-    state = outcome.state
-    idle = empty_engine(1, (env.num_experts, truncated.shape[0]))
-    nothing = jnp.zeros_like(idle.first_token_time)
-    no_requests = SlotPayload(nothing, idle.generated, nothing, nothing, idle.generated)
+def _with_record(state: EnvState, totals: EpisodeTotals | None) -> EnvState:
+    """The state with the timing record of these totals."""
+    if state.totals is None or totals is None:
+        return state
+    return state.replace(totals=state.totals.replace(timing_record=totals.timing_record))
 
-    def choose(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(truncated, a, b), new, old)
 
-    def choose_first(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(truncated.reshape(-1, *[1] * (b.ndim - 1)), a, b), new, old)
+def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
+    """Leaves of `new` where `condition` (bool [] or [B]) holds, else of `old`."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
-    # Slots out of use may hold anything, so the counters are all of the queues that needs a reset.
-    counters = {name: getattr(state.engines, name) for name in ("num_requests", "num_running", "clock")}
-    next_state = state.replace(
-        engines=state.engines.replace(**choose(jax.tree.map(jnp.zeros_like, counters), counters)),
-        request=choose(first.request, state.request),
-        workload=choose(first.workload, state.workload),
-        step=choose(jnp.int32(0), state.step),
-    )
 
-    def end(carry: tuple[Queues, EpisodeTotals | None, Observation]):
-        queues, totals, observation = carry
-        if totals is not None:
-            full = _with_queues(state.replace(totals=totals), batch_last(queues))
-            drained, qos = _run(env, params, full, jnp.asarray(AFTER_ALL, float))
-            final = drained.totals
-            assert final is not None  # as totals
-            rest = jnp.maximum(jnp.max(drained.engines.clock, axis=0), 0)
-            final = final.replace(drained_qos=final.drained_qos + qos, elapsed=final.elapsed + rest)
-            totals = totals_last(choose_first(totals_first(final), totals_first(totals)))
-        start = observe_batch(env, params, next_state.replace(engines=idle, slots=no_requests))
-        return jax.tree.map(keep_batch_last, queues), totals, choose_first(start, observation)
-
-    carry = (batch_first(_queues(state)), state.totals, outcome.observation)
-    _, totals, observation = once(jnp.any(truncated), end, carry)
-    return next_state.replace(totals=totals), observation
+def _choose_first(condition: jax.Array, new: Any, old: Any) -> Any:
+    """As `_choose`, for leaves [B, ...]."""
+    return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *[1] * (b.ndim - 1)), a, b), new, old)
 
 
 def observe_batch(env: RoutingEnvironment, params: EnvParams, state: EnvState) -> Observation:
@@ -157,22 +156,36 @@ def _transition(
     action: jax.Array,
     arrival: Arrival,
     until: jax.Array,
+    ending: jax.Array,
 ) -> Outcome:
-    """As `transition`, with any number of slots in `state` that holds all requests; runs the cluster up to `until`."""
+    """As `transition`, on any number of slots that holds all requests, up to `until` (float [B]).
+
+    `ending` (bool []): this ends episodes. Then there was no decision, and time goes on until all is done.
+    """
+    before = state.totals
     penalty = _penalty(env, params, state, action)
     state, joined = _route(env, params, state, action)
     state, qos = _run(env, params, state, until)
-    gap, engines, slots, totals = arrival.gap, state.engines, state.slots, state.totals
-    if totals is not None:
-        totals = totals.replace(elapsed=totals.elapsed + gap)
+    engines, slots, totals = state.engines, state.slots, state.totals
+    gap = jnp.where(ending, jnp.maximum(jnp.max(engines.clock, axis=0), 0), arrival.gap)
+    if totals is not None and before is not None:
+        totals = totals.replace(
+            arrived=jnp.where(ending, before.arrived, totals.arrived),
+            dropped=jnp.where(ending, before.dropped, totals.dropped),
+            drained_qos=before.drained_qos + jnp.where(ending, qos, 0),
+            elapsed=totals.elapsed + gap,
+        )
+    clock = jnp.where(ending, 0, engines.clock - gap)
     state = state.replace(
-        engines=engines.replace(clock=engines.clock - gap, first_token_time=engines.first_token_time - gap),
+        engines=engines.replace(clock=clock, first_token_time=engines.first_token_time - gap),
         slots=slots.replace(arrival=slots.arrival - gap),
         request=arrival.request,
         workload=arrival.workload,
+        step=jnp.where(ending, 0, state.step),
         totals=totals,
     )
-    return Outcome(state, observe_batch(env, params, state), qos, jnp.where(joined, penalty, 0))
+    observation = observe_batch(env, params, state)
+    return Outcome(state, observation, observation, qos, jnp.where(joined, penalty, 0))
 
 
 def _begin_totals(env: RoutingEnvironment, state: EnvState) -> EnvState:
@@ -180,12 +193,9 @@ def _begin_totals(env: RoutingEnvironment, state: EnvState) -> EnvState:
     both, and copy them at every step."""
     begins = state.step == 0
 
-    def empty(totals: EpisodeTotals) -> EpisodeTotals:
+    def empty(totals: EpisodeTotals) -> EpisodeTotals | None:
         zero = empty_totals(env.num_experts, env.metrics, env.episode_length)
-        choose = lambda a, b: jnp.where(begins.reshape(-1, *[1] * (b.ndim - 1)), a, b)  # noqa: E731
-        chosen = totals_last(jax.tree.map(choose, zero, totals_first(totals)))
-        assert chosen is not None
-        return chosen
+        return totals_last(_choose_first(begins, zero, totals_first(totals)))
 
     return state if state.totals is None else state.replace(totals=once(jnp.any(begins), empty, state.totals))
 
