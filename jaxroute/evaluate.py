@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from jaxroute.compilation_cache import keep_compiled_programs
 from jaxroute.config.build import Experiment, build
 from jaxroute.config.loader import load_saved_config
 from jaxroute.config.schema import Config
@@ -67,4 +68,5 @@ def _initial_params(experiment: Experiment) -> Any:
 
 
 if __name__ == "__main__":
+    keep_compiled_programs()
     sys.exit(main())

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jaxroute.compilation_cache import keep_compiled_programs
 from jaxroute.config.build import Experiment, build
 from jaxroute.config.loader import config_text, load_config
 from jaxroute.config.schema import Config
@@ -113,4 +114,5 @@ def train(config: Config, experiment: Experiment, run: Path, console: Console) -
 
 
 if __name__ == "__main__":
+    keep_compiled_programs()
     sys.exit(main())

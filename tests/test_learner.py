@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from jaxroute.learner import sac
+from jaxroute.learner import replay_buffer, sac
 from jaxroute.learner.sac import Hyperparameters, LearnerState, Transition
 from jaxroute.learner.trainer import TRAIN_STATE_AXES, TrainState, make_trainer, policy_router
 from tests.learning import hyperparameters, sac_config
@@ -163,8 +163,8 @@ def test_learns_a_contextual_task_under_masks_without_retracing() -> None:
     actions = jax.vmap(lambda x: router(x, None, params, jax.random.key(0)))(observation)
     np.testing.assert_array_equal(actions, best)
 
-    taken = state.buffer.rows
-    assert jnp.take_along_axis(taken.observation.action_mask, taken.action[..., None], axis=-1).all()
+    observation, taken, _ = replay_buffer.sample(state.buffer, jax.random.key(1), 5000)
+    assert jnp.take_along_axis(observation.action_mask, taken.action[..., None], axis=-1).all()
     assert taken.reward.max() <= 1.0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.learner)))
 
@@ -270,6 +270,7 @@ def random_batch(size: int = 32) -> Transition:
         action=jnp.full(size, 3),
         reward=jax.random.uniform(keys[2], (size,)),
         terminated=jnp.zeros(size, bool),
+        truncated=jnp.zeros(size, bool),
         next_observation=jax.tree.map(lambda x: x[::-1], observation),
     )
 
@@ -395,6 +396,6 @@ def test_same_seed_same_numbers_and_vmap_equals_single_runs() -> None:
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
         *(states.learner.params, alone.learner.params),
     )
-    np.testing.assert_array_equal(states.buffer.rows.action, alone.buffer.rows.action)
+    np.testing.assert_array_equal(states.buffer.outcomes.action, alone.buffer.outcomes.action)
     again, _ = single(1)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.learner), jax.device_get(second[0].learner))

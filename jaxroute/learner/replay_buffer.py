@@ -15,47 +15,68 @@ from jaxroute.errors import UserError
 class ReplayBuffer:
     """Rows of transitions; a row holds the one transition that each environment made in one collection step.
 
-    Whole rows are written, so an add is one slice update in place. The counter does not depend on what is stored:
-    keep it unbatched when seeds are vmapped (`trainer.TRAIN_STATE_AXES`), or the slice update becomes a scatter.
+    An observation is stored once, as what a transition leads to and the next one starts from; so what follows the last
+    transition of an episode is the start of another one.
 
-    Memory per transition is twice the observation (the true next one is stored too, as the row after a truncation
-    starts another episode) and 9 bytes: with 10 shown requests in each queue about 3.2 kB for 3 experts, 6.3 kB for 6.
+    Whole rows are written, so an add is a slice update in place. The counter does not depend on what is stored: keep it
+    unbatched when seeds are vmapped (`trainer.TRAIN_STATE_AXES`), or the slice update becomes a scatter.
+
+    Memory per transition of the routing environment, with 10 shown requests in each queue: 1.8 kB for 3 experts,
+    3.6 kB for 6.
     """
 
-    rows: Any  # traced: pytree of transitions, each leaf [capacity / num_envs, num_envs, ...]
-    rows_added: jax.Array  # traced: int32 [], rows written since the start, those overwritten included
+    observations: Any  # traced: pytree, each leaf [rows + 1, num_envs, ...]; row i % (rows + 1) is before transition i
+    outcomes: Any  # traced: pytree of what else a transition has, each leaf [rows, num_envs, ...]
+    rows_added: jax.Array  # traced: int32 [], rows of transitions since the start, those overwritten included
 
 
-def init(example_batch: Any, capacity: int) -> ReplayBuffer:
-    """An empty buffer of `capacity` transitions.
+def init(observation: Any, outcome: Any, capacity: int) -> ReplayBuffer:
+    """An empty buffer of `capacity` transitions, that start from `observation`.
 
-    `example_batch` is one row, each leaf [num_envs, ...]; only its shapes and dtypes are used. Raises UserError where
-    capacity is not a positive multiple of num_envs.
+    Each leaf of `observation` and `outcome` is [num_envs, ...]; of `outcome` only shapes and dtypes are used. Raises
+    UserError where capacity is not a positive multiple of num_envs.
     """
-    num_envs = jax.tree.leaves(example_batch)[0].shape[0]
+    num_envs = jax.tree.leaves(observation)[0].shape[0]
     if capacity < num_envs or capacity % num_envs:
         nearest = max(capacity // num_envs, 1) * num_envs
         raise UserError(f"buffer_capacity: {capacity} is not a multiple of num_envs = {num_envs}; {nearest} would be")
+    rows = capacity // num_envs
     return ReplayBuffer(
-        rows=jax.tree.map(lambda x: jnp.zeros((capacity // num_envs, *x.shape), x.dtype), example_batch),
+        observations=jax.tree.map(lambda x: jnp.zeros((rows + 1, *x.shape), x.dtype).at[0].set(x), observation),
+        outcomes=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), outcome),
         rows_added=jnp.zeros((), jnp.int32),
     )
 
 
-def add(buffer: ReplayBuffer, batch: Any) -> ReplayBuffer:
-    """Writes one row, each leaf of `batch` [num_envs, ...], over the oldest one once the buffer is full."""
-    num_rows = jax.tree.leaves(buffer.rows)[0].shape[0]
-    cursor = buffer.rows_added % num_rows
-    rows = jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, cursor, 0), buffer.rows, batch)
-    return ReplayBuffer(rows=rows, rows_added=buffer.rows_added + 1)
+def add(buffer: ReplayBuffer, outcome: Any, next_observation: Any) -> ReplayBuffer:
+    """Writes one row, each leaf [num_envs, ...], over the oldest one once the buffer is full."""
+
+    def write(stored: Any, row: Any, index: jax.Array) -> Any:
+        def write_leaf(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(old, new, index % old.shape[0], 0)
+
+        return jax.tree.map(write_leaf, stored, row)
+
+    following = buffer.rows_added + 1
+    return ReplayBuffer(
+        observations=write(buffer.observations, next_observation, following),
+        outcomes=write(buffer.outcomes, outcome, buffer.rows_added),
+        rows_added=following,
+    )
 
 
-def sample(buffer: ReplayBuffer, key: jax.Array, batch_size: int) -> Any:
-    """`batch_size` transitions drawn uniformly with replacement, each leaf [batch_size, ...].
+def sample(buffer: ReplayBuffer, key: jax.Array, batch_size: int) -> tuple[Any, Any, Any]:
+    """`batch_size` transitions drawn uniformly with replacement: observations, outcomes and next observations, each
+    leaf [batch_size, ...].
 
-    At least one row must have been added: an empty buffer yields zeros.
+    At least one row must have been added.
     """
-    num_rows, num_envs = jax.tree.leaves(buffer.rows)[0].shape[:2]
-    stored = jnp.minimum(buffer.rows_added, num_rows) * num_envs
-    index = jax.random.randint(key, (batch_size,), 0, stored)
-    return jax.tree.map(lambda x: x[index // num_envs, index % num_envs], buffer.rows)
+    num_rows, num_envs = jax.tree.leaves(buffer.outcomes)[0].shape[:2]
+    oldest = jnp.maximum(buffer.rows_added - num_rows, 0)
+    drawn = jax.random.randint(key, (batch_size,), 0, (buffer.rows_added - oldest) * num_envs)
+    row, env = oldest + drawn // num_envs, drawn % num_envs
+
+    def read(stored: Any, row: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x[row % x.shape[0], env], stored)
+
+    return read(buffer.observations, row), read(buffer.outcomes, row), read(buffer.observations, row + 1)

@@ -1,9 +1,9 @@
 """Discrete soft actor-critic: one gradient update on a batch of transitions, as pure functions of a pytree.
 
 After Haarnoja et al. 2018 (arXiv 1812.05905) with the expectation over actions taken exactly, as Christodoulou 2019
-(arXiv 1910.07207). A network offers `init(key, observation)` and, through `apply(..., method=...)`, on one unbatched
-observation: `encode(observation) -> embedding` (any pytree), `policy(embedding) -> logits [A]` with the finite minimum
-of their dtype where an action is not allowed, and `critics(embedding) -> q [2, A]`.
+(arXiv 1910.07207). A network offers `init(key, observation)` and, through `apply(..., method=...)`, on observations
+with any leading batch axes: `encode(observation) -> embedding` (any pytree), `policy(embedding) -> logits [..., A]`
+with the finite minimum of their dtype where an action is not allowed, and `critics(embedding) -> q [..., 2, A]`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Transition:
     action: jax.Array  # int32 []
     reward: jax.Array  # float32 []
     terminated: jax.Array  # bool []; a truncated episode is not terminated, its value goes on
-    next_observation: Any  # the true one, not the first of the next episode
+    truncated: jax.Array  # bool []; then next_observation is the first of another episode, and is not learned from
+    next_observation: Any
 
 
 @struct.dataclass
@@ -50,8 +51,7 @@ class LearnerState:
 
     params: Any  # variables of the network: encoder, policy and critics
     target_params: Any  # same structure; its policy is not used
-    critic_optimizer: optax.OptState  # over all of params, where the policy's gradient is 0 and stays unmoved
-    actor_optimizer: optax.OptState  # over all of params, where only the policy's gradient is not 0
+    optimizer: optax.OptState  # of params
     log_alpha: jax.Array  # float32 [], logarithm of the temperature
     alpha_optimizer: optax.OptState
     average_reward: jax.Array  # float32 [], running mean of the sampled rewards; 0 where centring is off
@@ -72,33 +72,39 @@ class UpdateMetrics:
     average_reward: jax.Array
 
 
+def _actor_leaves(network: nn.Module, params: Any, observation: Any) -> Any:
+    """For each leaf of `params` whether the policy owns it: it then reads it beyond the embedding. Static."""
+
+    def policy_params(params: Any, observation: Any) -> Any:
+        embedding = network.apply(params, observation, method="encode")
+        return network.init(jax.random.key(0), embedding, method="policy")
+
+    owned = {path for path, _ in jax.tree.leaves_with_path(jax.eval_shape(policy_params, params, observation))}
+    return jax.tree.map_with_path(lambda path, _: path in owned, params)
+
+
 def _optimizers(
-    hyper: Hyperparameters,
-) -> tuple[optax.GradientTransformation, optax.GradientTransformation, optax.GradientTransformation]:
-    """Of critics, actor and temperature. Made anew in each trace, since their rates are traced; their state is kept."""
+    hyper: Hyperparameters, is_actor: Any
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Of the network and of the temperature. Made anew in each trace, as their rates are traced; their state is kept.
+
+    The actor's and the critics' part of the network (see `_actor_leaves`) each have a rate and a norm of their own.
+    """
     clip = optax.clip_by_global_norm(hyper.max_grad_norm)
-    return (
-        optax.chain(clip, optax.adam(hyper.critic_learning_rate)),
-        optax.chain(clip, optax.adam(hyper.actor_learning_rate)),
-        optax.adam(hyper.alpha_learning_rate),
-    )
-
-
-def _apply(network: nn.Module, method: str, params: Any, inputs: Any) -> Any:
-    """A method of the network over the leading axis of `inputs`."""
-    return jax.vmap(lambda x: network.apply(params, x, method=method))(inputs)
+    rates = {True: hyper.actor_learning_rate, False: hyper.critic_learning_rate}
+    parts: dict[Any, Any] = {actor: optax.chain(clip, optax.adam(rate)) for actor, rate in rates.items()}
+    return optax.partition(parts, is_actor), optax.adam(hyper.alpha_learning_rate)
 
 
 def init(key: jax.Array, network: nn.Module, observation: Any, hyper: Hyperparameters) -> LearnerState:
     """A fresh learner; `observation` is one unbatched observation, used for its shapes."""
     params = network.init(key, observation)
-    critic, actor, alpha = _optimizers(hyper)
+    optimizer, alpha = _optimizers(hyper, _actor_leaves(network, params, observation))
     log_alpha = jnp.log(jnp.asarray(hyper.initial_temperature, jnp.float32))
     return LearnerState(
         params=params,
         target_params=params,
-        critic_optimizer=critic.init(params),
-        actor_optimizer=actor.init(params),
+        optimizer=optimizer.init(params),
         log_alpha=log_alpha,
         alpha_optimizer=alpha.init(log_alpha),
         average_reward=jnp.zeros((), jnp.float32),
@@ -112,7 +118,7 @@ def allowed_actions(logits: jax.Array) -> jax.Array:
 
 
 def policy_logits(network: nn.Module, params: Any, observation: Any) -> jax.Array:
-    """float32 [A] for one observation."""
+    """float32 [..., A] for observations with any leading batch axes."""
     return network.apply(params, network.apply(params, observation, method="encode"), method="policy")  # type: ignore
 
 
@@ -141,65 +147,70 @@ def update(
 ) -> tuple[LearnerState, UpdateMetrics]:
     """One gradient step of critics (with the encoder), actor and temperature, then of the target network.
 
-    Every leaf of `batch` is [B, ...]. One forward pass of the encoder over the observations serves the critics' loss
-    and, as a constant, the actor's.
+    Every leaf of `batch` is [B, ...]. The encoder is applied twice: once, as trained, to the observations, for the
+    critics' loss and, as a constant, the actor's; and once, as the target network has it, to the next observations,
+    for the target critics and for the policy.
     """
+
+    def apply(method: str, params: Any, inputs: Any) -> Any:
+        return network.apply(params, inputs, method=method)
+
     alpha = jnp.exp(state.log_alpha)
     rewards, average_reward = _centred(batch.reward, state, hyper)
 
-    next_logits = jax.vmap(lambda x: policy_logits(network, state.params, x))(batch.next_observation)
-    next_probability, next_log_probability = _log_policy(next_logits)
-    next_embedding = _apply(network, "encode", state.target_params, batch.next_observation)
-    next_q = _apply(network, "critics", state.target_params, next_embedding).min(axis=1)
+    next_embedding = apply("encode", state.target_params, batch.next_observation)
+    next_probability, next_log_probability = _log_policy(apply("policy", state.params, next_embedding))
+    next_q = apply("critics", state.target_params, next_embedding).min(axis=-2)
     next_value = jnp.sum(next_probability * (next_q - alpha * next_log_probability), axis=-1)
     target = rewards + hyper.gamma * jnp.where(batch.terminated, 0.0, next_value)
+    known = batch.terminated | ~batch.truncated
 
-    def critic_loss(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-        embedding = _apply(network, "encode", params, batch.observation)
-        q = _apply(network, "critics", params, embedding)
+    def losses(params: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """The critics' loss and the actor's. The constants in them keep either from the other's parameters."""
+        embedding = apply("encode", params, batch.observation)
+        q = apply("critics", params, embedding)
         taken = jnp.take_along_axis(q, batch.action[:, None, None], axis=-1)[..., 0]
-        return 0.5 * jnp.square(taken - target[:, None]).sum(axis=-1).mean(), (embedding, q)
+        error = jnp.where(known[:, None], taken - target[:, None], 0.0)
+        critic_loss = 0.5 * jnp.square(error).sum(axis=-1).mean()
 
-    (critic_loss_value, (embedding, q)), critic_grads = jax.value_and_grad(critic_loss, has_aux=True)(state.params)
-    q = q.min(axis=1)
-
-    def actor_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-        # The embedding and q were computed outside, so no gradient reaches the encoder or the critics from here.
-        logits = _apply(network, "policy", params, embedding)
+        embedding, q = jax.lax.stop_gradient((embedding, q.min(axis=-2)))
+        logits = apply("policy", params, embedding)
         probability, log_probability = _log_policy(logits)
-        entropy = -jnp.sum(probability * log_probability, axis=-1)
-        value = jnp.sum(probability * q, axis=-1)
+        entropy = -jnp.sum(probability * log_probability, axis=-1).mean()
+        mean_q = jnp.sum(probability * q, axis=-1).mean()
         # The largest entropy is that of the allowed actions, or a state with one of them would drive alpha up.
-        target_entropy = hyper.target_entropy_ratio * jnp.log(allowed_actions(logits).sum(axis=-1))
-        return -(value + alpha * entropy).mean(), (entropy.mean(), target_entropy.mean(), value.mean())
+        target_entropy = hyper.target_entropy_ratio * jnp.log(allowed_actions(logits).sum(axis=-1)).mean()
+        actor_loss = -(mean_q + alpha * entropy)
+        return critic_loss + actor_loss, (critic_loss, actor_loss, entropy, target_entropy, mean_q)
 
-    (actor_loss_value, (entropy, target_entropy, mean_q)), actor_grads = jax.value_and_grad(actor_loss, has_aux=True)(
-        state.params
-    )
+    grads, (critic_loss, actor_loss, entropy, target_entropy, mean_q) = jax.grad(losses, has_aux=True)(state.params)
     # d/d(log alpha) of log_alpha * (entropy - target): the temperature falls while the policy is too random.
     alpha_grad = entropy - target_entropy
 
-    critic, actor, temperature = _optimizers(hyper)
-    critic_updates, critic_optimizer = critic.update(critic_grads, state.critic_optimizer)
-    actor_updates, actor_optimizer = actor.update(actor_grads, state.actor_optimizer)
+    is_actor = _actor_leaves(network, state.params, batch.observation)
+    optimizer, temperature = _optimizers(hyper, is_actor)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer)
     alpha_update, alpha_optimizer = temperature.update(alpha_grad, state.alpha_optimizer)
     log_alpha: Any = optax.apply_updates(state.log_alpha, alpha_update)
-    params = optax.apply_updates(optax.apply_updates(state.params, critic_updates), actor_updates)
+    params = optax.apply_updates(state.params, updates)
+
+    def norm(actor: bool) -> jax.Array:
+        return optax.tree.norm(jax.tree.map(lambda x, own: x if own == actor else None, grads, is_actor))
+
     metrics = UpdateMetrics(
-        critic_loss=critic_loss_value,
-        actor_loss=actor_loss_value,
+        critic_loss=critic_loss,
+        actor_loss=actor_loss,
         alpha=alpha,
         entropy=entropy,
         mean_q=mean_q,
-        critic_grad_norm=optax.tree.norm(critic_grads),
-        actor_grad_norm=optax.tree.norm(actor_grads),
+        critic_grad_norm=norm(actor=False),
+        actor_grad_norm=norm(actor=True),
         average_reward=average_reward,
     )
     following = LearnerState(
         params=params,
         target_params=optax.incremental_update(params, state.target_params, hyper.tau),
-        critic_optimizer=critic_optimizer,
-        actor_optimizer=actor_optimizer,
+        optimizer=optimizer_state,
         log_alpha=log_alpha,
         alpha_optimizer=alpha_optimizer,
         average_reward=average_reward,

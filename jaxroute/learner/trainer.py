@@ -45,13 +45,22 @@ class TrainState:
 # unbatched too, warm-up stays a branch.
 TRAIN_STATE_AXES = TrainState(
     learner=0,  # pyright: ignore[reportArgumentType]
-    buffer=ReplayBuffer(rows=0, rows_added=None),  # pyright: ignore[reportArgumentType]
+    buffer=ReplayBuffer(observations=0, outcomes=0, rows_added=None),  # pyright: ignore[reportArgumentType]
     env_state=0,
     observation=0,
     returns=0,  # pyright: ignore[reportArgumentType]
     key=0,  # pyright: ignore[reportArgumentType]
     steps=None,  # pyright: ignore[reportArgumentType]
 )
+
+
+class Outcome(NamedTuple):
+    """What the buffer keeps of a transition beside its observations: fields of `sac.Transition`."""
+
+    action: jax.Array
+    reward: jax.Array
+    terminated: jax.Array
+    truncated: jax.Array
 
 
 class Trainer(NamedTuple):
@@ -79,16 +88,11 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
     def init(key: jax.Array, env_params: Any, hyper: Hyperparameters) -> TrainState:
         key, env_key, network_key = jax.random.split(key, 3)
         observation, env_state = jax.vmap(env.reset, (0, None))(jax.random.split(env_key, config.num_envs), env_params)
-        example = Transition(
-            observation=observation,
-            action=jnp.zeros(config.num_envs, jnp.int32),
-            reward=jnp.zeros(config.num_envs, jnp.float32),
-            terminated=jnp.zeros(config.num_envs, bool),
-            next_observation=observation,
-        )
+        zeros = jnp.zeros(config.num_envs)
+        outcome = Outcome(zeros.astype(jnp.int32), zeros.astype(jnp.float32), zeros.astype(bool), zeros.astype(bool))
         return TrainState(
             learner=sac.init(network_key, network, jax.tree.map(lambda x: x[0], observation), hyper),
-            buffer=replay_buffer.init(example, config.buffer_capacity),
+            buffer=replay_buffer.init(observation, outcome, config.buffer_capacity),
             env_state=env_state,
             observation=observation,
             returns=jnp.zeros(config.num_envs, jnp.float32),
@@ -96,10 +100,22 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
             steps=jnp.zeros((), jnp.int32),
         )
 
-    def learn(learner: LearnerState, batches: Transition, hyper: Hyperparameters) -> tuple[LearnerState, UpdateMetrics]:
-        """Updates on each of `batches`, leaves [updates_per_step, B, ...]; the metrics are their means."""
-        learner, metrics = jax.lax.scan(lambda carry, batch: sac.update(network, carry, batch, hyper), learner, batches)
-        return learner, jax.tree.map(jnp.mean, metrics)
+    def learn(
+        learner: LearnerState, buffer: ReplayBuffer, key: jax.Array, updates: jax.Array, hyper: Hyperparameters
+    ) -> tuple[LearnerState, UpdateMetrics]:
+        """So many updates on batches from the buffer; also the sums of their metrics."""
+
+        def one(index: jax.Array, carry: tuple[LearnerState, UpdateMetrics]) -> tuple[LearnerState, UpdateMetrics]:
+            learner, sums = carry
+            observation, outcome, following = replay_buffer.sample(
+                buffer, jax.random.fold_in(key, index), config.batch_size
+            )
+            batch = Transition(observation, **outcome._asdict(), next_observation=following)
+            learner, metrics = sac.update(network, learner, batch, hyper)
+            return learner, jax.tree.map(lambda total, new: total + new.astype(total.dtype), sums, metrics)
+
+        zero = UpdateMetrics(**{name: jnp.zeros((), jnp.float32) for name in UpdateMetrics.__dataclass_fields__})
+        return jax.lax.fori_loop(0, updates, one, (learner, zero))
 
     def step(state: TrainState, env_params: Any, hyper: Hyperparameters) -> tuple[TrainState, dict[str, Any]]:
         """One transition in each environment, then the updates; its metrics are sums to be divided over the chunk."""
@@ -107,27 +123,17 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
         # Compared in steps, as frames could pass the int32 range.
         warming_up = state.steps < (hyper.warmup_frames + config.num_envs - 1) // config.num_envs
 
-        logits = jax.vmap(lambda x: sac.policy_logits(network, state.learner.params, x))(state.observation)
+        logits = sac.policy_logits(network, state.learner.params, state.observation)
         logits = jnp.where(warming_up & sac.allowed_actions(logits), 0.0, logits)
         action = jax.random.categorical(action_key, logits).astype(jnp.int32)
         observation, env_state, reward, terminated, truncated, info = jax.vmap(env.step, (0, 0, 0, None))(
             jax.random.split(env_key, config.num_envs), state.env_state, action, env_params
         )
         reward = reward.astype(jnp.float32)  # as the buffer's, with 64-bit environments too
-        transition = Transition(state.observation, action, reward, terminated, info["final_observation"])
-        buffer = replay_buffer.add(state.buffer, transition)
-
-        # Sampled outside of the branch: a buffer handed into it might be copied.
-        batches = replay_buffer.sample(buffer, sample_key, config.updates_per_step * config.batch_size)
-        batches = jax.tree.map(lambda x: x.reshape(config.updates_per_step, config.batch_size, *x.shape[1:]), batches)
-        _, shapes = jax.eval_shape(learn, state.learner, batches, hyper)
-        learner, update_metrics = jax.lax.cond(
-            warming_up,
-            lambda learner, _: (learner, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)),
-            lambda learner, batches: learn(learner, batches, hyper),
-            state.learner,
-            batches,
-        )
+        buffer = replay_buffer.add(state.buffer, Outcome(action, reward, terminated, truncated), observation)
+        # A loop of no turns and not a branch, which would copy the learner.
+        updates = jnp.where(warming_up, 0, config.updates_per_step)
+        learner, update_metrics = learn(state.learner, buffer, sample_key, updates, hyper)
 
         ended = terminated | truncated
         returns = state.returns + reward
@@ -143,7 +149,7 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
                 "drop_rate": (action == env.num_actions - 1).mean(),
             },
             "update": update_metrics,
-            "updated": ~warming_up,
+            "updates": updates,
             "episode": jax.tree.map(sum_over_ended, info["episode"]),
             "return": sum_over_ended(returns),
             "episodes": ended.sum(),
@@ -153,8 +159,8 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
 
     def train_chunk(state: TrainState, env_params: Any, hyper: Hyperparameters) -> tuple[TrainState, dict[str, Any]]:
         state, steps = jax.lax.scan(lambda s, _: step(s, env_params, hyper), state, length=config.steps_per_chunk)
-        updated, episodes = steps["updated"].sum(), steps["episodes"].sum()
-        update_metrics = jax.tree.map(lambda x: x.sum(axis=0) / updated, steps["update"])
+        updates, episodes = steps["updates"].sum(), steps["episodes"].sum()
+        update_metrics = jax.tree.map(lambda x: x.sum(axis=0) / updates, steps["update"])
         metrics = {
             **jax.tree.map(jnp.mean, steps["decision"]),
             **{name: getattr(update_metrics, name) for name in UpdateMetrics.__dataclass_fields__},
