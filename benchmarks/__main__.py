@@ -24,16 +24,16 @@ from jaxroute.errors import UserError, command
 
 BATCH = 1024
 EXPERTS = (3, 6, 12)
-SLOTS = (16, 32, 48, 64, 96, 128)
+SLOTS = (16, 32, 48, 64, 128)
 ROLLOUTS: dict[str, Rollout] = {
     "advance": advance.rollout,
     "environment": environment.rollout,
     "policy": policy.rollout,
 }
 BATCHES = {
-    "advance": (1, 16, 64, 256, 1024, 4096, 16384, 65536),
+    "advance": (1, 64, 256, 1024, 4096, 16384, 65536),
     "environment": (1, 64, 256, 1024, 4096, 16384),
-    "policy": (1, 64, 256, 1024),
+    "policy": (1, 64, 1024),
 }
 
 
