@@ -17,7 +17,7 @@ import jax
 from benchmarks import advance, environment, policy
 from benchmarks.decisions import Rollout, Setting, decisions_table, measure_setting
 from benchmarks.engine import engine_table, measure_engines
-from benchmarks.harness import Parser, Row, cores, machine, report, use_devices, writable
+from benchmarks.harness import Parser, Row, cores, machine, report, split_cpu, writable
 from benchmarks.pictures import cost_curves
 from benchmarks.training import measure_training, training_table
 from jaxroute.errors import UserError, command
@@ -93,8 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
     writable(out / "results.json", "--out")
     repeats = 3 if quick else 5
-    if jax.default_backend() == "cpu":
-        use_devices(cores())
+    split_cpu(cores())
 
     entries: dict[str, list[Row]] = {}
     for entry, rollout in ROLLOUTS.items():

@@ -87,11 +87,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def split_cpu(number: int) -> None:
+    """Makes the CPU so many devices, unless JAX has started already."""
+    with suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", number)
+
+
 def use_devices(number: int) -> None:
-    """Makes sure of so many devices. The CPU is split into as many as are wanted, if JAX has not started yet."""
+    """Makes sure of so many devices."""
     if number > 1:
-        with suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", number)
+        split_cpu(number)
     if jax.device_count() < number:
         raise UserError(
             f"--shards {number}: JAX has {jax.device_count()} device(s) here; ask for no more shards than that"
