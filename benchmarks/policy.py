@@ -28,8 +28,7 @@ def rollout(setting: Setting, params: EnvParams) -> Scan:
 
     def act(weights: Any, observation: Any, lengths: jax.Array, key: jax.Array) -> jax.Array:
         del lengths
-        logits = jax.vmap(lambda one: policy_logits(network, weights, one))(observation)
-        return jax.random.categorical(key, logits)
+        return jax.random.categorical(key, policy_logits(network, weights, observation))
 
     return rollout_by(act, weights, setting, params)
 
