@@ -64,4 +64,6 @@ def test_a_million_decisions_need_no_more_memory():
         resident.append(_resident_bytes())
         arrays.append(len(jax.live_arrays()))
     assert len(set(arrays[2:])) == 1
-    assert resident[-1] - resident[4] < 5e6  # the state itself is of that size
+    # Where other tests ran before, the process's memory goes up and down by some megabytes. The state alone takes five:
+    # if every call left one behind, these would be 75.
+    assert resident[-1] - resident[4] < 2e7
