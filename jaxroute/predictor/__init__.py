@@ -1,0 +1,1 @@
+"""Predictors of score and output length from a prompt's text: features, bucket classifiers, held-out metrics."""
