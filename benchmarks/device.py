@@ -128,7 +128,7 @@ def paper(arguments: Any) -> Iterator[Row]:
         yield {**row, "minutes": minutes}
         yield {"part": "paper", "setting": f"{FRAMES:,} frames, extrapolated", "result": f"{minutes:,.1f} minutes"}
         return
-    env, params, network, hyper, sac, _ = build(load_config(path, overrides))
+    env, params, network, hyper, sac, *_ = build(load_config(path, overrides))
     trainer = make_trainer(env, network, sac)
     start = time.perf_counter()
     state = trainer.init(jax.random.key(0), params, hyper)

@@ -40,7 +40,7 @@ COLUMNS = (
 def measure_training(config: Path | None, overrides: Sequence[str], repeats: int, second_start: bool) -> Row:
     """One row: frames/s of chunks that learn; compile time, and what it takes with the persistent cache filled."""
     setting = load_config(config, ["agent.warmup_frames=0", *overrides])
-    env, params, network, hyper, sac, _ = build(setting)
+    env, params, network, hyper, sac, *_ = build(setting)
     trainer = make_trainer(env, network, sac)
     state = trainer.init(jax.random.key(0), params, hyper)
     state_bytes = tree_bytes(state)

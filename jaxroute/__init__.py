@@ -1,6 +1,20 @@
 """jaxroute: an exact LLM serving cluster in JAX, the routing environment on it, and the router trained on that."""
 
-from jaxroute.environment.registry import make
+from jaxroute.environment import scenarios as _scenarios  # registers the package's own environments
+from jaxroute.environment.environment import DYNAMICS_VERSION
+from jaxroute.environment.registry import environments, make, register
+from jaxroute.environment.routers import make_router
+from jaxroute.environment.schedule import Schedule
+from jaxroute.environment.views import FiveValues, Wrapper
 
-__all__ = ["make"]
+__all__ = [
+    "DYNAMICS_VERSION",
+    "FiveValues",
+    "Schedule",
+    "Wrapper",
+    "environments",
+    "make",
+    "make_router",
+    "register",
+]
 __version__ = "0.1.0"

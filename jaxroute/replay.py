@@ -1,8 +1,8 @@
 """`python -m jaxroute.replay SPEC --out OUT.json`: one engine on a recorded list of requests.
 
-SPEC is a JSON file in the format of the recorded vLLM schedules (`config` and `requests`), or a CSV of requests in
-order of time with the columns `arrival_time,prompt_len,output_len` (or Azure's, see `workload.trace.load_trace`), which
-runs on the default engine.
+SPEC is a JSON file in the format of the recorded vLLM schedules (`config`, `requests` and, if it is not V1, `engine`),
+or a CSV of requests in order of time with the columns `arrival_time,prompt_len,output_len` (or Azure's, see
+`workload.trace.load_trace`), which runs on the default engine.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxroute.errors import UserError, command
+from jaxroute.errors import UserError, command, known
 from jaxroute.report.files import write_text
 from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.engine_config import DEFAULTS, engine_from_config
 from jaxroute.simulator.recorded import Outcome, Recording, replay_by_jumps
 from jaxroute.workload import load_trace
+
+ENGINES = {"V1": "vllm_v1", "V0": "vllm_v0", "orca": "orca"}
+"""Disciplines by the name that a file's `engine` gives them."""
 
 RUN_DEFAULTS = {"max_iterations": 1_000_000, "stall_iterations": 3}
 """Options of a run beside the engine's own (`engine_config.DEFAULTS`)."""
@@ -64,7 +67,11 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
     Raises `UserError`, naming the request.
     """
     config, requests = spec["config"], spec["requests"]
-    engine = engine_from_config(config, f"{where}: config", also_known=tuple(RUN_DEFAULTS))
+    try:
+        discipline = ENGINES[known(spec.get("engine", "V1"), ENGINES, "engine")]
+    except UserError as error:
+        raise UserError(f"{where}: key engine: {error}") from None
+    engine = engine_from_config(config, f"{where}: config", tuple(RUN_DEFAULTS), discipline)
     run = {key: config.get(key, default) for key, default in RUN_DEFAULTS.items()}
     for key, value in run.items():
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**30:
@@ -120,6 +127,7 @@ def result(outcome: Outcome, ids: np.ndarray, times: np.ndarray) -> dict[str, An
     joined = int(outcome.joined)
     last_joined = float(times[joined - 1]) if joined else 0.0
     preemptions, emitted = np.asarray(outcome.preemptions).tolist(), np.asarray(outcome.emitted).tolist()
+    ignored = outcome.ignored_iteration
     status = "ok" if outcome.drained else "stalled" if outcome.stalled else "max_iterations"
     return {
         "status": status,
@@ -129,6 +137,7 @@ def result(outcome: Outcome, ids: np.ndarray, times: np.ndarray) -> dict[str, An
                 "finish_time": finish[position],
                 "preemptions": preemptions[position],
                 "emitted": emitted[position],
+                **({} if ignored is None else _v0_end(int(ignored[position]), finish[position])),
             }
             for position in np.argsort(ids)
         },
@@ -138,6 +147,13 @@ def result(outcome: Outcome, ids: np.ndarray, times: np.ndarray) -> dict[str, An
             "end_time": float(outcome.end) + last_joined,
         },
     }
+
+
+def _v0_end(ignored_iteration: int, finish: float | None) -> dict[str, Any]:
+    """How a request ended under vLLM's V0, in the terms of its schedule files."""
+    if ignored_iteration >= 0:
+        return {"ignored_iter": ignored_iteration, "finish_reason": "FINISHED_IGNORED"}
+    return {"ignored_iter": None, "finish_reason": None if finish is None else "FINISHED_LENGTH_CAPPED"}
 
 
 def replay(spec: Mapping[str, Any], where: str = "spec") -> dict[str, Any]:
@@ -174,8 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
     summary = written["summary"]
     finished = sum(request["finish_time"] is not None for request in written["per_request"].values())
+    ignored = sum(request.get("ignored_iter") is not None for request in written["per_request"].values())
     print(
-        f"{written['status']}: {finished} of {len(written['per_request'])} requests finished, {summary['iterations']} "
+        f"{written['status']}: {finished} of {len(written['per_request'])} requests finished, "
+        f"{f'{ignored} ignored, ' * (ignored > 0)}{summary['iterations']} "
         f"iterations, {summary['preemptions']} preemptions, {summary['end_time']:.6g} s -> {out}"
     )
     return 0

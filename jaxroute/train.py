@@ -21,6 +21,7 @@ from jaxroute.config.build import Experiment, build
 from jaxroute.config.loader import config_text, load_config
 from jaxroute.config.schema import Config
 from jaxroute.environment.metrics import summarize
+from jaxroute.environment.routers import make_router
 from jaxroute.errors import UserError, command
 from jaxroute.evaluate import compare
 from jaxroute.learner.trainer import make_trainer
@@ -29,7 +30,7 @@ from jaxroute.report.files import write_text
 from jaxroute.report.pictures import learning_curve, qos_comparison
 from jaxroute.report.progress import TrainingProgress
 from jaxroute.report.run_folder import MetricsLog, prepare_run_folder, versions
-from jaxroute.report.tables import evaluation_table, print_notes, report_console, write_evaluation
+from jaxroute.report.tables import print_evaluation, print_notes, report_console, write_evaluation
 
 
 @command
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_evaluation(run / "evaluation.json", results, config.evaluation.seed, experiment.notes)
     learning_curve(run / "learning_curve.png", records, results)
     qos_comparison(run / "qos.png", results)
-    console.print(evaluation_table(results))
+    print_evaluation(console, results)
     seconds = f"training {trained - started:.0f} s, evaluation {time.monotonic() - trained:.0f} s"
     console.print(f"{seconds}; tables, pictures and checkpoint in {run}", highlight=False)
     return 0
@@ -79,8 +80,10 @@ def train(config: Config, experiment: Experiment, run: Path, console: Console) -
         UserError: training diverged.
         KeyboardInterrupt: as the user wished; once a chunk is done, its parameters are saved in `run` before.
     """
-    env, env_params, network, hyper, sac, _ = experiment
-    trainer = make_trainer(env, network, sac)
+    env, env_params, hyper, sac = experiment.env, experiment.training_params, experiment.hyperparameters, experiment.sac
+    name = config.training.warm_start
+    warm_start = None if name is None else make_router(name, env)
+    trainer = make_trainer(env, experiment.network, sac, experiment.params_axes, warm_start)
     per_chunk = sac.num_envs * sac.steps_per_chunk
     chunks = -(-config.training.frames // per_chunk)
     summary = jax.jit(partial(summarize, level=env.metrics))

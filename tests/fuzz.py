@@ -1,4 +1,6 @@
-"""jump == per-iteration == plain Python reference on random engines and workloads (`make fuzz CASES=n`)."""
+"""jump == per-iteration == plain Python reference on random engines and workloads (`make fuzz CASES=n`), under every
+discipline.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,20 @@ import jax
 import numpy as np
 
 from tests.reference.cases import MAX_ITERATIONS, MAX_REQUESTS, random_case
-from tests.reference.engine import simulate
+from tests.reference.engine import ENGINES, simulate
 from tests.replaying import Batch
 
 CHUNK = 100
 FIELDS = ("first_token_time", "finish_time", "preemptions", "emitted")
+V0_FIELDS = ("ignored_iter", "finish_reason")
 DECIDED = ("sched", "np", "nd", "ctx", "preempted", "waiting", "used_blocks")
 
 
 def differences(specs: list[dict[str, Any]]) -> list[str]:
-    """What differs between the three ways on these specs, in float64, exactly; a line each, with the spec's index."""
+    """What differs between the three ways on these specs of one discipline, in float64, exactly; a line each, with the
+    spec's index.
+    """
+    fields = FIELDS + (V0_FIELDS if specs[0]["engine"] == "V0" else ())
     with jax.enable_x64(True):
         batch = Batch(specs + specs[:1] * (CHUNK - len(specs)), MAX_REQUESTS)
         jumps, iterations = batch.by_jumps(), batch.by_iterations(MAX_ITERATIONS)
@@ -33,7 +39,7 @@ def differences(specs: list[dict[str, Any]]) -> list[str]:
                 "status": wanted["status"],
                 "summary": {key: wanted["summary"][key] for key in ("iterations", "preemptions", "end_time")},
                 "per_request": {
-                    identifier: {field: request[field] for field in FIELDS}
+                    identifier: {field: request[field] for field in fields}
                     for identifier, request in wanted["per_request"].items()
                 },
                 "totals": totals,
@@ -51,18 +57,20 @@ def differences(specs: list[dict[str, Any]]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", type=int, nargs="?", default=200, help="how many (default 200)")
+    parser.add_argument("cases", type=int, nargs="?", default=200, help="how many of each discipline (default 200)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    rng = np.random.default_rng(arguments.seed)
-    done = failed = 0
-    while done < arguments.cases:
-        specs = [random_case(rng) for _ in range(min(CHUNK, arguments.cases - done))]
-        for line in differences(specs):
-            failed += 1
-            print(line)
-        done += len(specs)
-        print(f"{done} of {arguments.cases} cases, {failed} differences", flush=True)
+    failed = 0
+    for engine in ENGINES:
+        rng = np.random.default_rng(arguments.seed)
+        done = 0
+        while done < arguments.cases:
+            specs = [random_case(rng, engine=engine) for _ in range(min(CHUNK, arguments.cases - done))]
+            for line in differences(specs):
+                failed += 1
+                print(line)
+            done += len(specs)
+            print(f"{engine}: {done} of {arguments.cases} cases, {failed} differences", flush=True)
     return 1 if failed else 0
 
 

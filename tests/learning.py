@@ -20,6 +20,8 @@ def hyperparameters(**changes: Any) -> Hyperparameters:
         max_grad_norm=10.0,
         warmup_frames=0,
         reward_centering_rate=1e-3,
+        final_learning_rate=1.0,
+        decay_updates=1,
     )
     return Hyperparameters(**{**values, **changes})
 

@@ -21,7 +21,7 @@ def _pad(recording: Recording, size: int) -> Recording:
 
 
 class Batch:
-    """Specs on one padded shape; `by_jumps` and `by_iterations` give one result dictionary a spec."""
+    """Specs of one discipline on one padded shape; `by_jumps` and `by_iterations` give one result dictionary a spec."""
 
     def __init__(self, specs: list[dict[str, Any]], num_requests: int):
         parts = [engine_and_recording(spec, f"spec {index}") for index, spec in enumerate(specs)]

@@ -75,9 +75,21 @@ def with_engines(params: EnvParams, **options: Any) -> EnvParams:
     return params.replace(engines=engines.replace(**typed))
 
 
+ENGINE_NAMES = {"vllm_v1": "V1", "vllm_v0": "V0", "orca": "orca"}
+"""The reference's name of each discipline."""
+
+
 def configs_of(engines: EngineParams) -> list[dict[str, Any]]:
     """The engines [N] as configurations of the reference engine."""
     engines = jax.device_get(engines)
+    is_v0 = engines.discipline == "vllm_v0"
+
+    def own_options(i: int) -> dict[str, Any]:
+        if not is_v0:
+            return {}
+        watermark = (engines.watermark_blocks[i] + 0.5) / engines.usable_blocks[i]
+        return {"watermark": float(watermark), "async_output_proc": bool(engines.async_output_proc[i])}
+
     latency = engines.latency
     coefficients = [
         latency.base,
@@ -93,11 +105,12 @@ def configs_of(engines: EngineParams) -> list[dict[str, Any]]:
             "max_num_batched_tokens": int(engines.max_num_batched_tokens[i]),
             "enable_chunked_prefill": bool(engines.enable_chunked_prefill[i]),
             "block_size": int(engines.block_size[i]),
-            "num_gpu_blocks": int(engines.usable_blocks[i]) + 1,
+            "num_gpu_blocks": int(engines.usable_blocks[i]) + (not is_v0),
             "max_model_len": int(engines.max_model_len[i]),
             "reserve_full_isl": bool(engines.reserve_full_isl[i]),
             "long_prefill_token_threshold": int(engines.long_prefill_token_threshold[i]),
             "latency": [float(coefficient[i]) for coefficient in coefficients],
+            **own_options(i),
         }
         for i in range(len(engines.usable_blocks))
     ]
@@ -107,7 +120,8 @@ def oracle(
     env: RoutingEnvironment, params: EnvParams, run: Run, steps: range, actions: np.ndarray, gaps: np.ndarray
 ) -> tuple[Cluster, list[float]]:
     """The reference cluster after one episode's `steps`, not drained, and the QoS of each. gaps[i] follows steps[i]."""
-    cluster = Cluster(configs_of(params.engines), env.slots, float(params.latency_limit))
+    engine = ENGINE_NAMES[params.engines.discipline]
+    cluster = Cluster(configs_of(params.engines), env.slots, float(params.latency_limit), engine)
     qos = [
         cluster.step(run.request(step), int(actions[step]), float(gap)) for step, gap in zip(steps, gaps, strict=True)
     ]
@@ -133,9 +147,11 @@ def queue_of(params: EnvParams, run: Run, step: int, expert: int) -> Queue:
             predicted_tokens=int(slots.predicted_tokens[step, slot, expert]),
         )
         for slot in range(engines.num_requests[here])
+        if engines.finish_time[step, slot, expert] == np.inf  # else it only holds its seat for an iteration more
     ]
     return Queue(
         config=config,
+        engine=ENGINE_NAMES[params.engines.discipline],
         clock=float(engines.clock[here]),
         requests=requests,
         prompt=int(request.prompt_tokens[step]),

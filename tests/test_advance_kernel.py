@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxroute
+from jaxroute.environment.registry import make_params
 from jaxroute.simulator import recorded
 from jaxroute.simulator.advance import Progress, advance
 from jaxroute.simulator.advance_kernel import CHANGED, advance_engines, advance_in_kernel
+from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, empty_engine
+from jaxroute.simulator.profiles import EXPERTS
 from jaxroute.simulator.slots import append
 from tests.reference.cases import MAX_REQUESTS, random_case
 from tests.replaying import Batch
@@ -39,15 +41,19 @@ def assert_equal(actual: Any, desired: Any, relative: float) -> None:
     np.testing.assert_allclose(actual, desired, rtol=relative if inexact else 0, atol=0)
 
 
-def random_specs(count: int) -> list[dict[str, Any]]:
+def random_specs(count: int, engine: str = "V1") -> list[dict[str, Any]]:
     rng = np.random.default_rng(7)
-    return [random_case(rng) for _ in range(count)]
+    return [random_case(rng, engine=engine) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
     ("specs", "slots", "x64"),
-    [(random_specs(100), MAX_REQUESTS, True), (SCHEDULES, MOST_REQUESTS, False)],
-    ids=["random-float64", "vLLM-float32"],
+    [
+        (random_specs(100), MAX_REQUESTS, True),
+        (SCHEDULES, MOST_REQUESTS, False),
+        (random_specs(100, "V0"), MAX_REQUESTS, True),
+    ],
+    ids=["random-float64", "vLLM-float32", "random-V0-float64"],
 )
 def test_replays_are_equal(monkeypatch, specs, slots, x64):
     """Random engines and vLLM's schedules: preemption, chunks, stalls, limits on iterations, ties in time."""
@@ -62,9 +68,11 @@ def test_replays_are_equal(monkeypatch, specs, slots, x64):
     assert np.any(wanted.preemptions > 0) and np.any(wanted.stalled) and np.any(wanted.drained)
 
 
-def cluster(experts: int, environments: int, slots: int) -> tuple[EngineParams, EngineState, Progress, jax.Array]:
+def cluster(
+    experts: int, environments: int, slots: int, discipline: str = "vllm_v1"
+) -> tuple[EngineParams, EngineState, Progress, jax.Array]:
     """Options [N, 1], idle engines [S, N, B], no progress, and instants to advance to, [B]."""
-    _, params = jaxroute.make(f"paper-{experts}")
+    params = make_params(tuple(EXPERTS)[:experts], discipline=discipline)
     options = jax.tree.map(lambda leaf: leaf[:, None], params.engines)
     shape = (experts, environments)
     return options, empty_engine(slots, shape), Progress.none(shape), jnp.linspace(0.0, 4.0, environments)
@@ -110,10 +118,11 @@ def an_h100() -> Any:
     return sharding.use_abstract_mesh(sharding.AbstractMesh((), (), abstract_device=device))
 
 
+@pytest.mark.parametrize("discipline", DISCIPLINES)
 @pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
-def test_lowers_for_cuda_as_one_kernel(x64):
+def test_lowers_for_cuda_as_one_kernel(x64, discipline):
     with jax.enable_x64(x64), an_h100():
-        program = jax.jit(advance_engines).trace(*cluster(6, 1024, 48))
+        program = jax.jit(advance_engines).trace(*cluster(6, 1024, 48, discipline))
         cuda = program.lower(lowering_platforms=("cuda",)).as_text()
         cpu = program.lower(lowering_platforms=("cpu",)).as_text()
     assert cuda.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 1

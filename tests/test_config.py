@@ -13,6 +13,8 @@ from jaxroute.config.loader import config_folder, config_text, dotted_keys, load
 from jaxroute.errors import UserError
 from jaxroute.learner.sac import Hyperparameters
 from jaxroute.learner.trainer import SACConfig
+from jaxroute.network.flat_network import FlatNetwork
+from jaxroute.network.router_network import RouterNetwork
 
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,374,44\n2023-11-16 18:17:05.5,396,109\n"
 RECORD = (
@@ -32,12 +34,12 @@ def message(path: Path | None, *overrides: str) -> str:
 
 def test_defaults_are_the_papers_environment():
     config = load_config()
-    env, params, network, hyper, sac, notes = build(config)
+    env, params, network, hyper, sac, notes, *_ = build(config)
     assert (env.num_experts, env.num_actions, env.episode_length) == (3, 4, 5000)
     assert float(params.latency_limit) == pytest.approx(0.03)
     assert float(params.workload.arrivals.rate) == 3.0  # pyright: ignore[reportAttributeAccessIssue]
     assert network.heads == config.network.heads and network.mlp == (64, 64)
-    assert asdict(config.agent) == {name: getattr(hyper, name) for name in Hyperparameters.__dataclass_fields__}
+    assert hyper == Hyperparameters(**asdict(config.agent), decay_updates=6250)
     assert sac.num_envs == config.training.num_envs
     assert set(SACConfig.__dataclass_fields__) <= set(asdict(config.training))
     assert notes == []
@@ -51,7 +53,7 @@ def test_sections_reach_what_they_describe():
         "workload.arrivals.rate=4",
         "network.residual=false",
     ]
-    env, params, network, _, _, _ = build(load_config(None, overrides))
+    env, params, network, *_ = build(load_config(None, overrides))
     assert (env.num_experts, env.slots, env.penalty) == (6, 8, "off")
     assert float(params.latency_limit) == pytest.approx(0.05)
     np.testing.assert_array_equal(params.engines.usable_blocks, [100] * 6)
@@ -70,6 +72,33 @@ def test_hardware_of_each_expert():
     engines = build(config).params.engines
     np.testing.assert_array_equal(engines.usable_blocks, [10, 20, 30])
     np.testing.assert_array_equal(engines.max_num_seqs, [64, 256, 256])
+
+
+def test_ranges_are_spread_over_the_environments_of_training():
+    ranges = ["training.rate_range=[1, 8]", "training.latency_limit_range=[0.02, 0.06]", "training.num_envs=32"]
+    experiment = build(load_config(None, ranges))
+    rates = np.asarray(experiment.training_params.workload.arrivals.rate)  # pyright: ignore
+    limits = np.asarray(experiment.training_params.latency_limit)
+    np.testing.assert_allclose(np.diff(np.log(rates)), np.log(8) / 32, rtol=1e-3)
+    assert 1 < rates[0] < 1.1 and 7.5 < rates[-1] < 8
+    assert 0.02 <= limits.min() < 0.021 and 0.058 < limits.max() < 0.06
+    assert abs(np.corrcoef(rates, limits)[0, 1]) < 0.2
+    axes = experiment.params_axes
+    assert axes.workload.arrivals.rate == axes.latency_limit == 0  # pyright: ignore
+    assert axes.engines is not None and axes.engines.usable_blocks is None
+    assert float(experiment.params.workload.arrivals.rate) == 3.0  # pyright: ignore
+
+
+def test_a_range_of_rates_scales_a_trace(tmp_path):
+    (tmp_path / "trace.csv").write_text(TRACE)
+    overrides = [f"workload.arrivals.path={tmp_path / 'trace.csv'}", "training.rate_range=[0.5, 2]"]
+    experiment = build(load_config(config_folder() / "azure-conv.yaml", overrides))
+    assert experiment.training_params.workload.arrivals.rate_scale.shape == (64,)  # pyright: ignore
+
+
+def test_networks_of_either_kind():
+    assert isinstance(build(load_config(None, ["network.kind=flat"])).network, FlatNetwork)
+    assert isinstance(build(load_config()).network, RouterNetwork)
 
 
 def test_short_training_has_short_chunks():
@@ -161,11 +190,17 @@ def test_saved_configuration_is_read_back_whole(tmp_path):
         ("environment.kv_cache_tokens=3000000", "environment.kv_cache_tokens: expected a whole number from 16 to"),
         ("environment.experts=[koala-7b]", "unknown expert 'koala-7b'; the nearest are koala-7B"),
         ("environment.experts=[]", "environment.experts: expected a list of one or more names, got []"),
-        ("agent.gamma=1.1", "agent.gamma: expected a number from 0 to 1, got 1.1"),
+        ("agent.gamma=1.1", "agent.gamma: expected a number above 0, at most 1, got 1.1"),
         ("training.buffer_capacity=1000", "training.buffer_capacity: expected a multiple of training.num_envs (64)"),
+        ("training.rate_range=[3]", "training.rate_range: expected two numbers above 0, the smaller first"),
+        ("training.warm_start=look", "unknown router in training.warm_start 'look'; the nearest are lookahead"),
+        ("network.kind=mlp", "network.kind: expected one of han, flat"),
         ("training.frames=63", "training.frames=63: expected 128 or more, two steps of training.num_envs=64"),
         ("evaluation.episodes=1", "evaluation.episodes: expected a whole number of 2 or more"),
-        ("evaluation.routers=[best]", "expected a list of one or more of trained, round-robin"),
+        (
+            "evaluation.routers=[round-robin]",
+            "unknown router in evaluation.routers 'round-robin'; the nearest are round_robin",
+        ),
         ("workload.arrivals.kind=trace", "workload.arrivals.path: missing; add workload.arrivals.path=TRACE"),
         ("workload.arrivals.rates=3", "workload.arrivals.rates: expected a list, each a number of 0 or more, got 3"),
         ("workload.arrivals.rates=[1, -3]", "expected a list, each a number of 0 or more, got [1, -3]"),
@@ -188,7 +223,7 @@ def test_wrong_overrides(override, expected):
     ("text", "expected"),
     [
         ("agent:\n  gama: 1\n", "a.yaml: unknown key agent.gama; nearest: agent.gamma"),
-        ("agent:\n  gamma: high\n", "a.yaml: agent.gamma: expected a number from 0 to 1, got 'high'"),
+        ("agent:\n  gamma: high\n", "a.yaml: agent.gamma: expected a number above 0, at most 1, got 'high'"),
         ("agent:\n  gamma: [\n", "a.yaml: line 3: not YAML"),
         ("- agent\n", "a.yaml: a configuration: expected keys and values, got ['agent']"),
         ("agent: !!python/object/apply:os.getcwd []\n", "a.yaml: line 1: not YAML"),

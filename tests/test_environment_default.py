@@ -120,7 +120,7 @@ def test_truncation_and_reset(default, bare):
     after = jax.tree.map(lambda leaf: leaf[EPISODE], run.before)
     # The state is that of a reset, but for the request at hand and for what stands in slots out of use.
     fresh = jax.device_get(default.reset).replace(request=after.request)
-    for field in ("workload", "step"):
+    for field in ("workload", "step", "recent_gap", "recent_latency"):
         _equal(getattr(after, field), getattr(fresh, field))
     # Totals stay until the next episode's first step, and begin anew with it.
     _equal(after.totals, jax.tree.map(lambda leaf: leaf[EPISODE - 1], run.info["episode"]))
@@ -181,7 +181,7 @@ def test_percentiles_of_the_histogram_are_near_the_references(default, params):
 
 def test_observations_are_finite_and_normalised(default, bare):
     flat = _flat(default.run.observation)
-    assert flat.shape[-1] == bare.run.observation.shape[-1] == 1 + 3 * 7 + 2 * 3 * 10 * 7 + 2 * 3 * 10 + 4
+    assert flat.shape[-1] == bare.run.observation.shape[-1] == 2 + 3 * 7 + 2 * 3 * 10 * 7 + 2 * 3 * 10 + 4
     assert np.isfinite(flat).all() and np.abs(flat).max() < 5
     observation = default.run.observation
     assert observation.action_mask[..., -1].all()
@@ -194,6 +194,14 @@ def test_observations_are_finite_and_normalised(default, bare):
         assert mask.any() and not nodes[~mask].any()
     graph = jax.tree.map(lambda leaf: jnp.asarray(leaf[7, 0]), observation)
     np.testing.assert_array_equal(flatten(graph), flat[7, 0])
+
+
+def test_recent_load_is_0_until_a_gap_is_known(default, params):
+    gap, env = default.run.before.recent_gap[1:], default.env
+    node_time = np.asarray(params.latency_limit * params.token_scale) / env.num_experts / env.queue_nodes
+    wanted = np.where(default.run.before.step[1:] > 0, node_time / (node_time + gap), 0)
+    np.testing.assert_allclose(default.run.observation.arrived[:-1, :, 1], wanted, rtol=1e-5)
+    assert (wanted[EPISODE - 1] == 0).all() and (wanted > 0.1).any()
 
 
 def test_observations_do_not_tell_the_truth(default, params):

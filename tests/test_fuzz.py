@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
 
 from tests.fuzz import CHUNK, differences
 from tests.reference.cases import cases
+from tests.reference.engine import ENGINES
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @hypothesis.settings(
     max_examples=3,
     derandomize=True,
@@ -17,7 +20,8 @@ from tests.reference.cases import cases
     phases=[hypothesis.Phase.generate],
     suppress_health_check=list(hypothesis.HealthCheck),
 )
-@hypothesis.given(st.lists(cases(), min_size=CHUNK, max_size=CHUNK))
-def test_jumps_iterations_and_reference_agree(specs):
+@hypothesis.given(data=st.data())
+def test_jumps_iterations_and_reference_agree(engine, data):
     """3 batches of 100 cases (the first all of the simplest), each one vmapped program: only the first compiles."""
+    specs = data.draw(st.lists(cases(engine), min_size=CHUNK, max_size=CHUNK))
     assert differences(specs) == []

@@ -1,4 +1,4 @@
-"""The action impact estimators, in all states of two runs and in the environment, against plain Python forms."""
+"""Action impact estimators, planning routers and recent figures, in all states of two runs, against plain Python."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 
 import jaxroute
+from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.impact import Queue, exact_impact, paper_impact, predicted_impact
+from jaxroute.environment.observation import action_mask
+from jaxroute.environment.routers import make_router
+from jaxroute.environment.transition import FEW_SLOTS
 from jaxroute.simulator.engine import empty_engine
 from jaxroute.simulator.engine_config import engine_from_config
 from jaxroute.workload.arrivals import TraceArrivals
 from jaxroute.workload.workload import Workload
 from tests.reference import impact
-from tests.rollouts import CHEAP_COMPILE, batch_of_runs, oracle, queue_of, wanted_penalties, with_engines
+from tests.reference.cluster import Cluster, Expert
+from tests.rollouts import CHEAP_COMPILE, batch_of_runs, configs_of, oracle, queue_of, wanted_penalties, with_engines
 
-STEPS = 120
+STEPS, SLOTS = 120, 24
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
@@ -24,7 +29,7 @@ def _cases(form):
     """(params, run, oracle) of two clusters with this penalty: the paper's, and one short of memory and seats."""
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
-        env, params = jaxroute.make("paper-3", slots=24, episode_length=STEPS + 1, penalty=form, metrics="off")
+        env, params = jaxroute.make("paper-3", slots=SLOTS, episode_length=STEPS + 1, penalty=form, metrics="off")
         params = params.replace(penalty_prefill=jnp.asarray([7.2e-5, 6.8e-5, 1e-4]))
         tight = with_engines(
             params,
@@ -146,3 +151,93 @@ def test_exact_impact_ends_when_a_prediction_cannot_fit_the_cache():
     for prompt in (100, 1000):
         queue = Queue(empty_engine(4), nothing, nothing, nothing, lengths, jnp.int32(prompt), jnp.int32(256))
         assert jax.jit(exact_impact)(params, jnp.float32(0.03), queue) == 0
+
+
+PLANNED = np.arange(2, STEPS, 3)
+
+
+def _planner_program(**options):
+    """(params, states [B, ...]) -> actions [2, B] of lookahead and clairvoyant; with `options`, of lookahead alone."""
+    env = RoutingEnvironment(num_experts=3, slots=SLOTS, **options)
+    routers = [make_router(name, env) for name in ("lookahead", "clairvoyant")[: 1 if options else 2]]
+    choices = lambda params, state: jnp.stack([router(None, state, params, None) for router in routers])  # noqa: E731
+    return jax.jit(jax.vmap(choices, (None, 0), 1), compiler_options=CHEAP_COMPILE)
+
+
+@pytest.fixture(scope="module")
+def planned(exact_cases):
+    """For both cases the planners' actions [2, B] at the PLANNED steps; traced once for the two."""
+    program = _planner_program()
+    with jax.enable_x64(True):
+        actions = [jax.device_get(program(params, _states(run, PLANNED))) for params, run, _ in exact_cases]
+    assert program._cache_size() == 1
+    return actions
+
+
+def _states(run, steps):
+    return jax.tree.map(lambda leaf: leaf[steps], run.before)
+
+
+def _gains(params, run, step, truth):
+    """By plain engines: QoS that the request would add at each expert; -inf where the mask bars it."""
+    state = _states(run, step)
+    mask, request = np.asarray(action_mask(params, state, SLOTS)), state.request
+    gains = []
+    for expert, config in enumerate(configs_of(params.engines)):
+        queue = queue_of(params, run, step, expert)
+        length = queue.true_tokens if truth else queue.predicted_tokens
+        own = float((request.score if truth else request.predicted_score)[expert])
+        served = Expert(config).can_serve(queue.prompt, length)
+        gain = impact.gain(queue, own, float(params.latency_limit), truth) if served else 0.0
+        gains.append(gain if mask[expert] else -np.inf)
+    return np.asarray(gains)
+
+
+def test_planners_take_the_best_gain_of_plain_engines(exact_cases, planned):
+    counts = np.zeros(4, int)
+    for (params, run, _), actions in zip(exact_cases, planned, strict=True):
+        for truth, chosen in zip((False, True), actions, strict=True):
+            for step, action in zip(PLANNED, chosen, strict=True):
+                counts[action] += 1
+                gains = _gains(params, run, step, truth)
+                np.testing.assert_allclose(np.append(gains, 0.0)[action], max(gains.max(), 0.0), **CLOSE)
+                assert (action == 3) == (gains.max() <= 1e-12)
+    assert (counts > 5).all()
+
+
+def test_a_planner_alone_and_without_drops(exact_cases, planned):
+    """A batch with a crowded expert works on all slots, a state without one on few: they choose alike."""
+    (params, run, _), actions = exact_cases[1], planned[1]
+    program, few, forced = _planner_program(drop=False), [], 0
+    for step, action in zip(PLANNED, actions[0], strict=True):
+        with jax.enable_x64(True):
+            chosen = int(program(params, _states(run, slice(step, step + 1)))[0, 0])
+        few.append(bool((run.before.engines.num_requests[step] < FEW_SLOTS).all()))
+        if action < 3:
+            assert chosen == action
+        else:
+            gains = _gains(params, run, step, truth=False)
+            np.testing.assert_allclose(gains[chosen], gains.max(), **CLOSE)
+            forced += 1
+    assert any(few) and not all(few) and forced
+
+
+def test_recent_gap_and_latency(exact_cases):
+    for params, run, cluster in exact_cases:
+        gaps = np.asarray(params.workload.arrivals.gaps)[1:]
+        again = Cluster(configs_of(params.engines), SLOTS, cluster.limit)
+        gap, latency, seen = 0.0, np.zeros(3), set()
+        for step in range(STEPS):
+            np.testing.assert_allclose(run.before.recent_gap[step], gap, **CLOSE)
+            np.testing.assert_allclose(run.before.recent_latency[step], latency, **CLOSE)
+            expert = cluster.fates[step].expert
+            again.step(run.request(step), 3 if expert is None else expert, float(gaps[step]))
+            gap += (gaps[step] - gap) / min(step + 1, 32)
+            for expert in range(3):
+                done = [f for f in again.fates if (f.status, f.expert) == ("completed", expert) and id(f) not in seen]
+                seen |= {id(fate) for fate in done}
+                if done:
+                    kept = 0.9 ** len(done) if latency[expert] else 0.0
+                    mean = np.mean([fate.latency_per_token for fate in done])
+                    latency[expert] = kept * latency[expert] + (1 - kept) * mean
+        assert (latency > 0).all()

@@ -193,6 +193,20 @@ def test_metrics_of_what_did_not_happen_are_nan() -> None:
     assert np.isfinite(metrics["reward"])
 
 
+def test_a_router_makes_half_of_the_decisions_of_the_warm_up() -> None:
+    def last_action(observation: Any, env_state: Any, env_params: Any, key: jax.Array) -> jax.Array:
+        return jnp.int32(3)
+
+    params, hyper = contextual(), CONTEXTUAL_HYPER.replace(warmup_frames=jnp.int32(10**9))
+    trainer = make_trainer(CONTEXTUAL, CONTEXTUAL_NETWORK, CONTEXTUAL_CONFIG, warm_start=last_action)
+    guided, random = (
+        maker.train_chunk(maker.init(jax.random.key(0), params, hyper), params, hyper)[0].buffer.outcomes.action[:30]
+        for maker in (trainer, CONTEXTUAL_TRAINER)
+    )
+    share = (random == 3).mean()
+    np.testing.assert_allclose((guided == 3).mean(), 0.5 + 0.5 * share, atol=0.1)
+
+
 def test_trains_with_64_bit_numbers_too() -> None:
     with jax.enable_x64(True):
         params, hyper = contextual(), hyperparameters(warmup_frames=80)
@@ -270,6 +284,7 @@ def random_batch(size: int = 32) -> Transition:
         action=jnp.full(size, 3),
         reward=jax.random.uniform(keys[2], (size,)),
         terminated=jnp.zeros(size, bool),
+        elapsed=jax.random.uniform(keys[3], (size,), maxval=2.0),
         truncated=jnp.zeros(size, bool),
         next_observation=jax.tree.map(lambda x: x[::-1], observation),
     )
@@ -346,12 +361,27 @@ def test_losses_are_those_of_the_formulas() -> None:
     for one in (jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(batch.action))):
         probability, log_probability, _ = policy(state.params, one.next_observation)
         next_q = policy(state.target_params, one.next_observation)[2].min(axis=0)
-        target = one.reward + 0.9 * (probability * (next_q - 0.3 * log_probability)).sum()
+        target = one.reward + 0.9**one.elapsed * (probability * (next_q - 0.3 * log_probability)).sum()
         probability, log_probability, q = policy(state.params, one.observation)
         critic_losses.append(0.5 * ((q[:, -1] - target) ** 2).sum())  # the batch takes the last action
         actor_losses.append((probability * (0.3 * log_probability - q.min(axis=0))).sum())
     np.testing.assert_allclose(metrics.critic_loss, np.mean(critic_losses), rtol=1e-4)
     np.testing.assert_allclose(metrics.actor_loss, np.mean(actor_losses), rtol=1e-4)
+
+
+def test_learning_rates_fall_linearly_to_their_last_share() -> None:
+    hyper = hyperparameters(final_learning_rate=0.1, decay_updates=10)
+    start = fresh_learner(hyper)
+
+    def distance(updates: int) -> float:
+        moved, _ = contextual_update(start.replace(updates=jnp.int32(updates)), hyper)
+        pairs = zip(jax.tree.leaves(moved.params), jax.tree.leaves(start.params), strict=True)
+        return max(float(jnp.abs(a - b).max()) for a, b in pairs)
+
+    # Adam's first step is as long as the learning rate.
+    np.testing.assert_allclose(
+        [distance(0), distance(5), distance(10), distance(99)], [3e-4, 1.65e-4, 3e-5, 3e-5], rtol=0.02
+    )
 
 
 def test_gradient_clipping_and_polyak_average() -> None:

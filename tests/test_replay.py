@@ -48,8 +48,30 @@ def test_end_of_a_run_that_ends_before_all_have_joined():
     assert got["per_request"]["1"]["first_token_time"] is None
 
 
-def spec(config: dict | None = None, **request) -> str:
-    return json.dumps({"config": config or {}, "requests": [{**GOOD["requests"][0], **request}]})
+def test_v0_without_a_config_is_vllm_06_on_a_gpu():
+    """Output is processed asynchronously, so the engine runs once more when all is done; the watermark is 1 %."""
+    requests = [{"arrival_time": 0.0, "prompt_len": 20, "output_len": 3}, {**GOOD["requests"][0], "prompt_len": 8193}]
+    got = replay({"engine": "V0", "config": {"block_size": 1, "num_gpu_blocks": 8273}, "requests": requests})
+    assert got["status"] == "ok" and got["summary"]["iterations"] == 4
+    assert [r["finish_reason"] for r in got["per_request"].values()] == ["FINISHED_LENGTH_CAPPED", "FINISHED_IGNORED"]
+    assert got["per_request"]["1"]["ignored_iter"] == 0
+    assert got["per_request"]["0"]["finish_time"] < got["summary"]["end_time"]
+
+
+def test_orca_reserves_the_longest_sequence_and_stalls_without_room_for_one():
+    requests = [{"arrival_time": 0.0, "prompt_len": 20, "output_len": 3}] * 3
+    config = {"block_size": 16, "num_gpu_blocks": 2 * 512 + 1}
+    got = [request["finish_time"] for request in replay(_orca(config, requests))["per_request"].values()]
+    assert got[0] == got[1] < got[2]
+    assert replay(_orca({**config, "num_gpu_blocks": 512}, requests))["status"] == "stalled"
+
+
+def _orca(config: dict, requests: list[dict]) -> dict:
+    return {"engine": "orca", "config": config, "requests": requests}
+
+
+def spec(config: dict | None = None, engine: str = "V1", **request) -> str:
+    return json.dumps({"engine": engine, "config": config or {}, "requests": [{**GOOD["requests"][0], **request}]})
 
 
 @pytest.mark.parametrize(
@@ -64,6 +86,16 @@ def spec(config: dict | None = None, **request) -> str:
         (spec(output_len=1.5), "spec.json", "requests[0]: output_len"),
         (spec(arrival_iteration=3), "spec.json", "not both"),
         (spec({"max_num_seq": 4}), "spec.json", "max_num_seqs"),
+        (spec(engine="V2"), "spec.json", "key engine: unknown engine 'V2'; the nearest are V1, V0, orca"),
+        (
+            spec({"max_num_batched_tokens": 512}, engine="V0"),
+            "spec.json",
+            "max_num_batched_tokens 512 is below max_mod",
+        ),
+        (spec({"watermark": 2}, engine="V0"), "spec.json", "watermark must be a number from 0"),
+        (spec({"enable_chunked_prefill": True}, engine="V0"), "spec.json", "unknown engine option 'enable_chunked_"),
+        (spec({"async_output_proc": 1}, engine="V0"), "spec.json", "async_output_proc must be true or false"),
+        (spec({"watermark": 0.01}), "spec.json", "unknown engine option 'watermark'"),
         (spec({"block_size": 0}), "spec.json", "block_size"),
         (spec({"latency": [0.1]}), "spec.json", "latency"),
         (spec({"enable_chunked_prefill": 1}), "spec.json", "true or false"),

@@ -23,7 +23,7 @@ METRICS = [metric for _, metric, _, _ in ROWS]
 
 def results(**means: float) -> dict[str, dict[str, np.ndarray]]:
     noise = np.linspace(-0.02, 0.02, 5)
-    routers = {"trained": 0.70, "shortest-queue": 0.65, "bert-router": 0.40} if not means else means
+    routers = {"trained": 0.70, "shortest_queue": 0.65, "bert_router": 0.40} if not means else means
     return {
         name: {
             "qos": (mean + noise).astype(np.float32),
@@ -56,7 +56,7 @@ def test_pairing_takes_out_what_is_common():
 
 def test_table_shows_intervals_leads_and_missing_values():
     values = results()
-    values["bert-router"]["ttft"] = np.full(5, np.nan)
+    values["bert_router"]["ttft"] = np.full(5, np.nan)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(evaluation_table(values))
     text = console.export_text()
@@ -82,7 +82,7 @@ def test_evaluation_file(tmp_path):
     write_evaluation(tmp_path / "evaluation.json", values, seed=7, notes=["estimated"])
     saved = json.loads((tmp_path / "evaluation.json").read_text())
     assert (saved["episodes"], saved["seed"], saved["notes"]) == (5, 7, ["estimated"])
-    trained, other = saved["routers"]["trained"], saved["routers"]["shortest-queue"]
+    trained, other = saved["routers"]["trained"], saved["routers"]["shortest_queue"]
     assert trained["qos"] == pytest.approx(0.7) and trained["ttft"] is None
     assert len(trained["qos_per_episode"]) == 5 and len(trained["expert_qos"]) == 3
     assert other["lead_of_trained"]["mean"] == pytest.approx(0.05)

@@ -9,7 +9,7 @@ import pytest
 
 import jaxroute
 from jaxroute.environment.metrics import summarize
-from jaxroute.environment.routers import heuristic_routers
+from jaxroute.environment.routers import make_router
 from jaxroute.report.evaluation import evaluate_routers
 
 LENGTH = 24
@@ -24,7 +24,8 @@ def scenario():
 @pytest.fixture(scope="module")
 def results(scenario):
     env, params, _, _ = scenario
-    routers = {**heuristic_routers(env), "drop": lambda *_: jnp.int32(env.num_experts)}
+    routers = {name: make_router(name, env) for name in ("round_robin", "shortest_queue", "bert_router", "random")}
+    routers["drop"] = lambda *_: jnp.int32(env.num_experts)
     return evaluate_routers(env, params, routers, episodes=3, seed=1), routers
 
 
@@ -39,26 +40,26 @@ def state_with(scenario, queues: list[int], step: int = 0):
 @pytest.mark.parametrize(
     ("name", "queues", "step", "expected"),
     [
-        ("round-robin", [0, 0, 0], 0, 0),
-        ("round-robin", [0, 0, 0], 5, 2),
-        ("round-robin", [0, 0, 2], 5, 0),  # a full expert's turn passes on
-        ("round-robin", [2, 2, 2], 5, 2),  # all full: rejected where its turn is
-        ("shortest-queue", [1, 0, 0], 0, 1),
-        ("shortest-queue", [1, 1, 1], 0, 0),
-        ("bert-router", [0, 1, 0], 0, 1),
-        ("bert-router", [0, 2, 0], 0, 2),
-        ("bert-router", [2, 2, 2], 0, 1),
+        ("round_robin", [0, 0, 0], 0, 0),
+        ("round_robin", [0, 0, 0], 5, 2),
+        ("round_robin", [0, 0, 2], 5, 0),  # a full expert's turn passes on
+        ("round_robin", [2, 2, 2], 5, 2),  # all full: rejected where its turn is
+        ("shortest_queue", [1, 0, 0], 0, 1),
+        ("shortest_queue", [1, 1, 1], 0, 0),
+        ("bert_router", [0, 1, 0], 0, 1),
+        ("bert_router", [0, 2, 0], 0, 2),
+        ("bert_router", [2, 2, 2], 0, 1),
     ],
 )
 def test_choices_of_the_heuristics(scenario, name, queues, step, expected):
     env, params, _, _ = scenario
-    action = heuristic_routers(env)[name](None, state_with(scenario, queues, step), params, jax.random.key(0))
+    action = make_router(name, env)(None, state_with(scenario, queues, step), params, jax.random.key(0))
     assert action == expected and action.dtype == jnp.int32
 
 
 def test_random_takes_every_allowed_expert_alike(scenario):
     env, params, _, _ = scenario
-    router = heuristic_routers(env)["random"]
+    router = make_router("random", env)
     state = state_with(scenario, [0, 2, 0])
     actions = jax.vmap(lambda key: router(None, state, params, key))(jax.random.split(jax.random.key(0), 2000))
     counts = np.bincount(actions, minlength=3)
@@ -68,16 +69,16 @@ def test_random_takes_every_allowed_expert_alike(scenario):
 def test_every_router_meets_the_same_requests(scenario):
     """One router draws from its key, the other does not."""
     env, _, _, _ = scenario
-    prompts = {"random": [], "round-robin": []}
+    prompts = {"random": [], "round_robin": []}
     for name, seen in prompts.items():
-        choose = heuristic_routers(env)[name]
+        choose = make_router(name, env)
 
         def router(observation, state, params, key, choose=choose, seen=seen):
             seen.append(int(state.request.prompt_tokens))
             return choose(observation, state, params, key)
 
         replayed(scenario, router, seed=1, episode=0)
-    assert prompts["random"] == prompts["round-robin"]
+    assert prompts["random"] == prompts["round_robin"]
     assert len(set(prompts["random"])) > LENGTH / 2
 
 
@@ -96,7 +97,7 @@ def replayed(scenario, router, seed: int, episode: int) -> dict[str, np.ndarray]
 
 def test_evaluation_equals_episodes_step_by_step(scenario, results):
     values, routers = results
-    for name in ("shortest-queue", "random"):
+    for name in ("shortest_queue", "random"):
         expected = replayed(scenario, routers[name], seed=1, episode=2)
         for metric, value in expected.items():
             np.testing.assert_allclose(values[name][metric][2], value, rtol=1e-5, err_msg=metric)
@@ -110,7 +111,7 @@ def test_evaluation_of_a_router_that_drops_everything(results):
 
 def test_heuristics_never_drop_and_full_slots_show_as_rejections(results):
     values, _ = results
-    for name in ("round-robin", "shortest-queue", "bert-router", "random"):
+    for name in ("round_robin", "shortest_queue", "bert_router", "random"):
         assert (values[name]["drop_rate"] == 0).all()
-    assert values["bert-router"]["full_rejection_rate"].max() > 0
-    assert values["round-robin"]["qos"].shape == (3,) and values["round-robin"]["expert_share"].shape == (3, 3)
+    assert values["bert_router"]["full_rejection_rate"].max() > 0
+    assert values["round_robin"]["qos"].shape == (3,) and values["round_robin"]["expert_share"].shape == (3, 3)

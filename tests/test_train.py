@@ -81,9 +81,9 @@ def test_a_run_folder_holds_everything(run):
     assert records(run)[0]["critic_loss"] is None and records(run)[1]["critic_loss"] > 0
     assert 0 < records(run)[1]["episode"]["qos"] < 1
     routers = json.loads((run / "evaluation.json").read_text())["routers"]
-    assert list(routers) == ["trained", "round-robin", "shortest-queue", "bert-router", "random"]
+    assert list(routers) == ["trained", "round_robin", "shortest_queue", "bert_router", "random"]
     assert all(len(router["qos_per_episode"]) == 3 for router in routers.values())
-    assert routers["round-robin"]["drop_rate"] == 0
+    assert routers["round_robin"]["drop_rate"] == 0
 
 
 @pytest.mark.slow
@@ -110,8 +110,12 @@ def test_evaluate_repeats_the_evaluation(run, capsys, monkeypatch):
     saved = json.loads((run / "evaluation.json").read_text())["routers"]
     for name, values in results[0].items():
         np.testing.assert_allclose(values["qos"], saved[name]["qos_per_episode"], rtol=1e-6)
-    assert evaluate.main([str(run), "--episodes", "2", "--seed", "5"]) == 0
-    assert len(results[1]["trained"]["qos"]) == 2
+    names = ["trained", "power_of_two", "score_minus_load"]
+    assert evaluate.main([str(run), "--episodes", "2", "--seed", "5", "--routers", ",".join(names)]) == 0
+    assert list(results[1]) == names and len(results[1]["trained"]["qos"]) == 2
+    assert "tuned score_minus_load: weight=" in capsys.readouterr().out
+    assert evaluate.main([str(run), "--routers", "round-robin"]) == 2
+    assert "unknown router in evaluation.routers 'round-robin'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -311,3 +311,14 @@ def test_bad_settings_are_one_line(build: Callable[[], object], message: str):
     with pytest.raises(UserError, match=message) as caught:
         build()
     assert "\n" not in str(caught.value)
+
+
+def test_true_lengths_in_place_of_predictions():
+    workload = Workload.create(PoissonArrivals.create(1.0), FrozenRequests.create(MEANS), true_lengths=True)
+    plain = Workload.create(PoissonArrivals.create(1.0), FrozenRequests.create(MEANS))
+    key = jax.random.key(0)
+    (_, gap, request), (_, other_gap, other) = (w.sample(key, w.reset(key)) for w in (workload, plain))
+    assert gap == other_gap
+    np.testing.assert_array_equal(request.predicted_output_tokens, request.output_tokens)
+    assert (other.predicted_output_tokens != other.output_tokens).any()
+    np.testing.assert_array_equal(request.predicted_score, other.predicted_score)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import NamedTuple
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
-from jaxroute.config.schema import Config, WorkloadConfig
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.config.schema import Config, NetworkConfig, TrainingConfig, WorkloadConfig
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import SCENARIOS, make_params
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError, known
 from jaxroute.learner.sac import Hyperparameters
 from jaxroute.learner.trainer import SACConfig
+from jaxroute.network.flat_network import FlatNetwork
 from jaxroute.network.router_network import RouterNetwork
 from jaxroute.simulator.profiles import EXPERTS
 from jaxroute.workload import (
@@ -31,11 +37,13 @@ class Experiment(NamedTuple):
     """What a configuration describes, ready to train or evaluate."""
 
     env: RoutingEnvironment
-    params: EnvParams
-    network: RouterNetwork
+    params: EnvParams  # those of the evaluation
+    network: nn.Module
     hyperparameters: Hyperparameters
     sac: SACConfig
     notes: list[str]  # what the user should know of the data, a line each
+    training_params: EnvParams  # leaves that differ between the environments of training have one more leading axis
+    params_axes: EnvParams  # of training_params: 0 for such a leaf, else None
 
 
 def build(config: Config) -> Experiment:
@@ -57,6 +65,7 @@ def build(config: Config) -> Experiment:
         queue_nodes=environment.queue_nodes,
         episode_length=environment.episode_length,
         penalty=environment.penalty,
+        drop=environment.drop,
     )
     params = make_params(
         experts,
@@ -65,6 +74,8 @@ def build(config: Config) -> Experiment:
         latency_limit=environment.latency_limit,
         penalty_weight=environment.penalty_weight,
         kv_cache_tokens=environment.kv_cache_tokens,
+        discipline=environment.discipline,
+        max_model_len=environment.max_model_len,
     )
     sac = SACConfig(
         num_envs=training.num_envs,
@@ -78,7 +89,44 @@ def build(config: Config) -> Experiment:
     if agent["warmup_frames"] > longest:
         notes.append(f"agent.warmup_frames cut to {longest}, half of training.frames")
         agent["warmup_frames"] = longest
-    return Experiment(env, params, RouterNetwork(**asdict(config.network)), Hyperparameters(**agent), sac, notes)
+    params = params.replace(credit_discount=jnp.asarray(config.agent.gamma, float))
+    varied, axes = _training_params(params, training)
+    network = _network(config.network)
+    agent["decay_updates"] = -(-training.frames // training.num_envs) * training.updates_per_step
+    return Experiment(env, params, network, Hyperparameters(**agent), sac, notes, varied, axes)
+
+
+def _network(config: NetworkConfig) -> nn.Module:
+    if config.kind == "flat":
+        return FlatNetwork(config.mlp)
+    return RouterNetwork(config.hidden, config.heads, config.layers, config.residual, config.mlp)
+
+
+def _training_params(params: EnvParams, training: TrainingConfig) -> tuple[EnvParams, EnvParams]:
+    """The parameters of the environments of training, and the axis over environments of each leaf.
+
+    Ranges are spread evenly on a logarithmic scale. Where there are two, every part of one meets every part of the
+    other: their places follow each other by the golden ratio.
+    """
+    axes: Any = jax.tree.map(lambda _: None, params)
+    places = (np.arange(training.num_envs) + 0.5) / training.num_envs
+
+    def spread(span: tuple[float, ...], places: np.ndarray) -> jax.Array:
+        return jnp.asarray(span[0] * (span[1] / span[0]) ** places, float)
+
+    if training.rate_range is not None:
+        key = "rate" if isinstance(params.workload.arrivals, PoissonArrivals) else "rate_scale"
+
+        def with_rates(tree: EnvParams, value: Any) -> EnvParams:
+            arrivals = replace(tree.workload.arrivals, **{key: value})
+            return tree.replace(workload=replace(tree.workload, arrivals=arrivals))
+
+        params, axes = with_rates(params, spread(training.rate_range, places)), with_rates(axes, 0)
+    if training.latency_limit_range is not None:
+        shuffled = np.arange(training.num_envs) * (np.sqrt(5) - 1) / 2 % 1
+        params = params.replace(latency_limit=spread(training.latency_limit_range, shuffled))
+        axes = axes.replace(latency_limit=0)
+    return params, axes
 
 
 def _workload(config: WorkloadConfig, experts: list[str]) -> tuple[Workload, list[str]]:
@@ -117,4 +165,4 @@ def _workload(config: WorkloadConfig, experts: list[str]) -> tuple[Workload, lis
         what = TraceRequests.create(trace.prompt_tokens, trace.output_tokens, scores)
     else:
         what = FrozenRequests.create(scores)
-    return Workload.create(when, what), notes
+    return Workload.create(when, what, requests.true_lengths), notes

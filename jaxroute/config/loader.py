@@ -14,7 +14,8 @@ import yaml
 
 import jaxroute
 from jaxroute.config.schema import Config
-from jaxroute.errors import UserError
+from jaxroute.environment.routers import ROUTERS
+from jaxroute.errors import UserError, known
 
 Tree = dict[str, Any]
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -231,6 +232,14 @@ def _cross_check(config: Config) -> None:
         raise UserError(
             "workload.requests.kind: trace takes the lengths of the arrivals' trace; set workload.arrivals.kind=trace"
         )
+    if training.rate_range is not None and arrivals.kind == "piecewise":
+        raise UserError(
+            "training.rate_range: arrivals of kind piecewise have no one rate; name poisson or trace, or null"
+        )
+    for name in config.evaluation.routers:
+        known(name, ["trained", *ROUTERS], "router in evaluation.routers")
+    if training.warm_start is not None:
+        known(training.warm_start, ROUTERS, "router in training.warm_start")
     if config.network.hidden % config.network.heads:
         raise UserError(f"network.hidden: expected a multiple of network.heads ({config.network.heads})")
     if training.frames < 2 * training.num_envs:

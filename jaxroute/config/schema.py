@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 
 class Range(NamedTuple):
@@ -23,12 +23,13 @@ Count = Annotated[int, Range("a whole number of 1 or more", lambda value: value 
 KVTokens = Annotated[int, Range("a whole number from 16 to 2097151", lambda value: 16 <= value < 2**21)]
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)]
 EvaluationEpisodes = Annotated[int, Range("a whole number of 2 or more, for an interval", lambda value: value >= 2)]
+Discount = Annotated[float, Range("a number above 0, at most 1", lambda value: 0 < value <= 1)]
+Span = Annotated[
+    tuple[Positive, ...],
+    Range("two numbers above 0, the smaller first", lambda value: len(value) == 2 and value[0] <= value[1]),
+]
 Names = Annotated[tuple[str, ...], Range("a list of one or more names", bool)]
 Widths = Annotated[tuple[Count, ...], Range("a list of one or more whole numbers of 1 or more", bool)]
-RouterName = Literal["trained", "round-robin", "shortest-queue", "bert-router", "random"]
-RouterNames = Annotated[
-    tuple[RouterName, ...], Range(f"a list of one or more of {', '.join(get_args(RouterName))}", bool)
-]
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,15 @@ class EnvironmentConfig:
     experts: Names | None  # experts in place of the scenario's
     profile: str | Names  # hardware profile of every expert, or one for each
     kv_cache_tokens: KVTokens | tuple[KVTokens, ...] | None  # KV cache, the same; None: the profile's own
+    discipline: Literal["vllm_v1", "vllm_v0", "orca"]  # how every engine schedules (simulation.md section 1)
+    max_model_len: KVTokens | None  # most tokens of a request, prompt and output; None: the profile's own
     slots: Count  # requests (running and waiting) that one engine can hold
     queue_nodes: Count  # running and waiting requests observed per expert, each
     episode_length: Count  # requests per episode
     latency_limit: Positive | None  # L, seconds per output token; None: the profile's own
     penalty: Literal["predicted", "paper", "exact", "off"]  # form of the action impact estimator
     penalty_weight: NonNegative  # w
+    drop: bool  # whether a router may drop a request
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class RequestsConfig:
     score: str  # jsonl: name of the score under candidates[].scores
     max_prompt_tokens: Count | None  # jsonl: longer prompts are cut to it; None: none is
     max_output_tokens: Count | None  # jsonl: longer answers are cut to it; None: none is
+    true_lengths: bool  # routers see the true output lengths as predictions
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class WorkloadConfig:
 class NetworkConfig:
     """Shapes of the heterogeneous graph attention network and the heads on it (simulation.md section 5)."""
 
+    kind: Literal["han", "flat"]  # flat: perceptrons on one vector; of the keys below it has mlp
     hidden: Count
     heads: Count
     layers: Count
@@ -91,23 +97,24 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """The fields of `learner.sac.Hyperparameters`, which change no shape (simulation.md section 6)."""
+    """Fields of `learner.sac.Hyperparameters`, which change no shape (simulation.md section 6)."""
 
     actor_learning_rate: NonNegative
     critic_learning_rate: NonNegative
     alpha_learning_rate: NonNegative
-    gamma: Fraction
+    gamma: Discount
     tau: Fraction
     target_entropy_ratio: Fraction
     initial_temperature: Positive
     max_grad_norm: Positive
     warmup_frames: Whole
     reward_centering_rate: Fraction
+    final_learning_rate: Fraction
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Length and shapes of training; all but the first and last are the fields of `learner.trainer.SACConfig`."""
+    """Length, shapes and environments of training; the shapes are the fields of `learner.trainer.SACConfig`."""
 
     frames: Count  # decisions in all, over all environments
     num_envs: Count
@@ -115,6 +122,9 @@ class TrainingConfig:
     batch_size: Count
     updates_per_step: Count
     steps_per_chunk: Count  # steps of all environments between two lines of metrics
+    rate_range: Span | None  # poisson: rate, trace: rate_scale, spread over the environments; None: as evaluated
+    latency_limit_range: Span | None  # L, spread over the environments; None: as evaluated
+    warm_start: str | None  # router that makes every other decision of the warm-up; None: all are random
     seed: Seed
 
 
@@ -122,7 +132,7 @@ class TrainingConfig:
 class EvaluationConfig:
     episodes: EvaluationEpisodes
     seed: Seed
-    routers: RouterNames
+    routers: Names  # trained, and any of `environment.routers.ROUTERS`
 
 
 @dataclass(frozen=True)

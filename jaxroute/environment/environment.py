@@ -10,10 +10,15 @@ import jax.numpy as jnp
 
 from jaxroute.environment.batching import batch_first, batch_last, keep_batch_last, over_batch
 from jaxroute.environment.metrics import LEVELS, Level, empty_totals, totals_first, totals_last
+from jaxroute.environment.spaces import Discrete, Space, observation_space
 from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
 from jaxroute.environment.transition import Arrival, Observation, observe_batch, transition
 from jaxroute.errors import UserError, known
 from jaxroute.simulator.engine import empty_engine
+
+DYNAMICS_VERSION = 1
+"""Version of what environments compute, apart from the package's: results of equal versions may be compared. Whatever
+changes the observations, rewards or requests of a key raises it (tests/test_contract.py)."""
 
 Penalty = Literal["predicted", "paper", "exact", "off"]
 PENALTIES: tuple[Penalty, ...] = ("predicted", "paper", "exact", "off")
@@ -34,6 +39,7 @@ class RoutingEnvironment:
     obs: Literal["graph", "flat"] = "graph"  # a `GraphObservation`, or one flat vector
     penalty: Penalty = "predicted"  # form of the action impact estimator
     metrics: Level = "histogram"
+    drop: bool = True  # whether a router may drop a request; if not, it may where no expert could take it
 
     def __post_init__(self) -> None:
         choices = {"obs": ("graph", "flat"), "penalty": PENALTIES, "metrics": LEVELS}
@@ -48,10 +54,22 @@ class RoutingEnvironment:
         """N + 1: send to expert 0..N-1, or drop."""
         return self.num_experts + 1
 
+    def action_space(self, params: EnvParams | None = None) -> Discrete:
+        """0..N; `params`, which gymnax's have, change nothing."""
+        del params
+        return Discrete(self.num_actions)
+
+    def observation_space(self, params: EnvParams | None = None) -> Space:
+        """As `spaces.observation_space`; `params`, which gymnax's have, change nothing."""
+        del params
+        return observation_space(self)
+
     def reset(self, key: jax.Array, params: EnvParams) -> tuple[Observation, EnvState]:
         """A fresh episode at its first arrival, with idle experts."""
         key_start, key_request = jax.random.split(key)
         workload, _, request = params.workload.sample(key_request, params.workload.reset(key_start))
+        if params.schedule is not None:
+            request = params.schedule.judged(request, jnp.int32(0))
         shape = (self.slots, self.num_experts)
         floats, integers = jnp.zeros(shape, float), jnp.zeros(shape, jnp.int32)
         state = EnvState(
@@ -60,6 +78,8 @@ class RoutingEnvironment:
             request=request,
             workload=workload,
             step=jnp.int32(0),
+            recent_gap=jnp.zeros((), float),
+            recent_latency=jnp.zeros(self.num_experts, float),
             totals=empty_totals(self.num_experts, self.metrics, self.episode_length),
         )
         return self.observe(params, state), state
@@ -76,14 +96,18 @@ class RoutingEnvironment:
         `episode_length` requests and never terminates; the returned observation and state are then the next episode's.
 
         info: "final_observation", the observation at the next arrival before any reset; "qos", float []: QoS in this
-        step; "penalty", float []; "episode": the episode's `EpisodeTotals` so far (None with metrics off), complete,
-        with the drain, where truncated. What is drained counts in them and in no reward.
+        step; "penalty", float []; "elapsed", float []: s to the next arrival; "episode": the episode's `EpisodeTotals`
+        so far (None with metrics off), complete, with the drain, where truncated. What is drained counts in them and in
+        no reward.
         """
         key_arrival, key_reset = jax.random.split(key)
         uniforms = params.workload.draw(key_arrival)
         workload, gap, request = params.workload.next(uniforms, state.workload)
         # The next episode may begin with the request at hand, which nothing has been done with; a trace starts anew.
         first_workload, _, first_request = params.workload.next(uniforms, params.workload.reset(key_reset))
+        if params.schedule is not None:
+            request = params.schedule.judged(request, state.step + 1)
+            first_request = params.schedule.judged(first_request, jnp.int32(0))
         arrival, first = Arrival(gap, request, workload), Arrival(gap, first_request, first_workload)
         return over_batch(self._step)(
             params.replace(workload=None), state, jnp.asarray(action, jnp.int32), arrival, first
@@ -115,8 +139,9 @@ class RoutingEnvironment:
             "final_observation": outcome.final_observation,
             "qos": outcome.qos,
             "penalty": outcome.penalty,
+            "elapsed": arrival.gap,
             "episode": totals,
         }
-        reward = outcome.qos - params.penalty_weight * outcome.penalty
+        reward = outcome.credit - params.penalty_weight * outcome.penalty
         state = state.replace(engines=queues[0], slots=queues[1])
         return outcome.observation, state, reward, jnp.zeros_like(truncated), truncated, info

@@ -7,6 +7,8 @@ with any trailing axes (`...`, as in `simulator.engine`):
   requests that the action turns from met to missed;
 - `paper_impact`: the paper's formula, on true lengths and scores, running requests only;
 - `exact_impact`: runs the engine with and without the request, on predicted lengths and with no further arrivals.
+
+`joining_gain` counts what such runs say about QoS, the request's own too: the planning routers choose by it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from flax import struct
 
 from jaxroute.simulator.advance import Progress
 from jaxroute.simulator.advance_kernel import advance_engines
-from jaxroute.simulator.engine import EngineParams, EngineState, blocks_for, prefix_sum, target_tokens, total
+from jaxroute.simulator.disciplines import rules
+from jaxroute.simulator.engine import IGNORED, NEVER, EngineParams, EngineState, prefix_sum, target_tokens, total
 from jaxroute.simulator.latency import iteration_time, prefill_time
 from jaxroute.simulator.recorded import AFTER_ALL
 from jaxroute.simulator.slots import append
@@ -103,9 +106,9 @@ def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queu
     tokens = engine.prompt_tokens + engine.generated
     to_prefill = prefix_sum(jnp.where(waiting, prefill_time(latency, tokens), 0))
     held = jnp.where(running, engine.computed, tokens)
-    blocks = prefix_sum(jnp.where(present, blocks_for(held, params.block_size), 0))
+    blocks = prefix_sum(jnp.where(present, rules(params).held_blocks(params, held), 0))
     seats = prefix_sum(present)
-    unseated = waiting & ((blocks > params.usable_blocks) | (seats > params.max_num_seqs))
+    unseated = waiting & ((blocks > rules(params).admissible_blocks(params)) | (seats > params.max_num_seqs))
     turnover = iteration * total(jnp.where(running, remaining, 0)) / jnp.maximum(batch, 1) ** 2
     finish = (
         queue.age + jnp.maximum(engine.clock, 0) + to_prefill + turnover * prefix_sum(unseated) + iteration * remaining
@@ -118,23 +121,69 @@ def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queu
 
 def exact_impact(params: EngineParams, latency_limit: jax.Array, queue: Queue) -> jax.Array:
     """As `predicted_impact`, with latencies from running the engine, float [...]. Costs two drains of the engine."""
-    engine = queue.engine
-    # A prediction longer than the cache holds would have the engine preempt that request for ever.
-    room = params.usable_blocks * params.block_size + 1
+    engine = predicted_engine(params, queue.engine, queue.predicted_tokens)
+    without, joined = _met(params, latency_limit, engine, queue.age, queue.prompt_tokens, queue.output_tokens)
+    return jnp.sum(jnp.where(without & ~joined, queue.predicted_score, 0.0), axis=0)
 
-    def target(prompt: jax.Array, length: jax.Array) -> jax.Array:
-        return jnp.minimum(target_tokens(prompt, length, params.max_model_len), room - prompt)
 
-    length = expected_length(queue.predicted_tokens, engine.generated)
-    engine = engine.replace(target_tokens=jnp.maximum(target(engine.prompt_tokens, length), engine.generated + 1))
-    joins = (engine.num_requests < engine.num_slots) & (queue.prompt_tokens < room)
-    joined_target = target(queue.prompt_tokens, queue.output_tokens)
-    joined = append(engine, joins, queue.prompt_tokens, joined_target, jnp.zeros((), float))
-    nothing = Progress.none(engine.num_requests.shape)
+def joining_gain(
+    params: EngineParams,
+    latency_limit: jax.Array,
+    engine: EngineState,
+    age: jax.Array,
+    score: jax.Array,
+    prompt_tokens: jax.Array,
+    output_tokens: jax.Array,
+    own_score: jax.Array,
+) -> jax.Array:
+    """QoS that a request of so many tokens adds to the engine's, float [...]: its own, less what others lose by it.
 
-    def met(state: EngineState) -> jax.Array:
-        done, _ = advance_engines(params, state, nothing, jnp.asarray(AFTER_ALL, float))
-        return (done.finish_time + queue.age) / engine.target_tokens < latency_limit
+    As `exact_impact`, on the lengths in `engine` and the scores given, float [S, ...] and [...].
+    """
+    without, joined = _met(params, latency_limit, engine, age, prompt_tokens, output_tokens)
+    score = jnp.where(engine.position == engine.num_requests, own_score, score)
+    return jnp.sum(jnp.where(joined, score, 0.0) - jnp.where(without, score, 0.0), axis=0)
 
-    turned = engine.unfinished() & met(engine) & ~met(joined)
-    return jnp.sum(jnp.where(turned, queue.predicted_score, 0.0), axis=0)
+
+def predicted_engine(params: EngineParams, engine: EngineState, predicted_tokens: jax.Array) -> EngineState:
+    """The engine with expected lengths for the true ones, int32 [S, ...] predictions given."""
+    length = expected_length(predicted_tokens, engine.generated)
+    target = _target(params, engine.prompt_tokens, length)
+    return engine.replace(target_tokens=jnp.maximum(target, engine.generated + 1))
+
+
+def _room(params: EngineParams) -> jax.Array:
+    """The longest request, prompt and output, that the cache holds."""
+    return params.usable_blocks * params.block_size + 1
+
+
+def _target(params: EngineParams, prompt_tokens: jax.Array, length: jax.Array) -> jax.Array:
+    """As `target_tokens`, cut to what the cache holds: the engine would preempt a longer request for ever."""
+    target = target_tokens(prompt_tokens, length, rules(params).longest(params))
+    return jnp.minimum(target, _room(params) - prompt_tokens)
+
+
+def _met(
+    params: EngineParams,
+    latency_limit: jax.Array,
+    engine: EngineState,
+    age: jax.Array,
+    prompt_tokens: jax.Array,
+    output_tokens: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Which slots' requests meet the limit, bool [S, ...], when the engine runs to its end with no further arrivals:
+    without a request of so many tokens, and with it, which then is in the slot behind the others.
+    """
+    joins = (engine.num_requests < engine.num_slots) & (prompt_tokens < _room(params))
+    joined = append(engine, joins, prompt_tokens, _target(params, prompt_tokens, output_tokens), jnp.zeros((), float))
+    # Both at once: [S, 2, ...] and [2, ...].
+    axes = engine.num_requests.ndim
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=leaves[0].ndim - axes), engine, joined)
+    nothing = Progress.none(both.num_requests.shape)
+    done, _ = advance_engines(params, both, nothing, jnp.asarray(AFTER_ALL, float))
+    age = jnp.where(engine.position < engine.num_requests, age, 0)[:, None]
+    finish = done.finish_time
+    if rules(params).ignores:
+        finish = jnp.where(finish == IGNORED, NEVER, finish)
+    met = both.unfinished() & ((finish + age) / both.target_tokens < latency_limit)
+    return met[:, 0], met[:, 1]

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from jaxroute.environment.impact import decode_time, expected_length
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.simulator.engine import blocks_for, total
+from jaxroute.simulator.disciplines import rules
+from jaxroute.simulator.engine import total
 
-ARRIVED_FEATURES = ("prompt_tokens",)
+ARRIVED_FEATURES = ("prompt_tokens", "recent_load")
 EXPERT_FEATURES = (
     "kv_use",
     "running",
@@ -36,7 +37,8 @@ REQUEST_FEATURES = (
 )
 """Features in order. Tokens are over `token_scale`, scores (s - 0.5) * 4, queue lengths over `queue_nodes`, KV use a
 share of the expert's cache. Times per token are over the latency limit and squashed by x / (1 + x), so 0.5 is at the
-limit."""
+limit. `recent_load` is squashed likewise: arrivals at the recent rate in the time that `token_scale` tokens may take,
+per expert and queue node; 0 while no rate is known."""
 
 
 class GraphObservation(flax.struct.PyTreeNode):
@@ -51,7 +53,7 @@ class GraphObservation(flax.struct.PyTreeNode):
     waiting: jax.Array  # float32 [N, K, Fq]: first K waiting requests of each expert
     running_mask: jax.Array  # bool [N, K]: True = a real request; features elsewhere must not matter
     waiting_mask: jax.Array  # bool [N, K]
-    action_mask: jax.Array  # bool [N + 1]: True = allowed; the last action (drop) always is
+    action_mask: jax.Array  # bool [N + 1]: True = allowed; the last action is to drop
 
 
 def _squash(ratio: jax.Array) -> jax.Array:
@@ -62,18 +64,17 @@ def _score(score: jax.Array) -> jax.Array:
     return (score - 0.5) * 4
 
 
-def action_mask(params: EnvParams, state: EnvState, slots: int) -> jax.Array:
+def action_mask(params: EnvParams, state: EnvState, slots: int, drop: bool = True) -> jax.Array:
     """bool [N + 1, ...]: an expert is allowed if one of its `slots` is free and it could hold the prompt and a token;
-    drop always."""
+    to drop is allowed always or, without `drop`, where no expert is."""
     engines, prompt = params.engines, state.request.prompt_tokens
-    fits = blocks_for(prompt, engines.block_size) <= engines.usable_blocks
-    fits &= prompt < engines.max_model_len
-    fits &= engines.enable_chunked_prefill | (prompt <= engines.max_num_batched_tokens)
+    fits = rules(engines).can_serve(engines, prompt, jnp.int32(1))
     allowed = fits & (state.engines.num_requests < slots)
-    return jnp.concatenate([allowed, jnp.ones_like(allowed[:1])])
+    dropped = jnp.ones_like(allowed[:1]) if drop else ~allowed.any(axis=0, keepdims=True)
+    return jnp.concatenate([allowed, dropped])
 
 
-def observe(params: EnvParams, state: EnvState, queue_nodes: int, slots: int) -> GraphObservation:
+def observe(params: EnvParams, state: EnvState, queue_nodes: int, slots: int, drop: bool = True) -> GraphObservation:
     """The observation with K = `queue_nodes`, of environments on a last axis B, for experts with so many `slots`.
 
     The fields of `state` have any number of slots S that holds all requests. The result's fields are [B, ...].
@@ -89,7 +90,7 @@ def observe(params: EnvParams, state: EnvState, queue_nodes: int, slots: int) ->
         arrival, generated, predicted = rows(payload.arrival), rows(engine.generated), rows(payload.predicted_tokens)
         length = expected_length(predicted, generated)
         finish = start - arrival + iteration * (length - generated)
-        blocks = blocks_for(rows(engine.computed), params.engines.block_size)
+        blocks = rules(params.engines).held_blocks(params.engines, rows(engine.computed))
         features = (
             rows(engine.prompt_tokens) / scale,
             _score(rows(payload.predicted_score)),
@@ -107,7 +108,7 @@ def observe(params: EnvParams, state: EnvState, queue_nodes: int, slots: int) ->
     waiting_features, waiting_mask = queue_features(
         lambda leaf: _rows_from(leaf, engine.num_running, queue_nodes), waiting
     )
-    blocks = blocks_for(engine.computed, params.engines.block_size)
+    blocks = rules(params.engines).held_blocks(params.engines, engine.computed)
     used = total(jnp.where(engine.position < engine.num_running, blocks, 0))
     prefill = params.engines.latency.per_prefill_token * request.prompt_tokens
     finish = start + prefill + iteration * request.predicted_output_tokens
@@ -120,14 +121,16 @@ def observe(params: EnvParams, state: EnvState, queue_nodes: int, slots: int) ->
         request.predicted_output_tokens / scale,
         _squash(finish / request.predicted_output_tokens / params.latency_limit),
     )
+    node_time = params.latency_limit * scale / (engine.num_requests.shape[0] * queue_nodes)
+    recent_load = jnp.where(state.step > 0, node_time / (node_time + state.recent_gap), 0)
     return GraphObservation(
-        arrived=(request.prompt_tokens / scale)[:, None].astype(jnp.float32),
+        arrived=jnp.stack([request.prompt_tokens / scale, recent_load], axis=-1).astype(jnp.float32),
         expert=jnp.stack(jnp.broadcast_arrays(*expert)).astype(jnp.float32).transpose(2, 1, 0),
         running=running_features,
         waiting=waiting_features,
         running_mask=running_mask,
         waiting_mask=waiting_mask,
-        action_mask=action_mask(params, state, slots).T,
+        action_mask=action_mask(params, state, slots, drop).T,
     )
 
 

@@ -23,10 +23,11 @@ from jaxroute.environment.metrics import (
     totals_last,
 )
 from jaxroute.environment.observation import GraphObservation, flatten, observe
-from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
+from jaxroute.environment.state import RECENT_COMPLETIONS, RECENT_GAPS, EnvParams, EnvState, SlotPayload
 from jaxroute.simulator.advance import Progress
 from jaxroute.simulator.advance_kernel import advance_engines
-from jaxroute.simulator.engine import EngineState, blocks_for, slot_positions, target_tokens, total
+from jaxroute.simulator.disciplines import rules
+from jaxroute.simulator.engine import IGNORED, EngineParams, EngineState, slot_positions, target_tokens, total
 from jaxroute.simulator.recorded import AFTER_ALL
 from jaxroute.simulator.slots import append, finished, remove
 from jaxroute.workload.arrivals import WorkloadState
@@ -57,6 +58,7 @@ class Outcome(struct.PyTreeNode):
     observation: Observation  # of it
     final_observation: Observation  # at the next arrival, whether the episode ends or not
     qos: jax.Array  # float [B], of what finished up to the next arrival
+    credit: jax.Array  # float [B], that as the reward counts it (`EnvParams.credit_discount`)
     penalty: jax.Array  # float [B], 0 where the request joined no expert
 
 
@@ -107,6 +109,7 @@ def transition(
             observation=_choose_first(same, outcome.observation, now.observation),
             final_observation=_choose(ending, outcome.final_observation, now.observation),
             qos=jnp.where(ending, outcome.qos, now.qos),
+            credit=jnp.where(ending, outcome.credit, now.credit),
             penalty=jnp.where(ending, outcome.penalty, now.penalty),
         )
         return jnp.bool_(False), ~ending & jnp.any(ends), jax.tree.map(keep_batch_last, after), outcome
@@ -145,7 +148,7 @@ def _choose_first(condition: jax.Array, new: Any, old: Any) -> Any:
 
 def observe_batch(env: RoutingEnvironment, params: EnvParams, state: EnvState) -> Observation:
     """The observation of the kind that `env` gives, leaves [B, ...]."""
-    observation = observe(params, state, env.queue_nodes, env.slots)
+    observation = observe(params.present(state.step), state, env.queue_nodes, env.slots, env.drop)
     return jax.vmap(flatten)(observation) if env.obs == "flat" else observation
 
 
@@ -163,9 +166,10 @@ def _transition(
     `ending` (bool []): this ends episodes. Then there was no decision, and time goes on until all is done.
     """
     before = state.totals
-    penalty = _penalty(env, params, state, action)
-    state, joined = _route(env, params, state, action)
-    state, qos = _run(env, params, state, until)
+    present = params.present(state.step)
+    penalty = _penalty(env, present, state, action)
+    state, joined = _route(env, present, state, action)
+    state, qos, credit = _run(env, present, state, until)
     engines, slots, totals = state.engines, state.slots, state.totals
     gap = jnp.where(ending, jnp.maximum(jnp.max(engines.clock, axis=0), 0), arrival.gap)
     if totals is not None and before is not None:
@@ -176,16 +180,22 @@ def _transition(
             elapsed=totals.elapsed + gap,
         )
     clock = jnp.where(ending, 0, engines.clock - gap)
+    # By now `step` counts the gaps too.
+    recent_gap = state.recent_gap + (gap - state.recent_gap) / jnp.minimum(state.step, RECENT_GAPS)
+    if params.engines.async_output_proc is not None:  # a request that has finished may be here for one more iteration
+        engines = engines.replace(finish_time=engines.finish_time - gap)
     state = state.replace(
         engines=engines.replace(clock=clock, first_token_time=engines.first_token_time - gap),
         slots=slots.replace(arrival=slots.arrival - gap),
         request=arrival.request,
         workload=arrival.workload,
         step=jnp.where(ending, 0, state.step),
+        recent_gap=jnp.where(ending, 0, recent_gap),
+        recent_latency=jnp.where(ending, 0, state.recent_latency),
         totals=totals,
     )
     observation = observe_batch(env, params, state)
-    return Outcome(state, observation, observation, qos, jnp.where(joined, penalty, 0))
+    return Outcome(state, observation, observation, qos, credit, jnp.where(joined, penalty, 0))
 
 
 def _begin_totals(env: RoutingEnvironment, state: EnvState) -> EnvState:
@@ -237,22 +247,22 @@ def _penalty(env: RoutingEnvironment, params: EnvParams, state: EnvState, action
     return impact(engine_params, params.latency_limit, queue)
 
 
+def feasible(engines: EngineParams, prompt_tokens: jax.Array, output_tokens: jax.Array) -> jax.Array:
+    """Whether engines could ever finish a request, bool [...]; else routing rejects it (simulation.md section 1.8)."""
+    return rules(engines).can_serve(engines, prompt_tokens, output_tokens)
+
+
 def _route(
     env: RoutingEnvironment, params: EnvParams, state: EnvState, action: jax.Array
 ) -> tuple[EnvState, jax.Array]:
     """Appends the request to the chosen expert's queue, if it fits there; also whether it did, bool [B]."""
     request, engines = state.request, params.engines
     chosen = jnp.arange(env.num_experts)[:, None] == action
-    # simulation.md section 1, rule 8: what could never finish is rejected here, by its true length.
-    length = jnp.minimum(request.prompt_tokens + request.output_tokens, engines.max_model_len)
-    feasible = blocks_for(length - 1, engines.block_size) <= engines.usable_blocks
-    whole = request.prompt_tokens + request.output_tokens - 1
-    feasible &= engines.enable_chunked_prefill | (whole <= engines.max_num_batched_tokens)
-    feasible &= request.prompt_tokens < engines.max_model_len
+    can_finish = feasible(engines, request.prompt_tokens, request.output_tokens)
     free = state.engines.num_requests < env.slots
-    joins = chosen & feasible & free
+    joins = chosen & can_finish & free
 
-    target = target_tokens(request.prompt_tokens, request.output_tokens, engines.max_model_len)
+    target = target_tokens(request.prompt_tokens, request.output_tokens, rules(engines).longest(engines))
     at_tail = joins & (slot_positions(state.slots.arrival) == state.engines.num_requests)
     put = lambda new, old: jnp.where(at_tail, new, old)  # noqa: E731
     slots = SlotPayload(
@@ -268,21 +278,30 @@ def _route(
         totals = totals.replace(
             arrived=totals.arrived + 1,
             dropped=totals.dropped + ~jnp.any(chosen, axis=0),
-            rejected_infeasible=totals.rejected_infeasible + (chosen & ~feasible),
-            rejected_full=totals.rejected_full + (chosen & feasible & ~free),
+            rejected_infeasible=totals.rejected_infeasible + (chosen & ~can_finish),
+            rejected_full=totals.rejected_full + (chosen & can_finish & ~free),
         )
     state = state.replace(engines=queues, slots=slots, totals=totals, step=state.step + 1)
     return state, jnp.any(joins, axis=0)
 
 
-def _run(env: RoutingEnvironment, params: EnvParams, state: EnvState, until: jax.Array) -> tuple[EnvState, jax.Array]:
-    """Runs every iteration that starts before `until` (s) and takes out what finished; also its QoS, float [B]."""
+def _run(
+    env: RoutingEnvironment, params: EnvParams, state: EnvState, until: jax.Array
+) -> tuple[EnvState, jax.Array, jax.Array]:
+    """Runs every iteration that starts before `until` (s) and takes out what finished; also its QoS and that as the
+    reward counts it, float [B]."""
     nothing = Progress.none(state.engines.num_requests.shape)
     engines, progress = advance_engines(params.engines, state.engines, nothing, until)
     slots, totals = state.slots, state.totals
-    done = finished(engines)
+    done = finished(params.engines, engines)
+    served = done
+    if rules(params.engines).ignores:
+        served = done & (engines.finish_time > IGNORED)
+        if totals is not None:
+            ignored = total(done & ~served)
+            totals = totals.replace(rejected_infeasible=totals.rejected_infeasible + ignored)
     completed = Completed(
-        present=done,
+        present=served,
         index=slots.index,
         tokens=jnp.maximum(engines.generated, 1),
         score=slots.score,
@@ -291,7 +310,11 @@ def _run(env: RoutingEnvironment, params: EnvParams, state: EnvState, until: jax
         first_token=engines.first_token_time,
         finish=engines.finish_time,
     )
-    qos = jnp.sum(total(completed.qos(params.latency_limit)), axis=0)
+    qos = completed.qos(params.latency_limit)
+    credit = qos
+    if params.credit_discount is not None:
+        credit = jnp.where(served, qos * params.credit_discount**slots.arrival, 0)
+    qos, credit = (jnp.sum(total(values), axis=0) for values in (qos, credit))
     if totals is not None:
         totals = totals.replace(
             busy=totals.busy + progress.busy_time,
@@ -299,5 +322,10 @@ def _run(env: RoutingEnvironment, params: EnvParams, state: EnvState, until: jax
             kv_seconds=totals.kv_seconds + progress.block_seconds / params.engines.usable_blocks,
         )
         totals = add_completed(totals, env.metrics, completed, params.latency_limit)
+    latency = (completed.finish - completed.arrival) / completed.tokens
+    count = total(served)
+    mean = total(jnp.where(served, latency, 0)) / jnp.maximum(count, 1)
+    kept = jnp.where(state.recent_latency > 0, (1 - 1 / RECENT_COMPLETIONS) ** count, count == 0)
+    recent_latency = kept * state.recent_latency + (1 - kept) * mean
     engines, slots = remove(engines, slots, done)
-    return state.replace(engines=engines, slots=slots, totals=totals), qos
+    return state.replace(engines=engines, slots=slots, recent_latency=recent_latency, totals=totals), qos, credit

@@ -8,6 +8,7 @@ with the finite minimum of their dtype where an action is not allowed, and `crit
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -24,13 +25,15 @@ class Hyperparameters:
     actor_learning_rate: Any
     critic_learning_rate: Any  # of the shared encoder too
     alpha_learning_rate: Any
-    gamma: Any  # discount per decision
+    gamma: Any  # discount per second of simulated time; per decision, where the environment tells no time
     tau: Any  # share of the online network that an update mixes into the target network
     target_entropy_ratio: Any  # of the largest entropy; near 1 the temperature runs away with few actions
     initial_temperature: Any
     max_grad_norm: Any  # global norm, the actor's and the critics' gradients each
     warmup_frames: Any  # decisions over all environments that are random, before the first update
     reward_centering_rate: Any  # of the running mean reward per update; 0: rewards are not centred
+    final_learning_rate: Any  # share of the three learning rates that is left after `decay_updates`, linearly
+    decay_updates: Any
 
 
 @struct.dataclass
@@ -41,6 +44,7 @@ class Transition:
     action: jax.Array  # int32 []
     reward: jax.Array  # float32 []
     terminated: jax.Array  # bool []; a truncated episode is not terminated, its value goes on
+    elapsed: jax.Array  # float32 [], s to the next decision
     truncated: jax.Array  # bool []; then next_observation is the first of another episode, and is not learned from
     next_observation: Any
 
@@ -142,8 +146,23 @@ def _centred(rewards: jax.Array, state: LearnerState, hyper: Hyperparameters) ->
     return rewards - average, average
 
 
+def _decayed(hyper: Hyperparameters, updates: jax.Array) -> Hyperparameters:
+    """With the learning rates after so many updates: the last ones average over what the first ones jump about."""
+    progress = jnp.minimum(updates / jnp.maximum(hyper.decay_updates, 1), 1.0)
+    share = 1 - (1 - hyper.final_learning_rate) * progress
+    return dataclasses.replace(
+        hyper,
+        actor_learning_rate=share * hyper.actor_learning_rate,
+        critic_learning_rate=share * hyper.critic_learning_rate,
+        alpha_learning_rate=share * hyper.alpha_learning_rate,
+    )
+
+
 def update(
-    network: nn.Module, state: LearnerState, batch: Transition, hyper: Hyperparameters
+    network: nn.Module,
+    state: LearnerState,
+    batch: Transition,
+    hyper: Hyperparameters,
 ) -> tuple[LearnerState, UpdateMetrics]:
     """One gradient step of critics (with the encoder), actor and temperature, then of the target network.
 
@@ -156,13 +175,14 @@ def update(
         return network.apply(params, inputs, method=method)
 
     alpha = jnp.exp(state.log_alpha)
+    discount = hyper.gamma**batch.elapsed
     rewards, average_reward = _centred(batch.reward, state, hyper)
 
     next_embedding = apply("encode", state.target_params, batch.next_observation)
     next_probability, next_log_probability = _log_policy(apply("policy", state.params, next_embedding))
     next_q = apply("critics", state.target_params, next_embedding).min(axis=-2)
     next_value = jnp.sum(next_probability * (next_q - alpha * next_log_probability), axis=-1)
-    target = rewards + hyper.gamma * jnp.where(batch.terminated, 0.0, next_value)
+    target = rewards + discount * jnp.where(batch.terminated, 0.0, next_value)
     known = batch.terminated | ~batch.truncated
 
     def losses(params: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -188,7 +208,7 @@ def update(
     alpha_grad = entropy - target_entropy
 
     is_actor = _actor_leaves(network, state.params, batch.observation)
-    optimizer, temperature = _optimizers(hyper, is_actor)
+    optimizer, temperature = _optimizers(_decayed(hyper, state.updates), is_actor)
     updates, optimizer_state = optimizer.update(grads, state.optimizer)
     alpha_update, alpha_optimizer = temperature.update(alpha_grad, state.alpha_optimizer)
     log_alpha: Any = optax.apply_updates(state.log_alpha, alpha_update)

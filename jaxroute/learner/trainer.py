@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -61,6 +62,7 @@ class Outcome(NamedTuple):
     reward: jax.Array
     terminated: jax.Array
     truncated: jax.Array
+    elapsed: jax.Array
 
 
 class Trainer(NamedTuple):
@@ -82,14 +84,27 @@ class Trainer(NamedTuple):
     train_chunk: Callable[[TrainState, Any, Hyperparameters], tuple[TrainState, dict[str, Any]]]
 
 
-def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
-    """The training program of a routing environment (or one of the same interface) and a network (see `sac`)."""
+def make_trainer(
+    env: Any,
+    network: nn.Module,
+    config: SACConfig,
+    params_axes: Any = None,
+    warm_start: Callable[..., jax.Array] | None = None,
+) -> Trainer:
+    """The training program of a routing environment (or one of the same interface) and a network (see `sac`).
+
+    `params_axes`: `in_axes` of the environment's parameters over environments, where these differ. `warm_start`: a
+    router that makes every other decision of the warm-up, `router(observation, env_state, env_params, key) -> action`.
+    """
 
     def init(key: jax.Array, env_params: Any, hyper: Hyperparameters) -> TrainState:
         key, env_key, network_key = jax.random.split(key, 3)
-        observation, env_state = jax.vmap(env.reset, (0, None))(jax.random.split(env_key, config.num_envs), env_params)
+        observation, env_state = jax.vmap(env.reset, (0, params_axes))(
+            jax.random.split(env_key, config.num_envs), env_params
+        )
         zeros = jnp.zeros(config.num_envs)
-        outcome = Outcome(zeros.astype(jnp.int32), zeros.astype(jnp.float32), zeros.astype(bool), zeros.astype(bool))
+        reals, flags = zeros.astype(jnp.float32), zeros.astype(bool)
+        outcome = Outcome(zeros.astype(jnp.int32), reals, flags, flags, reals)
         return TrainState(
             learner=sac.init(network_key, network, jax.tree.map(lambda x: x[0], observation), hyper),
             buffer=replay_buffer.init(observation, outcome, config.buffer_capacity),
@@ -117,6 +132,13 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
         zero = UpdateMetrics(**{name: jnp.zeros((), jnp.float32) for name in UpdateMetrics.__dataclass_fields__})
         return jax.lax.fori_loop(0, updates, one, (learner, zero))
 
+    def guided(action: jax.Array, state: TrainState, env_params: Any) -> jax.Array:
+        """int32 [num_envs]: half of the actions are those of `warm_start`."""
+        choice_key, router_key = jax.random.split(jax.random.fold_in(state.key, 0))
+        keys = jax.random.split(router_key, config.num_envs)
+        routed = jax.vmap(warm_start, (0, 0, params_axes, 0))(state.observation, state.env_state, env_params, keys)  # pyright: ignore
+        return jnp.where(jax.random.bernoulli(choice_key, shape=action.shape), routed, action)
+
     def step(state: TrainState, env_params: Any, hyper: Hyperparameters) -> tuple[TrainState, dict[str, Any]]:
         """One transition in each environment, then the updates; its metrics are sums to be divided over the chunk."""
         key, action_key, env_key, sample_key = jax.random.split(state.key, 4)
@@ -126,11 +148,15 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig) -> Trainer:
         logits = sac.policy_logits(network, state.learner.params, state.observation)
         logits = jnp.where(warming_up & sac.allowed_actions(logits), 0.0, logits)
         action = jax.random.categorical(action_key, logits).astype(jnp.int32)
-        observation, env_state, reward, terminated, truncated, info = jax.vmap(env.step, (0, 0, 0, None))(
+        if warm_start is not None:
+            action = jax.lax.cond(warming_up, guided, lambda action, *_: action, action, state, env_params)
+        observation, env_state, reward, terminated, truncated, info = jax.vmap(env.step, (0, 0, 0, params_axes))(
             jax.random.split(env_key, config.num_envs), state.env_state, action, env_params
         )
         reward = reward.astype(jnp.float32)  # as the buffer's, with 64-bit environments too
-        buffer = replay_buffer.add(state.buffer, Outcome(action, reward, terminated, truncated), observation)
+        elapsed = jnp.asarray(info.get("elapsed", jnp.ones_like(reward)), jnp.float32)
+        outcome = Outcome(action, reward, terminated, truncated, elapsed)
+        buffer = replay_buffer.add(state.buffer, outcome, observation)
         # A loop of no turns and not a branch, which would copy the learner.
         updates = jnp.where(warming_up, 0, config.updates_per_step)
         learner, update_metrics = learn(state.learner, buffer, sample_key, updates, hyper)
@@ -180,7 +206,14 @@ def policy_router(network: nn.Module, params: Any) -> Callable[..., jax.Array]:
     they are arguments of a program it is passed to. It is for one environment, and of the observation alone.
     """
 
+    return jax.tree_util.Partial(_greedy(network), params)
+
+
+@cache
+def _greedy(network: nn.Module) -> Callable[..., jax.Array]:
+    """The same function at each call, so that policies of one network share a program."""
+
     def route(params: Any, observation: Any, env_state: Any, env_params: Any, key: jax.Array) -> jax.Array:
         return jnp.argmax(sac.policy_logits(network, params, observation)).astype(jnp.int32)
 
-    return jax.tree_util.Partial(route, params)
+    return route

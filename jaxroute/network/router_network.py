@@ -20,6 +20,15 @@ class Embedding(flax.struct.PyTreeNode):
     expert_features: jax.Array  # float32 [Fe, N, B], as observed
     action_mask: jax.Array  # bool [..., N + 1], as observed; B is the product of its other axes
 
+    @property
+    def pooled(self) -> jax.Array:
+        """float32 [2 hidden, 1, B]: mean and largest of the experts' embeddings."""
+        return jnp.concatenate([self.expert.mean(1, keepdims=True), self.expert.max(1, keepdims=True)])
+
+    def by_action(self, values: jax.Array) -> jax.Array:
+        """`values` [copies, actions, B] as [..., copies, actions], with the observations' batch axes."""
+        return jnp.moveaxis(values, -1, 0).reshape(*self.action_mask.shape[:-1], *values.shape[:-1])
+
 
 class RouterNetwork(nn.Module):
     """Policy logits and twin Q values of every action: N experts, then drop.
@@ -38,6 +47,7 @@ class RouterNetwork(nn.Module):
         self.encoder = HAN(self.hidden, self.heads, self.layers, self.residual)
         self.actor = ActionValues(self.mlp, copies=1)
         self.critic = ActionValues(self.mlp, copies=2)
+        self.state_critic = MLP(self.mlp, copies=2)
 
     def __call__(self, obs: GraphObservation) -> tuple[jax.Array, jax.Array]:
         """The policy's logits float32 [..., N + 1] and the critics' values float32 [..., 2, N + 1]."""
@@ -54,8 +64,14 @@ class RouterNetwork(nn.Module):
         return jnp.where(embedding.action_mask, logits, jnp.finfo(logits.dtype).min)
 
     def critics(self, embedding: Embedding) -> jax.Array:
-        """Q values float32 [..., 2, N + 1] of the two critics, of actions that are not allowed too."""
-        return self.critic(embedding)
+        """Q values float32 [..., 2, N + 1] of the two critics, of actions that are not allowed too.
+
+        A value of the state, and what each action has over the mean action (dueling, Wang et al. 2016, arXiv
+        1511.06581): most of a value is the QoS of requests that are open whatever is done now.
+        """
+        advantage = self.critic(embedding)
+        value = embedding.by_action(self.state_critic(embedding.pooled, embedding.arrived[:, None]))
+        return value + advantage - advantage.mean(axis=-1, keepdims=True)
 
 
 class ActionValues(nn.Module):
@@ -71,10 +87,8 @@ class ActionValues(nn.Module):
     def __call__(self, embedding: Embedding) -> jax.Array:
         expert, arrived = embedding.expert, embedding.arrived[:, None]
         own = jnp.concatenate([expert, embedding.expert_features])
-        pooled = jnp.concatenate([expert.mean(1, keepdims=True), expert.max(1, keepdims=True)])
-        values = jnp.concatenate([self.of_expert(own, arrived), self.of_drop(pooled, arrived)], axis=1)
-        *batch, actions = embedding.action_mask.shape
-        return jnp.moveaxis(values, -1, 0).reshape(*batch, self.copies, actions)
+        values = [self.of_expert(own, arrived), self.of_drop(embedding.pooled, arrived)]
+        return embedding.by_action(jnp.concatenate(values, axis=1))
 
 
 class MLP(nn.Module):

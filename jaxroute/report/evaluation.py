@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.metrics import summarize
-from jaxroute.environment.routers import Router
+from jaxroute.environment.routers.choice import Router
 from jaxroute.environment.state import EnvParams
 
 EpisodeValues = dict[
@@ -36,17 +36,16 @@ def evaluate_routers(
     """
     # The penalty is part of the reward, which is not reported.
     env = dataclasses.replace(env, metrics="exact", penalty="off")
-    program = jax.jit(partial(_run_episodes, env))
     policies = [jax.tree_util.Partial(router) for router in routers.values()]
     keys = jax.random.split(jax.random.key(seed), episodes)
     results = {}
     for index, name in enumerate(routers):
-        results[name] = jax.device_get(program(policies, jnp.int32(index), keys, params))
+        results[name] = jax.device_get(_program(env, policies, jnp.int32(index), keys, params))
         done(name, results[name])
     return results
 
 
-def _run_episodes(
+def run_episodes(
     env: RoutingEnvironment, policies: list[Router], which: jax.Array, keys: jax.Array, params: EnvParams
 ) -> dict[str, jax.Array]:
     """Metrics of an episode per key. `which` has no batch axis, so `switch` runs that policy only."""
@@ -64,3 +63,7 @@ def _run_episodes(
     # An episode's totals are whole after its last step, where the scan ends.
     (_, state), _ = jax.lax.scan(step, (observation, state), jnp.arange(env.episode_length))
     return jax.vmap(partial(summarize, level=env.metrics))(state.totals)
+
+
+# One for the process, so that calls with the same environment and routers compile it once.
+_program = jax.jit(run_episodes, static_argnums=0)

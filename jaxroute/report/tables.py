@@ -43,7 +43,16 @@ def report_console() -> Console:
 
 def print_notes(console: Console, notes: Sequence[str]) -> None:
     for note in notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_evaluation(console: Console, results: dict[str, EpisodeValues]) -> None:
+    """The table, in parts of five routers where there are more, each with the trained one."""
+    first = [name for name in results if name == "trained"]
+    others = [name for name in results if name not in first]
+    width = 5 - len(first)
+    for start in range(0, max(len(others), 1), width):
+        console.print(evaluation_table({name: results[name] for name in first + others[start : start + width]}))
 
 
 def evaluation_table(results: dict[str, EpisodeValues]) -> Table:

@@ -1,1 +1,1 @@
-"""Serving engines: an exact model of vLLM's V1 scheduler, advanced by jumps from event to event."""
+"""Serving engines: exact models of vLLM's V1 and V0 schedulers and of Orca's, advanced by jumps from event to event."""

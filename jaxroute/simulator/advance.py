@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, anywhere, blocks_for, lowest, total
+from jaxroute.simulator import scheduler_v0
+from jaxroute.simulator.disciplines import rules
+from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, anywhere, lowest, total
 from jaxroute.simulator.latency import decode_run, iteration_time, iterations_started_before, run_time
-from jaxroute.simulator.scheduler import Decision, prefill_limit, schedule
+from jaxroute.simulator.scheduler import Decision
 
 
 class Progress(struct.PyTreeNode):
@@ -41,7 +43,7 @@ def run_iteration(
     params: EngineParams, state: EngineState, progress: Progress
 ) -> tuple[EngineState, Progress, Decision]:
     """Schedules and executes one iteration, whose tokens appear at its end."""
-    decision = schedule(params, state)
+    decision = rules(params).schedule(params, state)
     duration = iteration_time(
         params.latency, decision.prefill_tokens, decision.decodes, decision.context_tokens.astype(state.clock.dtype)
     )
@@ -49,9 +51,11 @@ def run_iteration(
     # 6: a request whose computed tokens reach its length yields a token; 3: a preempted one starts again from nothing.
     computed = jnp.where(state.position < decision.num_running, state.computed + decision.tokens, 0)
     sampled = (decision.tokens > 0) & (computed >= state.prompt_tokens + state.generated)
+    if decision.ignored is not None:
+        sampled &= state.unfinished()  # what is decoded once more yields nothing
     generated = state.generated + sampled
     nothing = decision.prefill_tokens + decision.decodes == 0
-    state = state.replace(
+    after = state.replace(
         clock=clock,
         num_running=decision.num_running,
         computed=computed,
@@ -60,6 +64,8 @@ def run_iteration(
         first_token_time=jnp.where(sampled & (state.generated == 0), clock, state.first_token_time),
         finish_time=jnp.where(sampled & (generated >= state.target_tokens), clock, state.finish_time),
     )
+    if decision.ignored is not None:
+        after = scheduler_v0.settle(params, state, after, decision.ignored, progress.iterations)
     progress = Progress(
         iterations=progress.iterations + 1,
         idle_iterations=jnp.where(nothing, progress.idle_iterations + 1, 0),
@@ -69,43 +75,24 @@ def run_iteration(
         busy_time=progress.busy_time + duration,
         block_seconds=progress.block_seconds + duration * decision.used_blocks,
     )
-    return state, progress, decision
-
-
-def _is_blocked(params: EngineParams, state: EngineState, batch: jax.Array, next_blocks: jax.Array) -> jax.Array:
-    """bool [...]: the head of `waiting` cannot join a batch of `batch` decodes that will hold `next_blocks`.
-
-    Rules 4 and 5. While the batch only decodes it stays so: seats and budget do not change, blocks only become scarcer.
-    """
-    head = state.position == state.num_running  # never a finished request: those have been running
-    length = total(jnp.where(head, state.prompt_tokens + state.generated, 0))
-    budget = params.max_num_batched_tokens - batch
-    wanted = jnp.minimum(length, prefill_limit(params))
-    tokens = jnp.minimum(wanted, budget)
-    held = jnp.where(params.reserve_full_isl, jnp.maximum(length, tokens), tokens)
-    return (
-        (state.num_running == state.num_requests)
-        | (tokens <= 0)
-        | ((tokens < wanted) & ~params.enable_chunked_prefill)
-        | (batch >= params.max_num_seqs)
-        | (next_blocks + blocks_for(held, params.block_size) > params.usable_blocks)
-    )
+    return after, progress, decision
 
 
 def _iterations_until_full(
     params: EngineParams,
     blocks_after: Callable[[jax.Array], jax.Array],
+    usable: jax.Array,
     batch: jax.Array,
     context: jax.Array,
     enough: jax.Array,
 ) -> jax.Array:
-    """Decode iterations that the KV cache has room for, int32 [...]; any number from `enough` on means enough.
+    """Decode iterations for which `usable` KV blocks are enough, int32 [...]; any number from `enough` on means enough.
 
     Rounding every request's last block up or down bounds the answer within `block_size - 1`, and bisection finds it.
     The loop runs only where memory is that short.
     """
     batch = jnp.maximum(batch, 1)
-    spare = params.usable_blocks * params.block_size - context
+    spare = usable * params.block_size - context
     low = (spare - batch * (params.block_size - 1)) // batch
 
     def is_open(low: jax.Array, high: jax.Array) -> jax.Array:
@@ -114,7 +101,7 @@ def _iterations_until_full(
     def bisect(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low + high + 1) >> 1
-        fits = blocks_after(middle) <= params.usable_blocks
+        fits = blocks_after(middle) <= usable
         goes_on = is_open(low, high)
         return jnp.where(goes_on & fits, middle, low), jnp.where(goes_on & ~fits, middle - 1, high)
 
@@ -134,16 +121,15 @@ def run_decodes(
 
     `stalled`, bool [...]: the last iteration changed nothing, so that it repeats until something arrives.
     """
+    own = rules(params)
     running = state.unfinished() & (state.position < state.num_running) & ~stalled
     batch = total(running)
     context = total(jnp.where(running, state.computed, 0))
 
     def blocks_after(iterations: jax.Array | int) -> jax.Array:
-        return total(jnp.where(running, blocks_for(state.computed + iterations, params.block_size), 0))
+        return total(jnp.where(running, own.held_blocks(params, state.computed + iterations), 0))
 
-    decoding = (state.generated > 0) & (state.computed == state.prompt_tokens + state.generated - 1)
-    plain = (total(running & decoding) == batch) & (batch > 0) & (batch <= params.max_num_batched_tokens)
-    plain &= _is_blocked(params, state, batch, blocks_after(1))
+    plain = own.only_decodes(params, state, running, batch, blocks_after)
     to_completion = lowest(jnp.where(running, state.target_tokens - state.generated, LARGE))
     to_stall = stall_iterations - progress.idle_iterations
     gap = until - state.clock
@@ -153,7 +139,8 @@ def run_decodes(
         iterations_started_before(first, growth, jnp.maximum(gap, 0)),
     )
     count = jnp.where((plain | stalled) & (gap > 0), count, 0)
-    to_full = _iterations_until_full(params, blocks_after, batch, context, jnp.where(stalled, 0, count))
+    usable = params.usable_blocks - own.spare_blocks if own.spare_blocks else params.usable_blocks
+    to_full = _iterations_until_full(params, blocks_after, usable, batch, context, jnp.where(stalled, 0, count))
     count = jnp.where(stalled, count, jnp.minimum(count, to_full))
     count = jnp.maximum(count, 0)
 
@@ -163,7 +150,7 @@ def run_decodes(
     generated = state.generated + added
     finished = (added > 0) & (generated >= state.target_tokens)
     tokens = batch * count
-    held = blocks_after(0) + 0.5 * tokens / params.block_size
+    held = blocks_after(0) + (0.5 * tokens / params.block_size if own.grows else 0)
     state = state.replace(
         clock=clock,
         computed=state.computed + added,
@@ -196,11 +183,13 @@ def advance(
     """
 
     def goes_on(carry: tuple[EngineState, Progress]) -> jax.Array:
-        return may_run(carry[0], carry[1], until, most_iterations, stall_iterations)
+        return may_run(params, carry[0], carry[1], until, most_iterations, stall_iterations)
 
     def jump(carry: tuple[EngineState, Progress]) -> tuple[EngineState, Progress]:
         state, progress, decision = run_iteration(params, *carry)
         stalled = total((decision.tokens > 0) | decision.preempted) == 0
+        if rules(params).ignores:
+            stalled &= ~stalled  # all False, but not a constant, which Triton does not take
         jumped = run_decodes(params, state, progress, stalled, until, most_iterations, stall_iterations)
         runs = goes_on(carry)
         return jax.tree.map(lambda new, old: jnp.where(runs, new, old), jumped, carry)
@@ -209,6 +198,7 @@ def advance(
 
 
 def may_run(
+    params: EngineParams,
     state: EngineState,
     progress: Progress,
     until: jax.Array,
@@ -217,7 +207,7 @@ def may_run(
 ) -> jax.Array:
     """bool [...]: the next iteration belongs to an advance with these bounds (see `advance`)."""
     return (
-        (total(state.unfinished()) > 0)
+        (total(rules(params).present(params, state)) > 0)
         & (state.clock < until)
         & (progress.iterations < most_iterations)
         & (progress.idle_iterations < stall_iterations)

@@ -2,7 +2,8 @@
 
 As one loop over all engines, `advance` runs until the slowest of them is done, and their state crosses memory in every
 round. In the kernel a program loads one engine, runs `advance` on it in registers for as long as that engine needs,
-and stores it back: no engine waits for another, and state crosses memory once. The rules are not repeated here.
+and stores it back: no engine waits for another, and state crosses memory once. The rules are not repeated here, and
+it serves every discipline.
 
 So, of one engine, `advance` must be made of what Triton lowers: elementwise operations; sums, minima and maxima over
 slots; `cumsum`; loops. It lowers no slices, gathers, sorts and products of vectors, neither `any` nor `all`, and no

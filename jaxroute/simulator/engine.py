@@ -22,6 +22,9 @@ Tree = TypeVar("Tree")
 NEVER = jnp.inf
 """Time of an event that has not happened."""
 
+IGNORED = -jnp.inf
+"""Finish time of a request that `vllm_v0` dropped, since it can never fit."""
+
 LARGE = 2**30
 """An integer no count of tokens, iterations or positions reaches."""
 
@@ -43,10 +46,14 @@ class LatencyModel(struct.PyTreeNode):
 
 
 class EngineParams(struct.PyTreeNode):
-    """Options of an engine under vLLM's names. Every field is traced, [...]: [] for one engine, [N] for a cluster."""
+    """Options of an engine under vLLM's names. Every field is traced, [...]: [] for one engine, [N] for a cluster; only
+    the discipline is static, and one for the whole cluster.
+    """
 
     latency: LatencyModel
-    usable_blocks: jax.Array  # int32, KV blocks that requests can hold: `num_gpu_blocks - 1`
+    usable_blocks: (
+        jax.Array
+    )  # int32, KV blocks that requests can hold: `num_gpu_blocks`, less a null block but for vllm_v0
     block_size: jax.Array  # int32, tokens a KV block
     max_num_seqs: jax.Array  # int32, most running requests
     max_num_batched_tokens: jax.Array  # int32, token budget of an iteration
@@ -54,6 +61,9 @@ class EngineParams(struct.PyTreeNode):
     long_prefill_token_threshold: jax.Array  # int32, most tokens of one request an iteration; 0: no such limit
     enable_chunked_prefill: jax.Array  # bool
     reserve_full_isl: jax.Array  # bool, admit only what fits with its whole prompt
+    watermark_blocks: jax.Array | None = None  # int32, vllm_v0: KV blocks that an admission must leave free
+    async_output_proc: jax.Array | None = None  # bool, vllm_v0: stops are looked at one iteration later
+    discipline: str = struct.field(pytree_node=False, default="vllm_v1")  # a name of `disciplines.DISCIPLINES`
 
 
 class EngineState(struct.PyTreeNode):
@@ -72,7 +82,7 @@ class EngineState(struct.PyTreeNode):
     computed: jax.Array  # int32 [S, ...], tokens in the KV cache; 0 while waiting
     preemptions: jax.Array  # int32 [S, ...]
     first_token_time: jax.Array  # float [S, ...], NEVER before it
-    finish_time: jax.Array  # float [S, ...], NEVER before it
+    finish_time: jax.Array  # float [S, ...], NEVER before it, IGNORED for a request that was dropped
 
     @property
     def num_slots(self) -> int:
@@ -159,5 +169,8 @@ def lowest(values: jax.Array) -> jax.Array:
 
 
 def target_tokens(prompt_tokens: jax.Array, output_tokens: jax.Array, max_model_len: jax.Array) -> jax.Array:
-    """Tokens that a request generates: its length, or fewer where max_model_len cuts it (vLLM's check_stop)."""
+    """Tokens that a request generates: its length, or fewer where max_model_len cuts it (vLLM's check_stop).
+
+    `max_model_len` is what `disciplines.Discipline.longest` gives.
+    """
     return jnp.maximum(jnp.minimum(output_tokens, max_model_len - prompt_tokens), 1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxroute.errors import UserError
+from jaxroute.errors import UserError, known
+from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine import EngineParams, LatencyModel
 
 DEFAULTS: dict[str, Any] = {
@@ -25,35 +25,64 @@ DEFAULTS: dict[str, Any] = {
 }
 """The latency is [c0, c1, c2, c3] or [c0, c1, c2, c3, knee, c4] of `LatencyModel`; these values are dyadic."""
 
-_SMALLEST = {"long_prefill_token_threshold": 0, "num_gpu_blocks": 2, "max_model_len": 2}
+_NOT_IN_V0 = ("enable_chunked_prefill", "reserve_full_isl", "long_prefill_token_threshold")
+_ONLY_IN_V0 = {"num_gpu_blocks": 10000, "watermark": 0.01, "async_output_proc": True, "unchecked_budget": False}
+
+_SMALLEST = {"long_prefill_token_threshold": 0, "max_model_len": 2}
 _MOST_TOKENS = 2**21
 
 
-def engine_from_config(config: Mapping[str, Any], where: str, also_known: tuple[str, ...] = ()) -> EngineParams:
-    """`EngineParams` of one engine, each field [], from options under vLLM's names; missing ones take `DEFAULTS`.
+def defaults_of(discipline: str) -> dict[str, Any]:
+    """The options of an engine under this discipline, with their defaults.
+
+    vllm_v0 has those of vLLM 0.6, where max_num_batched_tokens, None here, is at least max_model_len. orca takes V1's,
+    of which the token budget, chunking and reserve_full_isl mean nothing to it.
+    """
+    if discipline != "vllm_v0":
+        return DEFAULTS
+    own = {key: value for key, value in DEFAULTS.items() if key not in _NOT_IN_V0}
+    return {**own, **_ONLY_IN_V0, "max_num_batched_tokens": None}
+
+
+def engine_from_config(
+    config: Mapping[str, Any], where: str, also_known: tuple[str, ...] = (), discipline: str = "vllm_v1"
+) -> EngineParams:
+    """`EngineParams` of one engine, each field [], from options under vLLM's names; missing ones take `defaults_of`.
 
     `where` names the source in errors; `also_known` are keys that the caller reads itself.
     Raises `UserError` for an unknown key, a wrong type or a value out of range.
     """
+    defaults, null_blocks = defaults_of(discipline), DISCIPLINES[discipline].null_blocks
+    least = {**_SMALLEST, "num_gpu_blocks": null_blocks + 1}
     for key in config:
-        if key not in DEFAULTS and key not in also_known:
-            near = difflib.get_close_matches(str(key), [*DEFAULTS, *also_known], n=3, cutoff=0.0)
-            raise UserError(f"{where}: unknown engine option '{key}'; the nearest are {', '.join(near)}")
-    values = {**DEFAULTS, **{key: value for key, value in config.items() if key in DEFAULTS}}
-    for key, default in DEFAULTS.items():
-        value = values[key]
+        try:
+            known(key, [*defaults, *also_known], "engine option")
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    values = {**DEFAULTS, **defaults, **{key: value for key, value in config.items() if key in defaults}}
+    if values["max_num_batched_tokens"] is None:
+        longest = values["max_model_len"]
+        values["max_num_batched_tokens"] = max(longest, 2048) if isinstance(longest, int) else 2048
+    for key, value in values.items():
+        default = {**_ONLY_IN_V0, **DEFAULTS}[key]
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise UserError(f"{where}: {key} must be true or false, not {value!r}")
         elif isinstance(default, int):
-            smallest = _SMALLEST.get(key, 1)
+            smallest = least.get(key, 1)
             if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < 2**30:
                 raise UserError(f"{where}: {key} must be a whole number of at least {smallest}, not {value!r}")
-    if (values["num_gpu_blocks"] - 1) * values["block_size"] >= _MOST_TOKENS:
+    watermark, is_async = None, None
+    if discipline == "vllm_v0":
+        _check_v0(values, where)
+        watermark = jnp.int32(int(values["watermark"] * values["num_gpu_blocks"]))
+        is_async = jnp.bool_(values["async_output_proc"])
+    usable = values["num_gpu_blocks"] - null_blocks
+    if usable * values["block_size"] >= _MOST_TOKENS:
         raise UserError(f"{where}: num_gpu_blocks * block_size must stay below {_MOST_TOKENS} tokens")
     return EngineParams(
         latency=latency_model(values["latency"], where),
-        usable_blocks=jnp.int32(values["num_gpu_blocks"] - 1),
+        usable_blocks=jnp.int32(usable),
         block_size=jnp.int32(values["block_size"]),
         max_num_seqs=jnp.int32(values["max_num_seqs"]),
         max_num_batched_tokens=jnp.int32(values["max_num_batched_tokens"]),
@@ -61,7 +90,22 @@ def engine_from_config(config: Mapping[str, Any], where: str, also_known: tuple[
         long_prefill_token_threshold=jnp.int32(values["long_prefill_token_threshold"]),
         enable_chunked_prefill=jnp.bool_(values["enable_chunked_prefill"]),
         reserve_full_isl=jnp.bool_(values["reserve_full_isl"]),
+        watermark_blocks=watermark,
+        async_output_proc=is_async,
+        discipline=discipline,
     )
+
+
+def _check_v0(values: Mapping[str, Any], where: str) -> None:
+    """Raises `UserError` for what vLLM 0.6 refuses at its start (simulation.md section 1a, rule 1)."""
+    watermark, budget = values["watermark"], values["max_num_batched_tokens"]
+    if isinstance(watermark, bool) or not isinstance(watermark, int | float) or not 0 <= watermark < 1:
+        raise UserError(f"{where}: watermark must be a number from 0 to below 1, not {watermark!r}")
+    for key in ("max_model_len", "max_num_seqs"):
+        if budget < values[key] and not values["unchecked_budget"]:
+            raise UserError(
+                f"{where}: max_num_batched_tokens {budget} is below {key} {values[key]}, as vllm_v0 refuses"
+            )
 
 
 def latency_model(coefficients: Any, where: str) -> LatencyModel:

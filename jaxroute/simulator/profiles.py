@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute.errors import UserError, known
+from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.engine_config import engine_from_config
 
@@ -114,12 +115,19 @@ def engine_profiles(experts: Sequence[str], profile: str | Sequence[str]) -> lis
 
 
 def cluster(
-    experts: Sequence[str], profiles: Sequence[Profile], kv_cache_tokens: int | Sequence[int] | None = None
+    experts: Sequence[str],
+    profiles: Sequence[Profile],
+    kv_cache_tokens: int | Sequence[int] | None = None,
+    discipline: str = "vllm_v1",
+    max_model_len: int | None = None,
 ) -> EngineParams:
     """Engines of a cluster, each field [N]: expert i on its own GPU of profile i.
 
-    `kv_cache_tokens`, one number or one for each expert, overrides the profiles' KV caches. Raises `UserError`.
+    `kv_cache_tokens`, one number or one for each expert, overrides the profiles' KV caches; requests can hold as many
+    blocks under every `discipline`. vllm_v0 processes output asynchronously, its default. `max_model_len` overrides the
+    profiles'; orca reserves so much for every request. Raises `UserError`.
     """
+    null_blocks = DISCIPLINES[known(discipline, DISCIPLINES, "discipline")].null_blocks
     blocks = [profile.usable_blocks for profile in profiles]
     if kv_cache_tokens is not None:
         given = [kv_cache_tokens] * len(experts) if isinstance(kv_cache_tokens, int) else list(kv_cache_tokens)
@@ -132,9 +140,9 @@ def cluster(
     for expert, profile, usable in zip(experts, profiles, blocks, strict=True):
         config = {
             "latency": profile.latency,
-            "num_gpu_blocks": usable + 1,
+            "num_gpu_blocks": usable + null_blocks,
             "max_num_seqs": profile.max_num_seqs,
-            "max_model_len": profile.max_model_len,
+            "max_model_len": max_model_len or profile.max_model_len,
         }
-        engines.append(engine_from_config(config, f"expert {expert}"))
+        engines.append(engine_from_config(config, f"expert {expert}", discipline=discipline))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *engines)

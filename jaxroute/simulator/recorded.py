@@ -12,7 +12,8 @@ from flax import struct
 
 from jaxroute.simulator.advance import Progress, may_run, run_iteration
 from jaxroute.simulator.advance_kernel import advance_engines
-from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, empty_engine, target_tokens
+from jaxroute.simulator.disciplines import rules
+from jaxroute.simulator.engine import IGNORED, LARGE, NEVER, EngineParams, EngineState, empty_engine, target_tokens
 from jaxroute.simulator.scheduler import Decision
 from jaxroute.simulator.slots import append
 
@@ -46,7 +47,8 @@ class Outcome(struct.PyTreeNode):
     joined: jax.Array  # int32 [], requests that arrived before the run ended
     progress: Progress
     stalled: jax.Array  # bool []
-    drained: jax.Array  # bool [], every request finished
+    drained: jax.Array  # bool [], the engine is done with every request
+    ignored_iteration: jax.Array | None  # int32 [R], when vllm_v0 dropped the request, -1 for the others
 
 
 class _Run(struct.PyTreeNode):
@@ -57,27 +59,34 @@ class _Run(struct.PyTreeNode):
     first_token: jax.Array
     finish: jax.Array
     skipped: jax.Array  # int32 [], iterations that an idle engine passed over to the index of an arrival
+    ignored_iteration: jax.Array | None  # int32 [R], as in `Outcome`
 
 
-def _start(recording: Recording) -> _Run:
+def _start(params: EngineParams, recording: Recording) -> _Run:
     slots = recording.gap.shape[0]
+    ignored = jnp.full(slots, -1, jnp.int32) if rules(params).ignores else None
     never, zeros = jnp.full(slots, NEVER, float), jnp.zeros(slots, float)
-    return _Run(empty_engine(slots), Progress.none(), jnp.int32(0), zeros, never, never, jnp.int32(0))
+    return _Run(empty_engine(slots), Progress.none(), jnp.int32(0), zeros, never, never, jnp.int32(0), ignored)
 
 
 def _harvest(run: _Run) -> _Run:
     """Notes the new first tokens and finishes, relative to arrival, before the present moves on."""
     state = run.state
+    ignored = run.ignored_iteration
+    if ignored is not None:
+        now = (state.finish_time == IGNORED) & (ignored < 0)
+        ignored = jnp.where(now, state.computed + run.skipped, ignored)
     return run.replace(
+        ignored_iteration=ignored,
         first_token=jnp.where(run.first_token == NEVER, state.first_token_time + run.age, run.first_token),
         finish=jnp.where(run.finish == NEVER, state.finish_time + run.age, run.finish),
     )
 
 
-def _is_due(recording: Recording, run: _Run) -> jax.Array:
+def _is_due(params: EngineParams, recording: Recording, run: _Run) -> jax.Array:
     """bool []: the next request joins before the next iteration. An idle engine goes to it at once."""
     index = jnp.minimum(run.joined, recording.gap.shape[0] - 1)
-    idle = ~jnp.any(run.state.unfinished())
+    idle = ~jnp.any(rules(params).present(params, run.state))
     reached = jnp.where(
         recording.by_iteration,
         recording.arrival_iteration[index] <= run.progress.iterations + run.skipped,
@@ -97,7 +106,7 @@ def _join(params: EngineParams, recording: Recording, run: _Run) -> _Run:
         finish_time=run.state.finish_time - gap,
     )
     prompt = recording.prompt_tokens[index]
-    target = target_tokens(prompt, recording.output_tokens[index], params.max_model_len)
+    target = target_tokens(prompt, recording.output_tokens[index], rules(params).longest(params))
     # By iteration, an idle engine moves the index, not the clock.
     at = jnp.where(recording.by_iteration, state.clock, 0)
     to_index = recording.arrival_iteration[index] - run.progress.iterations
@@ -112,9 +121,9 @@ def _join(params: EngineParams, recording: Recording, run: _Run) -> _Run:
     )
 
 
-def _outcome(recording: Recording, run: _Run) -> Outcome:
+def _outcome(params: EngineParams, recording: Recording, run: _Run) -> Outcome:
     run = _harvest(run)
-    drained = (run.joined == recording.count) & ~jnp.any(run.state.unfinished())
+    drained = (run.joined == recording.count) & ~jnp.any(rules(params).present(params, run.state))
     idle_out = run.progress.idle_iterations >= recording.stall_iterations
     return Outcome(
         first_token=run.first_token,
@@ -126,6 +135,7 @@ def _outcome(recording: Recording, run: _Run) -> Outcome:
         progress=run.progress,
         stalled=(run.joined == recording.count) & ~drained & idle_out,
         drained=drained,
+        ignored_iteration=run.ignored_iteration,
     )
 
 
@@ -140,14 +150,14 @@ def replay_by_jumps(params: EngineParams, recording: Recording) -> Outcome:
         most = jnp.minimum(most, recording.max_iterations)
         state, progress = advance_engines(params, run.state, run.progress, jnp.where(present, until, -AFTER_ALL), most)
         run = run.replace(state=state, progress=progress)
-        return jax.lax.cond(_is_due(recording, run), lambda: _join(params, recording, run), lambda: run), None
+        return jax.lax.cond(_is_due(params, recording, run), lambda: _join(params, recording, run), lambda: run), None
 
-    run, _ = jax.lax.scan(to_next_arrival, _start(recording), length=recording.gap.shape[0])
+    run, _ = jax.lax.scan(to_next_arrival, _start(params, recording), length=recording.gap.shape[0])
     after_all = jnp.asarray(AFTER_ALL, float)
     state, progress = advance_engines(
         params, run.state, run.progress, after_all, recording.max_iterations, recording.stall_iterations
     )
-    return _outcome(recording, run.replace(state=state, progress=progress))
+    return _outcome(params, recording, run.replace(state=state, progress=progress))
 
 
 def replay_by_iterations(
@@ -160,17 +170,20 @@ def replay_by_iterations(
     """
 
     def step(run: _Run, _: None) -> tuple[_Run, tuple[Decision, jax.Array, jax.Array]]:
-        run = jax.lax.while_loop(lambda run: _is_due(recording, run), lambda run: _join(params, recording, run), run)
+        is_due = lambda run: _is_due(params, recording, run)  # noqa: E731
+        run = jax.lax.while_loop(is_due, lambda run: _join(params, recording, run), run)
         no_arrival_left = run.joined == recording.count
         stall = jnp.where(no_arrival_left, recording.stall_iterations, LARGE)
-        runs = may_run(run.state, run.progress, jnp.asarray(AFTER_ALL, float), recording.max_iterations, stall)
-        present = jnp.sum(run.state.unfinished(), dtype=jnp.int32)
+        until = jnp.asarray(AFTER_ALL, float)
+        runs = may_run(params, run.state, run.progress, until, recording.max_iterations, stall)
         state, progress, decision = run_iteration(params, run.state, run.progress)
-        seated = run.state.unfinished() & (jnp.arange(run.age.shape[0]) < decision.num_running)
-        waiting = present - jnp.sum(seated, dtype=jnp.int32)
+        behind = run.state.unfinished() & (run.state.position >= decision.num_running)
+        if decision.ignored is not None:
+            behind &= ~decision.ignored
+        waiting = jnp.sum(behind, dtype=jnp.int32)
         after = run.replace(state=state, progress=progress)
         run = jax.tree.map(lambda new, old: jnp.where(runs, new, old), after, run)
         return run, (decision, runs, waiting)
 
-    run, (decisions, took_place, waiting) = jax.lax.scan(step, _start(recording), length=num_iterations)
-    return _outcome(recording, run), decisions, took_place, waiting
+    run, (decisions, took_place, waiting) = jax.lax.scan(step, _start(params, recording), length=num_iterations)
+    return _outcome(params, recording, run), decisions, took_place, waiting

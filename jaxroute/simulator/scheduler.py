@@ -1,4 +1,4 @@
-"""The scheduling decision of one iteration: vLLM's V1 scheduler without its loops (simulation.md section 1).
+"""The scheduling decision of an iteration under `vllm_v1`: vLLM's V1 scheduler without loops (simulation.md section 1).
 
 vLLM walks over `running`, preempting from the tail when blocks run out, and then over `waiting` until the first request
 that cannot be admitted. Because the queue is one array in order, both walks together schedule a prefix of it:
@@ -13,6 +13,8 @@ it admission. Cumulative sums and one minimum replace the loops.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ class Decision(struct.PyTreeNode):
     decodes: jax.Array  # int32 [...], nd
     context_tokens: jax.Array  # int32 [...], ctx
     used_blocks: jax.Array  # int32 [...], KV blocks held during the iteration
+    ignored: jax.Array | None = None  # bool [S, ...], vllm_v0: dropped, since they can never fit
 
 
 def prefill_limit(params: EngineParams) -> jax.Array:
@@ -94,3 +97,47 @@ def schedule(params: EngineParams, state: EngineState) -> Decision:
         context_tokens=total(jnp.where(tokens > 0, state.computed + tokens, 0)),
         used_blocks=total(jnp.where(scheduled, blocks, 0)),
     )
+
+
+def only_decodes(
+    params: EngineParams,
+    state: EngineState,
+    running: jax.Array,
+    batch: jax.Array,
+    blocks_after: Callable[[jax.Array | int], jax.Array],
+) -> jax.Array:
+    """bool [...]: the iterations that follow decode `running` (bool [S, ...], `batch` of them, int32 [...]), and nobody
+    else gets on, while memory lasts. `blocks_after` gives the KV blocks that they hold after so many iterations.
+    """
+    decoding = (state.generated > 0) & (state.computed == state.prompt_tokens + state.generated - 1)
+    plain = (total(running & decoding) == batch) & (batch > 0) & (batch <= params.max_num_batched_tokens)
+    return plain & _is_blocked(params, state, batch, blocks_after(1))
+
+
+def _is_blocked(params: EngineParams, state: EngineState, batch: jax.Array, next_blocks: jax.Array) -> jax.Array:
+    """bool [...]: the head of `waiting` cannot join a batch of `batch` decodes that will hold `next_blocks`.
+
+    Rules 4 and 5. While the batch only decodes it stays so: seats and budget do not change, blocks only become scarcer.
+    """
+    head = state.position == state.num_running  # never a finished request: those have been running
+    length = total(jnp.where(head, state.prompt_tokens + state.generated, 0))
+    budget = params.max_num_batched_tokens - batch
+    wanted = jnp.minimum(length, prefill_limit(params))
+    tokens = jnp.minimum(wanted, budget)
+    held = jnp.where(params.reserve_full_isl, jnp.maximum(length, tokens), tokens)
+    return (
+        (state.num_running == state.num_requests)
+        | (tokens <= 0)
+        | ((tokens < wanted) & ~params.enable_chunked_prefill)
+        | (batch >= params.max_num_seqs)
+        | (next_blocks + blocks_for(held, params.block_size) > params.usable_blocks)
+    )
+
+
+def can_serve(params: EngineParams, prompt_tokens: jax.Array, output_tokens: jax.Array) -> jax.Array:
+    """bool [...]: a request of these lengths could ever finish (rule 8)."""
+    length = jnp.minimum(prompt_tokens + output_tokens, params.max_model_len)
+    feasible = blocks_for(length - 1, params.block_size) <= params.usable_blocks
+    whole = prompt_tokens + output_tokens - 1
+    feasible &= params.enable_chunked_prefill | (whole <= params.max_num_batched_tokens)
+    return feasible & (prompt_tokens < params.max_model_len)

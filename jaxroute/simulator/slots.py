@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxroute.simulator.engine import NEVER, EngineState, Tree, prefix_sum, total
+from jaxroute.simulator.disciplines import rules
+from jaxroute.simulator.engine import NEVER, EngineParams, EngineState, Tree, prefix_sum, total
 
 
 def append(
@@ -29,9 +30,10 @@ def append(
     )
 
 
-def finished(state: EngineState) -> jax.Array:
-    """bool [S, ...]: the slot holds a request that has finished."""
-    return (state.position < state.num_requests) & (state.finish_time < NEVER)
+def finished(params: EngineParams, state: EngineState) -> jax.Array:
+    """bool [S, ...]: the slot holds a request that the engine is done with: finished or, under vllm_v0, ignored."""
+    done = (state.position < state.num_requests) & (state.finish_time < NEVER)
+    return done if params.async_output_proc is None else done & ~rules(params).present(params, state)
 
 
 _AT_ONCE = 3

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from jaxroute.errors import UserError
-from jaxroute.workload.arrivals import PiecewiseArrivals, PoissonArrivals, TraceArrivals, WorkloadState
+from jaxroute.workload.arrivals import Arrivals, TraceArrivals, WorkloadState
 from jaxroute.workload.request import Request
 from jaxroute.workload.requests import FrozenRequests, TableRequests, TraceRequests
 
@@ -19,20 +21,22 @@ class Workload:
     The kinds of arrivals and requests are part of the tree's structure, so choosing between them is free in a run.
     """
 
-    arrivals: PoissonArrivals | TraceArrivals | PiecewiseArrivals
+    arrivals: Arrivals
     requests: FrozenRequests | TableRequests | TraceRequests
+    true_lengths: bool = struct.field(pytree_node=False, default=False)  # static: predicted lengths are the true ones
 
     @classmethod
     def create(
         cls,
-        arrivals: PoissonArrivals | TraceArrivals | PiecewiseArrivals,
+        arrivals: Arrivals,
         requests: FrozenRequests | TableRequests | TraceRequests,
+        true_lengths: bool = False,
     ) -> Workload:
         if isinstance(requests, TraceRequests) and (
             not isinstance(arrivals, TraceArrivals) or arrivals.gaps.shape != requests.prompt_tokens.shape
         ):
             raise UserError("requests with a trace's lengths need that same trace's arrivals; set both from one file")
-        return cls(arrivals=arrivals, requests=requests)
+        return cls(arrivals=arrivals, requests=requests, true_lengths=true_lengths)
 
     @property
     def num_experts(self) -> int:
@@ -59,4 +63,7 @@ class Workload:
         """As `sample`, from what `draw` gave."""
         count = self.arrivals.draws
         state, gap, row = self.arrivals.next(uniforms[:count], state)
-        return state, gap, self.requests.sample(uniforms[count:], row)
+        request = self.requests.sample(uniforms[count:], row)
+        if self.true_lengths:
+            request = replace(request, predicted_output_tokens=request.output_tokens)
+        return state, gap, request

@@ -2,7 +2,7 @@
 
 All times are dyadic with few bits, so that a closed form and a sum over iterations agree bit for bit in float64, and
 so that arrivals can fall exactly on iteration boundaries. `python -m tests.reference.cases [COUNT]` prints what they
-contain.
+contain, under each discipline.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from tests.reference.engine import simulate
+from tests.reference.engine import ENGINES, simulate
 
 MAX_REQUESTS = 24
 MAX_PROMPT = 96
@@ -95,13 +95,43 @@ def _config(rng: np.random.Generator, sizes: list[tuple[int, int]]) -> dict[str,
     }
 
 
-def _on_boundaries(rng: np.random.Generator, config: dict[str, Any], requests: list[dict[str, Any]]) -> None:
+def _config_v0(rng: np.random.Generator, config: dict[str, Any], sizes: list[tuple[int, int]]) -> dict[str, Any]:
+    """`config` as V0's: what grows too large is ignored, so its limits on length and tokens are near the sizes."""
+    longest = max(p + o for p, o in sizes)
+    usable = config["num_gpu_blocks"] - 1
+    model_len = int(rng.integers(2, longest + 2)) if rng.random() < 0.5 else longest
+    unchecked = bool(rng.random() < 0.3)
+    least = 1 if unchecked else max(model_len, config["max_num_seqs"])
+    own = {key: config[key] for key in ("max_num_seqs", "block_size", "latency", "max_iterations", "stall_iterations")}
+    return {
+        **own,
+        "max_num_batched_tokens": int(rng.integers(least, max(least, 3 * longest) + 1)),
+        "num_gpu_blocks": max(usable, 2),
+        "max_model_len": model_len,
+        "watermark": float(rng.choice([0.01, 0.0, 0.125, 0.25], p=[0.4, 0.2, 0.2, 0.2])),
+        "async_output_proc": bool(rng.random() < 0.6),
+        "unchecked_budget": unchecked,
+    }
+
+
+def _config_orca(rng: np.random.Generator, config: dict[str, Any], sizes: list[tuple[int, int]]) -> dict[str, Any]:
+    """`config` with memory for a few reservations; sometimes for none, so that the engine stalls."""
+    max_prompt, longest = max(p for p, _ in sizes), max(p + o for p, o in sizes)
+    model_len = int(rng.integers(max_prompt + 1, longest + 2))
+    reserved = -(-model_len // config["block_size"])
+    usable = int(rng.integers(max(reserved - 1, 1), reserved * int(rng.choice([2, 4, 16])) + 1))
+    return {**config, "num_gpu_blocks": usable + 1, "max_model_len": model_len}
+
+
+def _on_boundaries(
+    rng: np.random.Generator, config: dict[str, Any], requests: list[dict[str, Any]], engine: str
+) -> None:
     """Sets arrival times in groups, each group at the exact start or end of an iteration of the groups before it."""
     groups = np.array_split(np.arange(len(requests)), min(4, len(requests)))
     time = 0.0
     for done, group in enumerate(groups):
         if done:
-            earlier = simulate({"config": config, "requests": requests[: group[0]]})
+            earlier = simulate({"engine": engine, "config": config, "requests": requests[: group[0]]})
             boundaries = [r["t"] for r in earlier["iterations"]] + [earlier["summary"]["end_time"]]
             later = [t for t in boundaries if t >= time][:40]
             time = float(rng.choice(later))
@@ -109,8 +139,8 @@ def _on_boundaries(rng: np.random.Generator, config: dict[str, Any], requests: l
             requests[i]["arrival_time"] = time
 
 
-def random_case(rng: np.random.Generator, num_requests: int | None = None) -> dict[str, Any]:
-    """One spec {"config", "requests"} in the format of the schedule files, with every config key given.
+def random_case(rng: np.random.Generator, num_requests: int | None = None, engine: str = "V1") -> dict[str, Any]:
+    """One spec {"engine", "config", "requests"} in the format of the schedule files, with every config key given.
 
     1..MAX_REQUESTS requests (or exactly `num_requests`) of at most MAX_PROMPT prompt and MAX_OUTPUT output tokens.
     Arrivals are not always sorted; `latency` has 4 or 6 entries; the engine may stall, or go on until
@@ -120,11 +150,13 @@ def random_case(rng: np.random.Generator, num_requests: int | None = None) -> di
         num_requests = int(rng.integers(1, MAX_REQUESTS + 1, 2).max())
     sizes = _sizes(rng, num_requests)
     config = _config(rng, sizes)
+    if engine != "V1":
+        config = (_config_v0 if engine == "V0" else _config_orca)(rng, config, sizes)
     requests: list[dict[str, Any]] = [{"prompt_len": p, "output_len": o} for p, o in sizes]
     kinds = ["at once", "bursts", "dense", "sparse", "boundaries", "iterations"]
     kind = str(rng.choice(kinds, p=[0.12, 0.2, 0.2, 0.1, 0.2, 0.18]))
     if kind == "boundaries":
-        _on_boundaries(rng, config, requests)
+        _on_boundaries(rng, config, requests, engine)
     elif kind == "iterations":
         arrivals = rng.integers(0, int(rng.choice([4, 60, 400])), num_requests)
         for request, arrival in zip(requests, arrivals, strict=True):
@@ -140,13 +172,13 @@ def random_case(rng: np.random.Generator, num_requests: int | None = None) -> di
             ticks = np.sort(ticks)
         for request, tick in zip(requests, ticks, strict=True):
             request["arrival_time"] = GRID * int(tick)
-    return {"config": config, "requests": requests}
+    return {"engine": engine, "config": config, "requests": requests}
 
 
-def cases() -> st.SearchStrategy[dict[str, Any]]:
+def cases(engine: str = "V1") -> st.SearchStrategy[dict[str, Any]]:
     """Hypothesis strategy of `random_case`; it shrinks towards fewer requests."""
     seeds, counts = st.integers(0, 2**32 - 1), st.integers(1, MAX_REQUESTS)
-    return st.builds(lambda seed, count: random_case(np.random.default_rng(seed), count), seeds, counts)
+    return st.builds(lambda seed, count: random_case(np.random.default_rng(seed), count, engine), seeds, counts)
 
 
 def _traits(spec: dict[str, Any], result: dict[str, Any]) -> list[str]:
@@ -163,9 +195,19 @@ def _traits(spec: dict[str, Any], result: dict[str, Any]) -> list[str]:
         "chunked prefill": any(
             n < prompts[int(i)] for r in records for i, n in r["sched"].items() if r["np"] and n > 1
         ),
-        "chunking off": not config["enable_chunked_prefill"],
-        "full-prompt reservation off": not config["reserve_full_isl"],
-        "long-prefill threshold": config["long_prefill_token_threshold"] > 0,
+        "chunking off": not config.get("enable_chunked_prefill", True),
+        "full-prompt reservation off": not config.get("reserve_full_isl", True),
+        "long-prefill threshold": config.get("long_prefill_token_threshold", 0) > 0,
+        "ignored": result["summary"].get("ignored", 0) > 0,
+        "ignored after growing": any(r["emitted"] and r.get("ignored_iter") for r in result["per_request"].values()),
+        "asynchronous output": config.get("async_output_proc", False),
+        "preempted itself, nobody scheduled": any(r["preempted"] and not r["sched"] for r in records),
+        "victim that had finished": any(
+            set(r["finished"]) - set(r["sched"]) and r["nd"] and r["preempted"] for r in records
+        ),
+        "finished, not decoded once more": any(
+            set(r["finished"]) - set(r["sched"]) and not r["np"] and not r["preempted"] for r in records
+        ),
         "cut by max_model_len": any(r["prompt_len"] + r["output_len"] > config["max_model_len"] for r in requests),
         "latency knee": len(config["latency"]) == 6,
         "simultaneous arrivals": len(set(arrivals)) < len(arrivals),
@@ -182,19 +224,21 @@ def _traits(spec: dict[str, Any], result: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 500
-    rng = np.random.default_rng(0)
-    counter, iterations, requests = Counter(), 0, 0
-    for _ in range(count):
-        spec = random_case(rng)
-        result = simulate(spec)
-        counter.update(_traits(spec, result))
-        iterations += result["summary"]["iterations"]
-        requests += len(spec["requests"])
-    print(
-        f"{count} cases, on average {requests / count:.1f} requests and {iterations / count:.0f} iterations; share with"
-    )
-    for name, times in counter.most_common():
-        print(f"{100 * times / count:5.1f} %  {name}")
+    for engine in ENGINES:
+        rng = np.random.default_rng(0)
+        counter, iterations, requests = Counter(), 0, 0
+        for _ in range(count):
+            spec = random_case(rng, engine=engine)
+            result = simulate(spec)
+            counter.update(_traits(spec, result))
+            iterations += result["summary"]["iterations"]
+            requests += len(spec["requests"])
+        print(
+            f"{engine}: {count} cases, on average {requests / count:.1f} requests and {iterations / count:.0f} "
+            "iterations; share with"
+        )
+        for name, times in counter.most_common():
+            print(f"{100 * times / count:5.1f} %  {name}")
 
 
 if __name__ == "__main__":

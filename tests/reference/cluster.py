@@ -66,23 +66,32 @@ class Fate:
 class Expert:
     """One engine with a clock, and what it did so far."""
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: dict[str, Any], engine: str = "V1"):
         self.config = {**reference.DEFAULT_CONFIG, **config}
-        self.engine = reference.Engine(self.config)
+        self.engine = reference.ENGINES[engine](self.config)
         self.clock = 0.0  # start of the next iteration, unless idle
         self.busy = 0.0
         self.block_seconds = 0.0
         self.preemptions = 0
+        self.ignored: list[reference.Request] = []
         self.margin = math.inf  # the closest that the start of an iteration came to an arrival, seconds
 
     def queue_length(self) -> int:
         return len(self.engine.running) + len(self.engine.waiting)
 
     def can_serve(self, prompt: int, output: int) -> bool:
-        """Rule 8: whether the request could ever finish here; the front end also wants room for one token."""
+        """Rule 8: whether the request could ever finish here; the front end also wants room for one token. Under V0,
+        whether its prompt would not be ignored at once; under Orca, whether there is a place at all.
+        """
         model_len, budget = self.config["max_model_len"], self.config["max_num_batched_tokens"]
         if prompt >= model_len:
             return False
+        if isinstance(self.engine, reference.EngineV0):
+            return prompt <= budget and self.engine.blocks_for(prompt) + self.engine.watermark <= (
+                self.engine.usable_blocks
+            )
+        if isinstance(self.engine, reference.EngineOrca):
+            return self.engine.blocks_for(model_len) <= self.engine.usable_blocks
         if not self.config["enable_chunked_prefill"] and prompt + output - 1 > budget:
             return False
         return self.engine.blocks_for(min(prompt + output, model_len) - 1) <= self.engine.usable_blocks
@@ -93,14 +102,16 @@ class Expert:
         self.engine.waiting.append(request)
 
     def run_until(self, until: float) -> list[reference.Request]:
-        """Every iteration that starts before `until`; the requests that finish in them."""
+        """Every iteration that starts before `until`; the requests that leave in them, finished."""
         done = []
         while self.queue_length():
             self.margin = min(self.margin, abs(self.clock - until))
             if self.clock >= until:
                 break
             entries, preempted = self.engine.schedule()
-            assert entries or preempted, "the engine is stalled"
+            self.ignored += self.engine.ignored
+            is_v0 = isinstance(self.engine, reference.EngineV0)  # which never stalls
+            assert entries or preempted or is_v0, "the engine is stalled"
             decodes = sum(n == 1 and r.generated > 0 and r.computed == r.length - 1 for r, n in entries)
             prefill = sum(n for _, n in entries) - decodes
             context = sum(r.computed + n for r, n in entries)
@@ -109,21 +120,21 @@ class Expert:
             self.busy += seconds
             self.block_seconds += seconds * (self.engine.usable_blocks - self.engine.free_blocks)
             self.clock += seconds
-            sampled, finished = self.engine.compute(entries)
+            sampled, finished, leaving = self.engine.compute(entries)
             for request in sampled:
                 if request.first_token_time is None:
                     request.first_token_time = self.clock
             for request in finished:
                 request.finish_time = self.clock
-            done += finished
+            done += leaving
         return done
 
 
 class Cluster:
     """N experts with at most `slots` requests each in the system, and every request's fate in order of arrival."""
 
-    def __init__(self, configs: list[dict[str, Any]], slots: int, latency_limit: float):
-        self.experts = [Expert(config) for config in configs]
+    def __init__(self, configs: list[dict[str, Any]], slots: int, latency_limit: float, engine: str = "V1"):
+        self.experts = [Expert(config, engine) for config in configs]
         self.slots = slots
         self.limit = latency_limit
         self.now = 0.0
@@ -161,6 +172,8 @@ class Cluster:
                 fate = self.fates[int(request.id)]
                 fate.status = "completed"
                 qos += fate.qos
+            for request in expert.ignored:
+                self.fates[int(request.id)].status = "rejected_infeasible"
         return qos
 
     def elapsed(self) -> float:

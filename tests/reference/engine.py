@@ -1,8 +1,8 @@
-"""Plain Python reference of one serving engine, vLLM V1 discipline: the oracle for tests of the JAX simulator.
+"""Plain Python reference of one serving engine under each discipline: the oracle for tests of the JAX simulator.
 
 It is written from the rules in words alone (loops, a deque, a list, one small object a request), one iteration at a
-time, and is checked against recorded runs of vLLM 0.19.1's own scheduler in `tests/test_reference.py`. It is meant to
-be read, not to be fast, and shares no code with `jaxroute`.
+time, and is checked against recorded runs of vLLM's own schedulers, 0.19.1's V1 and 0.6.6's V0, in
+`tests/test_reference.py`. It is meant to be read, not to be fast, and shares no code with `jaxroute`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Request:
     first_token_time: float | None = None
     finish_iter: int | None = None
     finish_time: float | None = None
+    ignored_iter: int | None = None
 
     @property
     def length(self) -> int:
@@ -50,7 +51,7 @@ class Request:
 
 
 class Engine:
-    """Waiting deque, running list (in admission order) and a count of free KV blocks."""
+    """vLLM's V1: waiting deque, running list (in admission order) and a count of free KV blocks."""
 
     def __init__(self, config: dict[str, Any]):
         self.config = config
@@ -58,6 +59,7 @@ class Engine:
         self.running: list[Request] = []
         self.usable_blocks = config["num_gpu_blocks"] - 1  # vLLM keeps one null block
         self.free_blocks = self.usable_blocks
+        self.ignored: list[Request] = []  # those that the last scheduling dropped; V0's alone does
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.config["block_size"])
@@ -132,8 +134,10 @@ class Engine:
 
         return entries, preempted
 
-    def compute(self, entries: list[tuple[Request, int]]) -> tuple[list[Request], list[Request]]:
-        """Executes the entries. Returns the requests that got a token and, of these, the ones that are finished now."""
+    def compute(self, entries: list[tuple[Request, int]]) -> tuple[list[Request], list[Request], list[Request]]:
+        """Executes the entries. Returns the requests that got a token; of these, the ones that are finished now; and
+        the ones that leave the engine now, as those do.
+        """
         sampled, finished = [], []
         for request, tokens in entries:
             request.computed += tokens
@@ -146,7 +150,108 @@ class Engine:
         for request in finished:
             self.release(request)
             self.running.remove(request)
-        return sampled, finished
+        return sampled, finished, finished
+
+
+class EngineV0(Engine):
+    """vLLM's V0: an iteration prefills or decodes, admissions leave a watermark free, and what cannot fit is ignored.
+
+    With asynchronous output processing `stopped` holds the requests that have had their last token, but still have
+    seat and blocks; the next iteration notices.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__(config)
+        self.free_blocks = self.usable_blocks = config["num_gpu_blocks"]  # no null block
+        self.watermark = int(config["watermark"] * config["num_gpu_blocks"])
+        self.longest, self.budget = config["max_model_len"], config["max_num_batched_tokens"]
+        self.stopped: list[Request] = []
+
+    def schedule(self) -> tuple[list[tuple[Request, int]], list[Request]]:
+        self.ignored = []
+        entries = self._admit()
+        return (entries, []) if entries else self._decode()
+
+    def _admit(self) -> list[tuple[Request, int]]:
+        entries, tokens = [], 0
+        while self.waiting:
+            request = self.waiting[0]
+            need = self.blocks_for(request.length)
+            if request.length > min(self.longest, self.budget) or self.usable_blocks - need < self.watermark:
+                self.ignored.append(self.waiting.popleft())
+                continue
+            if self.free_blocks - need < self.watermark or tokens + request.length > self.budget:
+                break
+            if len(self.running) == self.config["max_num_seqs"]:
+                break
+            self.free_blocks -= need
+            request.blocks = need
+            tokens += request.length
+            self.running.append(self.waiting.popleft())
+            entries.append((request, request.length))
+        return entries
+
+    def _decode(self) -> tuple[list[tuple[Request, int]], list[Request]]:
+        entries, preempted, handled, left = [], [], [], list(self.running)
+        while left:
+            request = left.pop(0)
+            if request in self.stopped and request.length > self.longest:
+                handled.append(request)
+                continue
+            while self.free_blocks == 0:
+                victim = left.pop() if left else request
+                self.release(victim)
+                if victim not in self.stopped:  # else it has finished, and only goes
+                    victim.computed = 0
+                    victim.preemptions += 1
+                    self.waiting.appendleft(victim)
+                    preempted.append(victim)
+                if victim is request:
+                    break
+            if request.blocks == 0:
+                break  # it was its own victim, and nobody is left behind it
+            if request.length > request.blocks * self.config["block_size"]:
+                self.free_blocks -= 1
+                request.blocks += 1
+            handled.append(request)
+            entries.append((request, 1))
+        self.running = handled
+        return entries, preempted
+
+    def compute(self, entries: list[tuple[Request, int]]) -> tuple[list[Request], list[Request], list[Request]]:
+        """As V1's, but with asynchronous output processing what finishes now leaves an iteration later."""
+        for request, tokens in entries:
+            request.computed += tokens
+        sampled = [request for request, _ in entries if request not in self.stopped]
+        for request in sampled:
+            request.generated += 1
+        finished = [r for r in sampled if r.length > self.longest or r.generated >= r.output]
+        leaving = finished
+        if self.config["async_output_proc"]:
+            leaving, self.stopped = self.stopped, finished
+        for request in leaving:
+            self.release(request)
+        self.running = [request for request in self.running if request not in leaving]
+        return sampled, finished, leaving
+
+
+class EngineOrca(Engine):
+    """Orca: the longest sequence's blocks are reserved at admission and kept to the end, so nobody is preempted."""
+
+    def schedule(self) -> tuple[list[tuple[Request, int]], list[Request]]:
+        entries = [(request, 1) for request in self.running]
+        reserved = self.blocks_for(self.config["max_model_len"])
+        while self.waiting and len(self.running) < self.config["max_num_seqs"] and self.free_blocks >= reserved:
+            request = self.waiting.popleft()
+            request.blocks = reserved
+            self.free_blocks -= reserved
+            self.running.append(request)
+            entries.append((request, request.length))
+        return entries, []
+
+
+ENGINES: dict[str, type[Engine]] = {"V1": Engine, "V0": EngineV0, "orca": EngineOrca}
+"""By the name that a file's `engine` gives them."""
 
 
 def duration(latency: list[float], prefill_tokens: int, decodes: int, context: int) -> float:
@@ -162,10 +267,10 @@ def duration(latency: list[float], prefill_tokens: int, decodes: int, context: i
 def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs one engine on `spec` = {"config": {...}, "requests": [...]} and returns the schedule-file dict.
 
-    Missing config keys take `DEFAULT_CONFIG`; all requests have `arrival_time` (s) or all have `arrival_iteration`.
-    The result has `status`, `usable_blocks`, `per_request` (ids are list positions as strings), `iterations` and
-    `summary`. An iteration's record shows queues and blocks after scheduling, before finished requests leave
-    (`used_blocks_end`: after).
+    `spec["engine"]` is V1, if missing, V0 or orca. Missing config keys take `DEFAULT_CONFIG`, which is V1's: of V0 all
+    are given. All requests have `arrival_time` (s) or all have `arrival_iteration`. The result has `status`,
+    `usable_blocks`, `per_request` (ids are list positions as strings), `iterations` and `summary`. An iteration's
+    record shows queues and blocks after scheduling, before finished requests leave (`used_blocks_end`: after).
 
     Where the written rules leave a choice: an unbroken run of empty iterations counts from its start, also the part
     before the last arrival; `max_iterations` limits executed iterations, and work that ends exactly at the limit is
@@ -181,7 +286,8 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     ]
     pending = deque(sorted(everyone, key=lambda request: request.arrival))  # a stable sort: ties stay in list order
 
-    engine = Engine(config)
+    name = spec.get("engine", "V1")
+    engine = ENGINES[name](config)
     records: list[dict[str, Any]] = []
     time, index, empty_in_a_row = 0.0, 0, 0
     status = "ok"
@@ -224,23 +330,27 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
             if request.first_sched_iter is None:
                 request.first_sched_iter = index
         time += seconds
-        sampled, finished = engine.compute(entries)
+        sampled, finished, leaving = engine.compute(entries)
         for request in sampled:
             if request.first_token_iter is None:
                 request.first_token_iter, request.first_token_time = index, time
         for request in finished:
             request.finish_iter, request.finish_time = index, time
-        record["finished"] = [r.id for r in finished]
+        for request in engine.ignored:
+            request.ignored_iter = index
+        if name == "V0":
+            record["ignored"] = [r.id for r in engine.ignored]
+        record["finished"] = [r.id for r in leaving]
         record["used_blocks_end"] = engine.usable_blocks - engine.free_blocks
         records.append(record)
         index += 1
 
         empty_in_a_row = 0 if entries else empty_in_a_row + 1
-        if empty_in_a_row >= config["stall_iterations"] and not pending:
+        if empty_in_a_row >= config["stall_iterations"] and not pending and (engine.running or engine.waiting):
             status = "stalled"
             break
 
-    return {
+    result: dict[str, Any] = {
         "status": status,
         "usable_blocks": engine.usable_blocks,
         "per_request": {
@@ -264,3 +374,11 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
             "finished": sum(r.finish_time is not None for r in everyone),
         },
     }
+    if isinstance(engine, EngineV0):
+        result["watermark_blocks"] = engine.watermark
+        result["summary"]["ignored"] = sum(r.ignored_iter is not None for r in everyone)
+        for r in everyone:
+            end = None if r.finish_time is None else "FINISHED_LENGTH_CAPPED"
+            end = end if r.ignored_iter is None else "FINISHED_IGNORED"
+            result["per_request"][r.id] |= {"ignored_iter": r.ignored_iter, "finish_reason": end}
+    return result

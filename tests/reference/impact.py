@@ -34,6 +34,7 @@ class Queue:
     """An engine's queue in order, and the request that may join it."""
 
     config: dict[str, Any]
+    engine: str  # a name of `engine.ENGINES`
     clock: float  # start of the next iteration, seconds from now
     requests: list[Queued]
     prompt: int
@@ -84,19 +85,21 @@ def predicted(queue: Queue) -> Latencies:
         mean = iteration * sum(request.expected_tokens - request.generated for request in running) / len(running)
         turnover = mean / len(running)
 
+    engine = reference.ENGINES[queue.engine](config)
+    room = engine.usable_blocks - (engine.watermark if isinstance(engine, reference.EngineV0) else 0)
+    reserves = isinstance(engine, reference.EngineOrca)
     latencies, blocks, to_prefill, unseated = [], 0, 0.0, 0
     for seat, request in enumerate(queue.requests, start=1):
         remaining = request.expected_tokens - request.generated
         together = max(min(remaining, queue.predicted_tokens) - 1, 0)
         added = prefill(queue.prompt) + c2 * together + c3 * _context(queue.prompt, together)
+        held = request.computed if request.running else request.prompt + request.generated
+        blocks += engine.blocks_for(config["max_model_len"] if reserves else held)
         if request.running:
-            blocks += math.ceil(request.computed / config["block_size"])
             without = request.age / max(request.generated, 1)
         else:
-            length = request.prompt + request.generated
-            blocks += math.ceil(length / config["block_size"])
-            to_prefill += prefill(length)
-            if blocks > config["num_gpu_blocks"] - 1 or seat > config["max_num_seqs"]:
+            to_prefill += prefill(held)
+            if blocks > room or seat > config["max_num_seqs"]:
                 unseated += 1
             finish = max(queue.clock, 0.0) + to_prefill + turnover * unseated + iteration * remaining
             without = (request.age + finish) / request.expected_tokens
@@ -107,34 +110,48 @@ def predicted(queue: Queue) -> Latencies:
 def exact(queue: Queue) -> Latencies:
     """Ours, with the engine run to its end with and without the request, on predicted lengths."""
     scores = [request.predicted_score for request in queue.requests]
-    return list(zip(scores, _run(queue, False), _run(queue, True), strict=True))
+    return list(zip(scores, _run(queue, False), _run(queue, True)[: len(scores)], strict=True))
 
 
-def _run(queue: Queue, joins: bool) -> list[float]:
-    """Seconds per token of each queued request in the end, infinite for one that never ends."""
-    engine = reference.Engine({**reference.DEFAULT_CONFIG, **queue.config})
+def gain(queue: Queue, own_score: float, limit: float, truth: bool) -> float:
+    """QoS of all requests there with the one that joins, less that without it; from predictions, or from the truth."""
+    scores = [request.score if truth else request.predicted_score for request in queue.requests]
+
+    def qos(latencies: list[float], scores: list[float]) -> float:
+        return sum(score for score, latency in zip(scores, latencies, strict=True) if latency < limit)
+
+    return qos(_run(queue, True, truth), [*scores, own_score]) - qos(_run(queue, False, truth), scores)
+
+
+def _run(queue: Queue, joins: bool, truth: bool = False) -> list[float]:
+    """Seconds per token of each queued request in the end, then of the joining one; infinite if it never ends."""
+    engine = reference.ENGINES[queue.engine]({**reference.DEFAULT_CONFIG, **queue.config})
     present = []
+    reserves = isinstance(engine, reference.EngineOrca)
     room = engine.usable_blocks * queue.config["block_size"] + 1  # longer predictions are cut to what the cache holds
     for request in queue.requests:
         entry = reference.Request(
             str(len(present)),
             -request.age,
             request.prompt,
-            max(min(request.expected_tokens, room - request.prompt), request.generated + 1),
+            request.true_tokens
+            if truth
+            else max(min(request.expected_tokens, room - request.prompt), request.generated + 1),
             request.generated,
             request.computed,
         )
         present.append(entry)
         if request.running:
-            entry.blocks = engine.blocks_for(request.computed)
+            entry.blocks = engine.blocks_for(queue.config["max_model_len"] if reserves else request.computed)
             engine.free_blocks -= entry.blocks
             engine.running.append(entry)
         else:
             engine.waiting.append(entry)
     clock = queue.clock if present else max(queue.clock, 0.0)
     if joins and queue.prompt < room:
-        tokens = min(queue.predicted_tokens, room - queue.prompt)
-        engine.waiting.append(reference.Request("joined", 0.0, queue.prompt, tokens))
+        tokens = min(queue.true_tokens if truth else queue.predicted_tokens, room - queue.prompt)
+        present.append(reference.Request("joined", 0.0, queue.prompt, tokens))
+        engine.waiting.append(present[-1])
     while engine.running or engine.waiting:
         entries, preempted = engine.schedule()
         if not entries and not preempted:

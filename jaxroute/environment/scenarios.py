@@ -1,0 +1,187 @@
+"""The environments that come with the package; what each is there for stands in its line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.registry import (
+    SCENARIOS,
+    environment_of,
+    frozen_workload,
+    make_params,
+    params_of,
+    register,
+)
+from jaxroute.environment.schedule import FAILED, Schedule
+from jaxroute.environment.state import EnvParams
+from jaxroute.errors import UserError, known
+from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.workload.arrivals import Arrivals, MarkovArrivals, PoissonArrivals, TraceArrivals
+from jaxroute.workload.requests import FrozenRequests
+from jaxroute.workload.trace import load_trace
+from jaxroute.workload.workload import Workload
+
+THREE, SIX = SCENARIOS["paper-3"], SCENARIOS["paper-6"]
+
+
+def _scenario(
+    name: str,
+    description: str,
+    experts: Sequence[str] = THREE,
+    arrivals: Callable[[], Arrivals] = lambda: PoissonArrivals.create(3.0),
+    profile: str | Sequence[str] = "paper",
+    latency_limit: float | None = None,
+    schedule: Callable[[int], Schedule] | None = None,
+    **defaults: Any,
+) -> None:
+    """Registers these experts; `schedule` is made for the number of decisions in an episode, `defaults` are options."""
+
+    def factory(**options: Any) -> tuple[RoutingEnvironment, EnvParams]:
+        env = environment_of(len(experts), options, **defaults)
+        params = make_params(experts, profile, frozen_workload(experts, arrivals()), latency_limit)
+        return env, params if schedule is None else params.replace(schedule=schedule(env.episode_length))
+
+    register(name, factory, description)
+
+
+def _middle(decisions: int, **tables: Sequence[float]) -> Schedule:
+    """Factors that hold in the middle third of an episode."""
+    starts = [0, max(decisions // 3, 1), max(2 * decisions // 3, 2)]
+    ones = np.ones(len(next(iter(tables.values()))))
+    return Schedule.create(starts, **{name: np.stack([ones, row, ones]) for name, row in tables.items()})
+
+
+def _needs(path: str | Path | None, name: str, what: str) -> Path:
+    if path is None:
+        raise UserError(f'environment {name} needs a file: make("{name}", path="...") with {what}')
+    return Path(path)
+
+
+def _azure(
+    path: str | Path | None = None, rate_scale: float = 0.6, **options: Any
+) -> tuple[RoutingEnvironment, EnvParams]:
+    """`rate_scale` 0.6 makes the conversation trace's 5.4 requests/s 3.2."""
+    trace = load_trace(_needs(path, "azure", "a recorded trace (Azure 2023 CSV, Mooncake JSONL)"))
+    try:
+        arrivals = TraceArrivals.create(trace.times, rate_scale, start=None)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return environment_of(len(THREE), options), make_params(THREE, workload=frozen_workload(THREE, arrivals))
+
+
+CLUSTER_KEYS = ("experts", "rate", "latency_limit", "token_scale")
+EXPERT_KEYS = ("name", "mean_score", "latency", "kv_blocks")
+ENGINE_KEYS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size")
+
+
+def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnvironment, EnvParams]:
+    """Experts from a YAML file, as docs/environment.md describes it."""
+    path = _needs(path, "cluster", "a YAML file of experts (docs/environment.md)")
+    tree = _mapping(path, _load_yaml(path), "the file", CLUSTER_KEYS)
+    listed = tree.get("experts")
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"{path}: experts: must be a list of one or more experts")
+    engines, scores = [], []
+    for index, entry in enumerate(listed):
+        where = f"experts[{index}]"
+        expert = _mapping(path, entry, where, (*EXPERT_KEYS, *ENGINE_KEYS))
+        for key in ("mean_score", "latency", "kv_blocks"):
+            if key not in expert:
+                raise UserError(f"{path}: {where}: {key} is missing")
+        blocks = expert["kv_blocks"]
+        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+            raise UserError(f"{path}: {where}: kv_blocks must be a whole number of at least 1, not {blocks!r}")
+        latency = expert["latency"]
+        config = {
+            "latency": [_float(value) for value in latency] if isinstance(latency, list) else latency,
+            "num_gpu_blocks": blocks + 1,  # vLLM keeps one
+            **{key: expert[key] for key in ENGINE_KEYS if key in expert},
+        }
+        engines.append(engine_from_config(config, f"{path}: {where}"))
+        scores.append(_positive(path, f"{where}: mean_score", expert["mean_score"]))
+    rate, limit, scale = (
+        _positive(path, key, tree.get(key, default))
+        for key, default in (("rate", 3.0), ("latency_limit", 0.03), ("token_scale", 256.0))
+    )
+    try:
+        workload = Workload.create(PoissonArrivals.create(rate), FrozenRequests.create(scores))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *engines)
+    return environment_of(len(listed), options), params_of(workload, stacked, limit, scale)
+
+
+def _load_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{path}: {line}not YAML ({getattr(error, 'problem', None) or 'unreadable'})") from error
+
+
+def _mapping(path: Path, tree: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: {where}: must be a mapping with the keys {', '.join(keys)}")
+    for key in tree:
+        try:
+            known(key, keys, "key")
+        except UserError as error:
+            raise UserError(f"{path}: {where}: {error}") from None
+    return tree
+
+
+def _float(value: Any) -> Any:
+    """`value`, or as a number a text such as 3e-5, which YAML 1.1 takes for one."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _positive(path: Path, key: str, value: Any) -> float:
+    value = _float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UserError(f"{path}: {key} must be a number above 0, not {value!r}")
+    return float(value)
+
+
+_scenario("paper-3", "the paper's three experts at 3 requests/s: quality against queues; start here")
+_scenario("paper-6", "the paper's six experts at 3 requests/s: room for all, so quality decides", SIX)
+_scenario(
+    "overload-3",
+    "twice the requests that three experts can serve in time: who drops early serves more",
+    arrivals=lambda: PoissonArrivals.create(6.0),
+)
+_scenario(
+    "bursts-3",
+    "calm at 1.5 requests/s, then bursts of 9 for some ten seconds: what pays in one ruins the other",
+    arrivals=lambda: MarkovArrivals.create((1.5, 9.0), (40.0, 10.0)),
+)
+_scenario(
+    "slowdown-3",
+    "the best expert takes three times as long in the middle third of an episode: present speed is in its features",
+    schedule=lambda decisions: _middle(decisions, slowness=(3.0, 1.0, 1.0)),
+)
+_scenario(
+    "failure-3",
+    "the best expert hangs in the middle third of an episode, and what is sent there is lost until it recovers",
+    schedule=lambda decisions: _middle(decisions, slowness=(FAILED, 1.0, 1.0)),
+)
+_scenario(
+    "quality-3",
+    "the best expert's answers lose 40 % in the middle third while predictions stay: only rewards tell",
+    schedule=lambda decisions: _middle(decisions, quality=(0.6, 1.0, 1.0)),
+)
+register("azure", _azure, 'the arrivals of a recorded trace, path="...csv": hours with their own bursts and lulls')
+register("cluster", _cluster, 'experts of your own from a YAML file, path="experts.yaml"')

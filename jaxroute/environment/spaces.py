@@ -1,0 +1,167 @@
+"""Spaces of actions and observations: what has which shape, dtype and range. Ours, so that nothing else is needed.
+
+The adapters turn them into gymnax's or gymnasium's own classes. `sample` and `contains` work inside `jax.jit` and
+`jax.vmap`; shapes and dtypes are static, so a wrong one is a plain False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.environment.observation import ARRIVED_FEATURES, EXPERT_FEATURES, REQUEST_FEATURES, GraphObservation
+
+if TYPE_CHECKING:
+    from jaxroute.environment.environment import RoutingEnvironment
+
+
+class Discrete:
+    """The whole numbers 0..n - 1."""
+
+    def __init__(self, n: int, dtype: Any = jnp.int32) -> None:
+        self.n, self.shape, self.dtype = n, (), np.dtype(dtype)
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """Any of them, all alike."""
+        return jax.random.randint(key, (), 0, self.n, self.dtype)
+
+    def contains(self, value: Any) -> jax.Array:
+        """bool []: `value` is a scalar of whole numbers, of any width, and in the range."""
+        array = jnp.asarray(value)
+        if array.shape != () or not jnp.issubdtype(array.dtype, jnp.integer):
+            return jnp.bool_(False)
+        return (array >= 0) & (array < self.n)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Discrete) and (self.n, self.dtype) == (other.n, other.dtype)
+
+    def __repr__(self) -> str:
+        return f"Discrete({self.n})"
+
+
+class Box:
+    """Arrays of one shape and dtype between two bounds, which belong to it; for bool, False to True."""
+
+    def __init__(self, low: Any, high: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> None:
+        """`low` and `high` are numbers, or arrays that broadcast to `shape`; both may be infinite."""
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.low, self.high = (np.broadcast_to(np.asarray(bound, self.dtype), shape) for bound in (low, high))
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """Uniform between finite bounds, an exponential away from a single one, a normal without."""
+        if self.dtype == bool:
+            return jax.random.bernoulli(key, 0.5, self.shape)
+        low, high = jnp.asarray(self.low), jnp.asarray(self.high)
+        uniform = jax.random.uniform(key, self.shape, self.dtype)
+        away = -jnp.log1p(-uniform)
+        bounded_below, bounded_above = jnp.isfinite(low), jnp.isfinite(high)
+        # Infinite bounds are replaced, so that no branch that is not taken computes with them.
+        low, high = jnp.where(bounded_below, low, 0), jnp.where(bounded_above, high, 0)
+        inside = jnp.minimum(low + uniform * (high - low), high)
+        one_sided = jnp.where(bounded_below, low + away, high - away)
+        free = jax.random.normal(key, self.shape, self.dtype)
+        either = jnp.where(bounded_below | bounded_above, one_sided, free)
+        return jnp.where(bounded_below & bounded_above, inside, either).astype(self.dtype)
+
+    def contains(self, value: Any) -> jax.Array:
+        """bool []: shape and dtype are the space's, and all is within the bounds; NaN is not."""
+        dtype = value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
+        if np.shape(value) != self.shape or dtype != self.dtype:
+            return jnp.bool_(False)
+        array = jnp.asarray(value)
+        return jnp.all((array >= self.low) & (array <= self.high))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Box)
+            and (self.shape, self.dtype) == (other.shape, other.dtype)
+            and np.array_equal(self.low, other.low)
+            and np.array_equal(self.high, other.high)
+        )
+
+    def __repr__(self) -> str:
+        low, high = (bound.min() if index == 0 else bound.max() for index, bound in enumerate((self.low, self.high)))
+        return f"Box({low}, {high}, {self.shape}, {self.dtype})"
+
+
+class Dict:
+    """Named spaces; what they hold is a mapping, or an object with fields of these names."""
+
+    def __init__(self, spaces: Mapping[str, Space], create: Callable[..., Any] = dict) -> None:
+        """`create(**samples)` makes what `sample` returns."""
+        self.spaces, self.create = dict(spaces), create
+
+    def sample(self, key: jax.Array) -> Any:
+        keys = jax.random.split(key, len(self.spaces))
+        pairs = zip(self.spaces.items(), keys, strict=True)
+        return self.create(**{name: space.sample(own) for (name, space), own in pairs})
+
+    def contains(self, value: Any) -> jax.Array:
+        """bool []: all parts are there, and each is in its space."""
+        if isinstance(value, Mapping):
+            parts = dict(value)
+        else:
+            parts = {name: getattr(value, name) for name in self.spaces if hasattr(value, name)}
+        if parts.keys() != self.spaces.keys():
+            return jnp.bool_(False)
+        return jnp.all(jnp.stack([space.contains(parts[name]) for name, space in self.spaces.items()]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Dict) and self.spaces == other.spaces
+
+    def __repr__(self) -> str:
+        return f"Dict({self.spaces!r})"
+
+
+Space = Discrete | Box | Dict
+
+FREE, SHARE, POSITIVE = (-np.inf, np.inf), (0.0, 1.0), (0.0, np.inf)
+
+RANGES = {
+    "prompt_tokens": POSITIVE,
+    "recent_load": SHARE,
+    "kv_use": SHARE,
+    "running": POSITIVE,
+    "waiting": POSITIVE,
+    "iteration_time": SHARE,
+    "predicted_score": FREE,
+    "predicted_tokens": POSITIVE,
+    "predicted_latency": SHARE,
+    "generated_tokens": POSITIVE,
+    "latency_so_far": SHARE,
+}
+"""Least and greatest value of each feature of the observation."""
+
+
+def observation_space(env: RoutingEnvironment) -> Space:
+    """A `Dict` that samples `GraphObservation`s, or with flat observations one `Box` float32 [F]."""
+    experts, nodes = env.num_experts, env.queue_nodes
+
+    def features(names: tuple[str, ...], *axes: int) -> Box:
+        low, high = zip(*(RANGES[name] for name in names), strict=True)
+        return Box(low, high, (*axes, len(names)))
+
+    def mask(*axes: int) -> Box:
+        return Box(False, True, axes, bool)
+
+    spaces = {
+        "arrived": features(ARRIVED_FEATURES),
+        "expert": features(EXPERT_FEATURES, experts),
+        "running": features(REQUEST_FEATURES, experts, nodes),
+        "waiting": features(REQUEST_FEATURES, experts, nodes),
+        "running_mask": mask(experts, nodes),
+        "waiting_mask": mask(experts, nodes),
+        "action_mask": mask(experts + 1),
+    }
+    if env.obs == "graph":
+        return Dict(spaces, GraphObservation)
+    # As `observation.flatten` orders them.
+    low, high = (
+        np.concatenate([np.asarray(getattr(space, bound), np.float32).ravel() for space in spaces.values()])
+        for bound in ("low", "high")
+    )
+    return Box(low, high, low.shape)

@@ -1,0 +1,65 @@
+"""The scheduling decision of one iteration under `orca`: iteration-level scheduling with reserved memory.
+
+As Orca (OSDI 2022) does it: a request is admitted with the KV blocks of the longest sequence there can be, keeps them
+to its end, and is never preempted. All reservations are alike, so an engine has a fixed number of places
+(simulation.md section 1b).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxroute.simulator.engine import EngineParams, EngineState, blocks_for, prefix_sum, total
+from jaxroute.simulator.scheduler import Decision
+
+
+def reserved_blocks(params: EngineParams) -> jax.Array:
+    """int32 [...]: KV blocks of a running request, whatever its length."""
+    return blocks_for(params.max_model_len, params.block_size)
+
+
+def held_blocks(params: EngineParams, tokens: jax.Array) -> jax.Array:
+    """int32, KV blocks that a request with so many `tokens` in the cache holds; none before it runs."""
+    return jnp.where(tokens > 0, reserved_blocks(params), 0)
+
+
+def can_serve(params: EngineParams, prompt_tokens: jax.Array, output_tokens: jax.Array) -> jax.Array:
+    """bool [...]: the longest sequence has a place, and the prompt leaves it room for a token."""
+    del output_tokens
+    return (prompt_tokens < params.max_model_len) & (reserved_blocks(params) <= params.usable_blocks)
+
+
+def schedule(params: EngineParams, state: EngineState) -> Decision:
+    """The decision for the iteration that starts now: everyone who runs decodes, and who finds a place is prefilled."""
+    position, present = state.position, state.unfinished()
+    rank = prefix_sum(present)
+    has_place = (rank <= params.max_num_seqs) & (rank * reserved_blocks(params) <= params.usable_blocks)
+    # Who runs has a place: those before it only become fewer.
+    scheduled = present & has_place
+    tokens = jnp.where(scheduled, state.prompt_tokens + state.generated - state.computed, 0)
+    decodes = total(scheduled & (position < state.num_running))
+    return Decision(
+        num_running=state.num_requests - total(present & ~has_place),
+        tokens=tokens,
+        preempted=jnp.zeros_like(present),
+        prefill_tokens=total(tokens) - decodes,
+        decodes=decodes,
+        context_tokens=total(jnp.where(scheduled, state.computed + tokens, 0)),
+        used_blocks=total(scheduled) * reserved_blocks(params),
+    )
+
+
+def only_decodes(
+    params: EngineParams,
+    state: EngineState,
+    running: jax.Array,
+    batch: jax.Array,
+    blocks_after: Callable[[jax.Array | int], jax.Array],
+) -> jax.Array:
+    """bool [...]: the iterations that follow decode `running`, and nobody else gets on."""
+    del running, blocks_after
+    full = (batch >= params.max_num_seqs) | ((batch + 1) * reserved_blocks(params) > params.usable_blocks)
+    return (batch > 0) & ((state.num_running == state.num_requests) | full)

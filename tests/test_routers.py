@@ -1,0 +1,187 @@
+"""Each router's rule, in many random states at once, against the rule in plain NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxroute
+from jaxroute.environment.routers import ROUTERS, make_router
+from jaxroute.errors import UserError
+from jaxroute.report import tuning
+from jaxroute.report.names import ROUTER_LABELS
+from jaxroute.report.tuning import TUNED, tune
+from tests.rollouts import CHEAP_COMPILE
+
+SLOTS, STATES, KEYS, EXPERTS = 6, 60, 80, 3
+NUMBERS = {
+    "latency_based": {"buffer": 0.5},
+    "routellm": {"threshold": 0.05, "strong": 2, "weak": 0},
+    "score_minus_load": {"weight": 0.04},
+}
+RULES = [name for name in ROUTERS if name not in ("lookahead", "clairvoyant")]
+
+
+@pytest.fixture(scope="module")
+def scenario():
+    return jaxroute.make("paper-3", slots=SLOTS, episode_length=60, metrics="off", penalty="off")
+
+
+@pytest.fixture(scope="module")
+def states(scenario):
+    """Random queues, some of them full, equal or empty, with random work in them; each leaf [STATES, ...]."""
+    env, params = scenario
+    rng = np.random.default_rng(0)
+    one = jax.jit(env.reset, compiler_options=CHEAP_COMPILE)(jax.random.key(0), params)[1]
+    state = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], STATES, axis=0), one)
+    each, slots = (STATES, EXPERTS), (STATES, SLOTS, EXPERTS)
+    requests = rng.integers(0, SLOTS + 1, each).astype(np.int32)
+    requests[::5] = requests[::5, :1]  # ties
+    requests[0], requests[1] = SLOTS, 0
+    running = rng.integers(0, requests + 1).astype(np.int32)
+    running[:15] = requests[:15]
+    prompt = rng.integers(1, 200, slots).astype(np.int32)
+    computed = np.where(np.arange(SLOTS)[:, None] < running[:, None], rng.integers(0, prompt + 40), 0).astype(np.int32)
+    engines = state.engines.replace(
+        num_requests=requests,
+        num_running=running,
+        prompt_tokens=prompt,
+        computed=computed,
+        generated=np.maximum(computed - prompt + 1, 0).astype(np.int32),
+    )
+    latency = np.where(rng.random(each) < 0.3, 0, rng.uniform(0.01, 0.03, each)).astype(np.float32)
+    return state.replace(
+        engines=engines,
+        slots=state.slots.replace(predicted_tokens=rng.integers(1, 60, slots).astype(np.int32)),
+        request=state.request.replace(predicted_score=rng.uniform(0.5, 0.9, each).astype(np.float32)),
+        recent_latency=latency,
+        step=rng.integers(0, 60, STATES).astype(np.int32),
+    )
+
+
+def possible(name: str, state, params) -> set[int]:
+    """What the rule allows in one state (numpy leaves)."""
+    engines, experts = state.engines, range(EXPERTS)
+    total, running = engines.num_requests, engines.num_running
+    waiting = total - running
+    among = [e for e in experts if total[e] < SLOTS] or list(experts)
+    score = state.request.predicted_score
+
+    def least(cost) -> int:
+        return min(among, key=lambda e: (cost[e], e))
+
+    if name == "round_robin":
+        return {next((int(state.step) + turn) % EXPERTS for turn in experts if (state.step + turn) % EXPERTS in among)}
+    if name == "shortest_queue":
+        return {least(total)}
+    if name == "bert_router":
+        return {least(-score)}
+    if name == "random":
+        return set(among)
+    if name == "least_work":
+        work = [0] * EXPERTS
+        for e in experts:
+            for s in range(total[e]):
+                generated = engines.generated[s, e]
+                left = max(state.slots.predicted_tokens[s, e], generated + 1) - generated
+                work[e] += max(engines.prompt_tokens[s, e] - engines.computed[s, e], 0) + left
+        return {least(work)}
+    if name == "power_of_two":
+        return {e for e in among if any(total[other] >= total[e] for other in among if other != e)} or set(among)
+    if name == "latency_based":
+        lowest = min(state.recent_latency[e] for e in among)
+        return {e for e in among if state.recent_latency[e] <= np.float32(1.5) * lowest}
+    if name == "vllm_data_parallel":
+        return {least(4 * waiting + running)}
+    if name == "llm_d":
+        block, usable = params.engines.block_size, params.engines.usable_blocks
+        most, fewest = max(waiting[e] for e in among), min(waiting[e] for e in among)
+        sums = {}
+        for e in among:
+            queue = 1.0 if most == fewest else (most - waiting[e]) / (most - fewest)
+            used = sum(-(-int(engines.computed[s, e]) // int(block[e])) for s in range(running[e]))
+            load = 0.5 if waiting[e] == 0 else 0.5 * (1 - min(waiting[e], 128) / 128)
+            sums[e] = 2 * queue + 2 * (1 - used / usable[e]) + load
+        return {e for e in among if sums[e] > max(sums.values()) - 1e-6}
+    if name == "routellm":
+        order = (2, 0, 1) if score[2] - score[0] >= np.float32(0.05) else (0, 2, 1)
+        return {next(e for e in order if e in among)}
+    assert name == "score_minus_load"
+    return {least(np.float32(0.04) * total.astype(np.float32) - score)}
+
+
+def test_every_rule_in_random_states_as_in_numpy(scenario, states):
+    env, params = scenario
+    traces = []
+
+    def choices(state, params, key):
+        traces.append(1)
+        return {name: make_router(name, env, **NUMBERS.get(name, {}))(None, state, params, key) for name in RULES}
+
+    over_keys = jax.vmap(choices, (None, None, 0))
+    program = jax.jit(jax.vmap(over_keys, (0, None, None)), compiler_options=CHEAP_COMPILE)
+    keys = jax.random.split(jax.random.key(1), KEYS)
+    actions = jax.device_get(program(states, params, keys))
+    program(states, params.replace(latency_limit=params.latency_limit * 2), keys)
+    assert len(traces) == 1
+    plain = jax.device_get(params)
+    for index in range(STATES):
+        state = jax.tree.map(lambda leaf, index=index: leaf[index], states)
+        for name in RULES:
+            assert actions[name].dtype == np.int32
+            assert set(actions[name][index].tolist()) == possible(name, state, plain), (name, index)
+
+
+def test_random_choices_are_all_alike(scenario, states):
+    """In a state in which two experts are possible, each is taken half of the time."""
+    env, params = scenario
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), states)
+    queues = jnp.asarray([2, SLOTS, 2], jnp.int32)
+    state = state.replace(
+        engines=state.engines.replace(num_requests=queues, num_running=queues, computed=state.engines.computed * 0),
+        recent_latency=jnp.asarray([0.02, 0.01, 0.02]),
+    )
+    names = ("random", "power_of_two", "latency_based", "llm_d")
+    routers = [make_router(name, env) for name in names]
+    keys = jax.random.split(jax.random.key(0), 1000)
+    taken = jax.jit(jax.vmap(lambda key: [router(None, state, params, key) for router in routers]))(keys)
+    for name, actions in zip(names, taken, strict=True):
+        counts = np.bincount(actions, minlength=EXPERTS)
+        assert counts[1] == 0 and abs(counts[0] - 500) < 70, name
+
+
+def test_unknown_names_have_the_nearest(scenario):
+    with pytest.raises(UserError, match="unknown router 'round-robin'; the nearest are round_robin"):
+        jaxroute.make_router("round-robin", scenario[0])
+
+
+def test_every_router_has_a_label_and_says_its_rule():
+    assert set(ROUTERS) < set(ROUTER_LABELS)
+    assert all(factory.__doc__ for factory in ROUTERS.values())
+
+
+def test_tuning_takes_the_best_of_the_grid_and_is_traced_once_for_all_rates(scenario, monkeypatch):
+    """Where requests are rare load does not matter, and where they are many a weight of 0 is the worst there is."""
+    env, params = scenario
+    cheap: Any = jax.jit(tuning._qos.__wrapped__, static_argnames=("name", "env"), compiler_options=CHEAP_COMPILE)
+    monkeypatch.setattr(tuning, "_qos", cheap)
+    monkeypatch.setattr(tuning, "_WEIGHTS", (0.0, 0.1))
+    found = []
+    for rate in (0.05, 4.0):
+        arrivals = params.workload.arrivals.replace(rate=jnp.float32(rate))
+        found.append(tune("score_minus_load", env, params.replace(workload=params.workload.replace(arrivals=arrivals))))
+    assert found == [{"weight": 0.0}, {"weight": 0.1}]
+    assert cheap._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_grids_hold_numbers_of_the_router(scenario, name):
+    grid = tuning._grid(name, 3)
+    assert len(grid) > 5
+    make_router(name, scenario[0], **grid[0])
+    if name == "routellm":
+        assert {(point["strong"], point["weak"]) for point in grid} == {(0, 1), (0, 2), (1, 2)}
