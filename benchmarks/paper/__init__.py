@@ -1,0 +1,1 @@
+"""The paper's experiments, one entry a question: `python -m benchmarks.paper`."""

@@ -1,0 +1,148 @@
+"""One job each: a training, or an evaluation at one point of a question. What is done is kept, and not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from benchmarks.paper.plan import Setting, Training
+from jaxroute.compilation_cache import keep_compiled_programs
+from jaxroute.config.build import Experiment, build
+from jaxroute.config.loader import config_text, load_config, load_saved_config
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.routers import Router, make_router
+from jaxroute.learner.trainer import policy_router
+from jaxroute.report.checkpoint import load_checkpoint, save_checkpoint
+from jaxroute.report.evaluation import evaluate_routers
+from jaxroute.report.files import write_text
+from jaxroute.report.tuning import TUNED, tune
+from jaxroute.train import train
+
+EVALUATION_SEED = 1_000_000
+
+METRICS = (
+    "qos",
+    "latency_per_token",
+    "latency_per_token_p95",
+    "violation_rate",
+    "drop_rate",
+    "rejection_rate",
+    "utilization",
+    "kv_use",
+    "qos_per_busy_second",
+)
+"""Those of `metrics.summarize` that are kept."""
+
+
+def start_worker(core: int | None) -> None:
+    """Sets a worker process up, before JAX starts there: on one core, if given, so that workers do not disturb each
+    other."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    keep_compiled_programs()
+
+
+def run_training(out: Path, job: Training, prepared: dict[str, str]) -> str:
+    """Trains, unless the folder `out/training/...` holds the same training; returns what there is to say of it."""
+    folder = out / "training" / job.folder
+    config = load_config(None, [*(part.format(**prepared) for part in job.overrides), f"training.seed={job.seed}"])
+    wanted = config_text(config)
+    if (folder / "checkpoint.sha256").is_file() and (folder / "config.yaml").read_text(encoding="utf-8") == wanted:
+        return "kept"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_text(folder / "config.yaml", wanted)
+    started = time.monotonic()
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        params, records = train(config, build(config), folder, Console(file=log))
+    save_checkpoint(folder, params)
+    seconds = time.monotonic() - started
+    write_text(folder / "seconds.json", json.dumps({"seconds": round(seconds, 1)}))
+    return f"{seconds:.0f} s, last QoS in training {records[-1]['qos']:.3f}"
+
+
+def run_evaluation(out: Path, job: Setting, prepared: dict[str, str]) -> str:
+    """Evaluates all routers of a setting on the same requests into `out/evaluations/NAME.json`, unless it is there."""
+    path = out / "evaluations" / f"{job.name}.json"
+    overrides = [part.format(**prepared) for part in job.overrides]
+    runs = {label: [training.folder for training in trainings] for label, trainings in job.policies}
+    checksums = {folder: _checksum(out, folder) for folders in runs.values() for folder in folders}
+    spec = {
+        "overrides": overrides,
+        "routers": list(job.routers),
+        "policies": runs,
+        "checksums": checksums,
+        "episodes": job.episodes,
+        "episode_length": job.episode_length,
+        "seed": EVALUATION_SEED,
+    }
+    if path.is_file() and (old := json.loads(path.read_text(encoding="utf-8")))["spec"] == spec:
+        return _summary(old["values"])
+    started = time.monotonic()
+    experiment = _experiment(tuple(overrides), job.episode_length)
+    routers: dict[str, Router] = {}
+    for name in job.routers:
+        numbers = tune(name, experiment.env, experiment.params) if name in TUNED else {}
+        routers[name] = jax.tree_util.Partial(_route(name, experiment.env), jax.tree.map(np.asarray, numbers))
+    evaluate = partial(evaluate_routers, experiment.env, experiment.params, episodes=job.episodes, seed=EVALUATION_SEED)
+    values = evaluate(routers)
+    for label, folders in runs.items():
+        for seed, folder in enumerate(folders):
+            # One at a time: policies of one network then share a program, for all seeds and settings.
+            values |= evaluate({f"{label}/{seed}": _policy(out, folder, checksums[folder])})
+    kept: dict[str, list[dict[str, list[float]]]] = {}
+    for name, metrics in values.items():
+        row = {metric: np.asarray(metrics[metric], float).tolist() for metric in METRICS}
+        kept.setdefault(name.partition("/")[0], []).append(row)
+    record = {"spec": spec, "values": kept, "seconds": round(time.monotonic() - started, 1)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record) + "\n")
+    return f"{record['seconds']:.0f} s, {_summary(kept)}"
+
+
+def read_evaluation(out: Path, job: Setting) -> dict[str, list[dict[str, list[float]]]]:
+    """Label -> for each seed (heuristics: one) metric -> values of the episodes."""
+    return json.loads((out / "evaluations" / f"{job.name}.json").read_text(encoding="utf-8"))["values"]
+
+
+def _summary(values: dict[str, list[dict[str, list[float]]]]) -> str:
+    means = {label: float(np.mean([row["qos"] for row in rows])) for label, rows in values.items()}
+    shown = [label for label in ("trained", "lookahead", "shortest_queue") if label in means]
+    return "QoS " + ", ".join(f"{label} {means[label]:.4f}" for label in shown or list(means)[:1])
+
+
+@cache
+def _experiment(overrides: tuple[str, ...], episode_length: int) -> Experiment:
+    return build(load_config(None, [*overrides, f"environment.episode_length={episode_length}"]))
+
+
+@cache
+def _route(name: str, env: RoutingEnvironment) -> Any:
+    """The router with its numbers as an argument: the same function at each call, so that a program compiles once."""
+
+    def route(numbers: Any, *inputs: Any) -> jax.Array:
+        return make_router(name, env, **numbers)(*inputs)
+
+    return route
+
+
+@cache
+def _policy(out: Path, folder: str, checksum: str) -> Any:
+    run = out / "training" / folder
+    experiment = build(load_saved_config(run / "config.yaml"))
+    observation, _ = jax.eval_shape(experiment.env.reset, jax.random.key(0), experiment.params)
+    example = jax.eval_shape(partial(experiment.network.init, jax.random.key(0)), observation)
+    return policy_router(experiment.network, load_checkpoint(run, example))
+
+
+def _checksum(out: Path, folder: str) -> str:
+    return (out / "training" / folder / "checkpoint.sha256").read_text(encoding="utf-8")
