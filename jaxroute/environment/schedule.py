@@ -1,4 +1,4 @@
-"""What changes while an episode runs: an expert that slows down, fails or recovers, and answers that get better or worse.
+"""What changes while an episode runs: experts slow down, fail and recover, and their answers get better or worse.
 
 The clock is the number of decisions in the episode. It is in the state anyway, so that environments without a schedule
 are the same program, and a change meets the same request whatever the router did.
@@ -47,7 +47,9 @@ class Schedule(struct.PyTreeNode):
         given = [np.asarray(table, np.float64) for table in (slowness, quality) if table is not None]
         for table in given:
             if table.ndim != 2 or table.shape != (len(begin), given[0].shape[1]):
-                raise UserError(f"a schedule needs a row for each of {len(begin)} starts, with a factor for each expert")
+                raise UserError(
+                    f"a schedule needs a row for each of {len(begin)} starts, with a factor for each expert"
+                )
             if not (np.isfinite(table).all() and (table >= 0).all()):
                 raise UserError("a schedule's factors must be finite numbers of 0 or more")
         if slowness is not None and not given[0].all():
@@ -67,7 +69,9 @@ class Schedule(struct.PyTreeNode):
     def slowed(self, latency: LatencyModel, decision: jax.Array) -> LatencyModel:
         """The latency model, [N, ...], of iterations that start between `decision` and the next one."""
         slowness = self._present(self.slowness, decision)
-        times = {name: getattr(latency, name) * slowness for name in latency.__dataclass_fields__ if name != "knee_tokens"}
+        times = {
+            name: getattr(latency, name) * slowness for name in latency.__dataclass_fields__ if name != "knee_tokens"
+        }
         return latency.replace(**times)
 
     def judged(self, request: Request, decision: jax.Array) -> Request:

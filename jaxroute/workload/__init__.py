@@ -1,10 +1,11 @@
 """Requests and when they arrive: `Workload.sample` gives the next arrival from a key, inside jit and vmap.
 
-Arrivals are Poisson, a recorded trace, or piecewise rates; requests come from the frozen generator of the paper's
-scenarios, from a table of recorded answers, or from the trace's own lengths. The loaders read both kinds of file.
+Arrivals are Poisson, with bursts or without, a recorded trace, or piecewise rates; requests come from the frozen
+generator of the paper's scenarios, from a table of recorded answers, or from the trace's own lengths. The loaders read
+both kinds of file.
 """
 
-from jaxroute.workload.arrivals import PiecewiseArrivals, PoissonArrivals, TraceArrivals, WorkloadState
+from jaxroute.workload.arrivals import MarkovArrivals, PiecewiseArrivals, PoissonArrivals, TraceArrivals, WorkloadState
 from jaxroute.workload.frozen import predict_with_frozen_errors
 from jaxroute.workload.mixinstruct import load_mixinstruct
 from jaxroute.workload.request import Request
@@ -15,6 +16,7 @@ from jaxroute.workload.workload import Workload
 
 __all__ = [
     "FrozenRequests",
+    "MarkovArrivals",
     "PiecewiseArrivals",
     "PoissonArrivals",
     "Request",

@@ -1,4 +1,4 @@
-"""When requests arrive: a Poisson process, a recorded trace, or a rate that is piecewise constant and periodic.
+"""When requests arrive: a Poisson process, one with bursts, a recorded trace, or a rate that is piecewise constant.
 
 Each class has the same three members, which `Workload` calls:
 
@@ -26,7 +26,9 @@ from jaxroute.errors import UserError
 class WorkloadState:
     """Where a workload stands between two arrivals. Both fields are bounded, so float32 loses nothing in a long run."""
 
-    cursor: jax.Array  # int32 [], row of the next arrival in the trace, or the current piece of the rates; else 0
+    cursor: (
+        jax.Array
+    )  # int32 [], row of the next arrival in the trace, or the current piece or regime of the rates; else 0
     phase: jax.Array  # float [], seconds already spent of the next recorded gap, or in the current piece; else 0
 
 
@@ -178,3 +180,69 @@ class PiecewiseArrivals:
             phase=jnp.where(within, state.phase + here, into),
         )
         return following, jnp.where(within, here, beyond), jnp.int32(0)
+
+
+@struct.dataclass
+class MarkovArrivals:
+    """Bursts: a Poisson process whose rate jumps between two regimes at random times (a two-state Markov-modulated
+    Poisson process; Fischer and Meier-Hellstern, <https://doi.org/10.1016/0166-5316(93)90035-S>).
+
+    Exact, from two uniforms: with D the generator of the regimes less the rates on its diagonal, exp(D t) has the
+    probabilities that no request came in t seconds and the regime is then this or that. The gap is where their sum has
+    fallen to the first uniform, and the second one chooses the regime, in proportion to what it has times its rate.
+    An episode begins at a random time: in each regime as often as it lasts.
+    """
+
+    rates: jax.Array  # float [2], requests per second in each regime, traced; one may be 0
+    durations: jax.Array  # float [2], mean seconds that each lasts, above 0, traced
+
+    @classmethod
+    def create(cls, rates: Sequence[float] | np.ndarray, durations: Sequence[float] | np.ndarray) -> MarkovArrivals:
+        levels, lengths = np.asarray(rates, np.float64), np.asarray(durations, np.float64)
+        if levels.shape != (2,) or not (np.isfinite(levels).all() and (levels >= 0).all() and levels.any()):
+            raise UserError(f"bursts need two rates of 0 or more, not both 0, are {levels.tolist()}")
+        if lengths.shape != (2,) or not (np.isfinite(lengths).all() and (lengths > 0).all()):
+            raise UserError(f"bursts need two mean durations above 0, in seconds, are {lengths.tolist()}")
+        return cls(rates=jnp.asarray(levels, float), durations=jnp.asarray(lengths, float))
+
+    @property
+    def draws(self) -> int:
+        return 2
+
+    def reset(self, key: jax.Array) -> WorkloadState:
+        return _state(jax.random.uniform(key) * jnp.sum(self.durations) >= self.durations[0], 0.0)
+
+    def next(self, uniforms: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, jax.Array]:
+        own, other = state.cursor, 1 - state.cursor
+        rates, leaving = self.rates, 1 / self.durations
+        # -D has the eigenvalues slow < fast, half their distance is d; the slow one in a form without cancellation.
+        ends = rates + leaving
+        middle, half = (ends[own] + ends[other]) / 2, (ends[other] - ends[own]) / 2
+        d = jnp.sqrt(half * half + leaving[0] * leaving[1])
+        slow = (rates[0] * rates[1] + rates[0] * leaving[1] + rates[1] * leaving[0]) / (middle + d)
+
+        def remaining(time: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Probabilities of the own and the other regime and no request so far, over exp(-slow * time)."""
+            decayed = jnp.exp(-2 * d * time)
+            rise = (1 - decayed) / (2 * d)
+            return (1 + decayed) / 2 + half * rise, leaving[own] * rise
+
+        hazard = -jnp.log(uniforms[0])
+        # The sum of the two is monotone in time, from 1 to this: that bounds the gap on both sides.
+        last = jnp.log((1 + (half + leaving[own]) / d) / 2)
+        low, high = (jnp.maximum(hazard + shift, 0) / slow for shift in (jnp.minimum(last, 0), jnp.maximum(last, 0)))
+
+        def bisect(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = bounds
+            time = (low + high) / 2
+            before = slow * time - jnp.log(jnp.add(*remaining(time))) < hazard
+            return jnp.where(before, time, low), jnp.where(before, high, time)
+
+        gap = jnp.add(*jax.lax.fori_loop(0, 40, bisect, (low, high))) / 2
+        stays, changed = remaining(gap)
+        stays, changed = stays * rates[own], changed * rates[other]
+        regime = jnp.where(uniforms[1] * (stays + changed) < changed, other, own)
+        return WorkloadState(cursor=regime.astype(jnp.int32), phase=state.phase), gap, jnp.int32(0)
+
+
+Arrivals = PoissonArrivals | TraceArrivals | PiecewiseArrivals | MarkovArrivals

@@ -1,0 +1,144 @@
+"""`python -m jaxroute.timeline ROUTER [ROUTER] --out DIR`: an episode under one or two routers, to look into."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from jaxroute.compilation_cache import keep_compiled_programs
+from jaxroute.config.build import Experiment, build
+from jaxroute.config.loader import load_config, load_saved_config
+from jaxroute.config.schema import Config
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.registry import SCENARIOS
+from jaxroute.environment.routers import ROUTERS, make_router
+from jaxroute.environment.routers.choice import Router
+from jaxroute.environment.state import EnvParams
+from jaxroute.errors import UserError, command, known
+from jaxroute.learner.trainer import policy_router
+from jaxroute.report.checkpoint import load_checkpoint
+from jaxroute.report.files import write_text
+from jaxroute.report.names import ROUTER_LABELS
+from jaxroute.report.run_folder import prepare_run_folder
+from jaxroute.report.tables import print_notes, report_console
+from jaxroute.report.timeline_collect import FATES, Episode, collect
+from jaxroute.report.timeline_page import page_text
+from jaxroute.report.timeline_perfetto import trace_text
+from jaxroute.report.timeline_picture import timeline_picture
+from jaxroute.report.tuning import TUNED, tune
+
+FILES = ("trace.json", "timeline.png", "timeline.html")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxroute.timeline",
+        description="Write one episode under one or two routers, on the same requests, as a trace for Perfetto, a "
+        "picture and a page for the browser: " + ", ".join(FILES) + ".",
+        epilog=f"Example: python -m jaxroute.timeline round_robin lookahead --out timeline environment.episode_length="
+        f"300 workload.arrivals.rate=5. Routers: {', '.join(ROUTERS)}",
+    )
+    parser.add_argument("words", nargs="+", metavar="ROUTER | key=value", help=(
+        "a router's name or a folder that python -m jaxroute.train wrote; or a change of the configuration"
+    ))  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the files")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (default: the run's, or default.yaml)")
+    parser.add_argument("--seed", type=int, help="seed of the request stream (default: evaluation.seed)")
+    arguments = parser.parse_intermixed_args(argv)
+
+    overrides = [word for word in arguments.words if "=" in word and not Path(word).is_dir()]
+    names = [word for word in arguments.words if word not in overrides]
+    if not 1 <= len(names) <= 2 or len(set(names)) < len(names):
+        raise UserError(f"name one router, or two that differ, not {len(names)}: {', '.join(names) or 'none'}")
+    runs = [Path(name) for name in names if name not in ROUTERS]
+    for run in runs:
+        if not (run / "config.yaml").is_file():
+            _neither_router_nor_run(run)
+    if arguments.seed is not None:
+        overrides.append(f"evaluation.seed={arguments.seed}")
+    if runs and arguments.config is None:
+        config = load_saved_config(runs[0] / "config.yaml", overrides)
+    else:
+        config = load_config(arguments.config, overrides)
+    experiment = build(config)
+    networks = {name: _trained(config, experiment, Path(name)) for name in names if Path(name) in runs}
+    prepare_run_folder(arguments.out)
+
+    console = report_console()
+    print_notes(console, experiment.notes)
+    env, params = experiment.env, experiment.params
+    routers = {}
+    for name in names:
+        if name in networks:
+            routers["Trained" if len(runs) == 1 else f"Trained, {name}"] = networks[name]
+        else:
+            numbers = tune(name, env, params) if name in TUNED else {}
+            routers[ROUTER_LABELS[name]] = make_router(name, env, **numbers)
+    experts = config.environment.experts or SCENARIOS[config.environment.id]
+    seed = config.evaluation.seed
+    for episode in write_timeline(arguments.out, env, params, routers, experts, seed, config.environment.id):
+        counts = [f"{(episode.requests.fate == fate).sum()} {name}" for fate, name in enumerate(FATES)]
+        line = f"{episode.label}: QoS {float(episode.metrics['qos']):.4f}; {', '.join(counts)}"
+        console.print(line, highlight=False, markup=False)
+    sizes = [f"{file} ({(arguments.out / file).stat().st_size / 1e6:.1f} MB)" for file in FILES]
+    console.print(f"{', '.join(sizes)} in {arguments.out}", highlight=False, markup=False)
+    return 0
+
+
+def write_timeline(
+    out: Path,
+    env: RoutingEnvironment,
+    params: EnvParams,
+    routers: Mapping[str, Router],
+    experts: Sequence[str] = (),
+    seed: int = 0,
+    title: str = "",
+) -> list[Episode]:
+    """Writes `FILES` into the folder `out`, made if need be: an episode under each of `routers`, one or two, by label.
+
+    It is the first episode of `evaluate_routers` with this seed. `experts` are names, "expert 0" and so on by default.
+    Returns what the files are made of: every request's times and fate, every iteration, and the metrics.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    experts = tuple(experts) or tuple(f"expert {number}" for number in range(env.num_experts))
+    episodes = collect(env, params, routers, experts, jax.random.split(jax.random.key(seed), 1)[0])
+    trace = trace_text(episodes)
+    write_text(out / "trace.json", trace)
+    timeline_picture(out / "timeline.png", episodes)
+    heading = f"{title or 'Episode'}: {env.episode_length:,} requests under {' and '.join(routers)}"
+    about = (
+        f"{env.num_experts} experts; QoS is met below {1e3 * float(params.latency_limit):g} ms per output token; "
+        f"the same requests for every router (seed {seed})"
+    )
+    picture = (out / "timeline.png").read_bytes()
+    write_text(out / "timeline.html", page_text(episodes, heading, about, picture, trace))
+    return episodes
+
+
+def _neither_router_nor_run(path: Path) -> None:
+    if path.exists() or len(path.parts) > 1:
+        raise UserError(f"{path}: has no config.yaml; give a folder that python -m jaxroute.train wrote, or a router")
+    known(str(path), ROUTERS, "router")
+
+
+def _trained(config: Config, experiment: Experiment, run: Path) -> Router:
+    """The router that `run` holds, for the episode's environment."""
+    own = load_saved_config(run / "config.yaml")
+    network = build(dataclasses.replace(config, network=own.network)).network
+
+    def initial() -> object:
+        observation, _ = experiment.env.reset(jax.random.key(0), experiment.params)
+        return network.init(jax.random.key(0), observation)
+
+    return policy_router(network, load_checkpoint(run, jax.eval_shape(initial)))
+
+
+if __name__ == "__main__":
+    keep_compiled_programs()
+    sys.exit(main())
