@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from pathlib import Path
 
@@ -109,6 +110,8 @@ def run_all(chosen: dict[str, Question], work: Path, data: Path, jobs: int) -> N
             prepared.update(values)  # pyright: ignore[reportCallIssue, reportArgumentType]
         run("train", [(name, run_training, (work, job, prepared)) for name, job in trainings.items()])
         run("evaluate", [(job.name, run_evaluation, (work, job, prepared)) for job in settings])
+    except BrokenProcessPool:
+        raise UserError(f"a process died, perhaps for want of memory; the same command goes on from {work}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the same command goes on from {work}") from None
     finally:
