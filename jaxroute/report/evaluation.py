@@ -36,7 +36,9 @@ def evaluate_routers(
     """
     # The penalty is part of the reward, which is not reported.
     env = dataclasses.replace(env, metrics="exact", penalty="off")
-    policies = [jax.tree_util.Partial(router) for router in routers.values()]
+    # A Partial in a Partial would be a constant: another network's parameters would be another program.
+    Partial = jax.tree_util.Partial
+    policies = [router if isinstance(router, Partial) else Partial(router) for router in routers.values()]
     keys = jax.random.split(jax.random.key(seed), episodes)
     results = {}
     for index, name in enumerate(routers):
