@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 from rich.console import Console
 
@@ -15,13 +16,15 @@ from jaxroute.compilation_cache import keep_compiled_programs
 from jaxroute.config.build import Experiment, build
 from jaxroute.config.loader import load_saved_config
 from jaxroute.config.schema import Config
+from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.routers import ROUTERS, make_router
+from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError, command
 from jaxroute.learner.trainer import policy_router
 from jaxroute.report.checkpoint import load_checkpoint
 from jaxroute.report.evaluation import EpisodeValues, evaluate_routers
 from jaxroute.report.tables import print_evaluation, print_notes, report_console
-from jaxroute.report.tuning import TUNED, tune
+from jaxroute.report.tuning import tune
 
 
 @command
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
     config = load_saved_config(arguments.run / "config.yaml", overrides)
     experiment = build(config)
-    params = load_checkpoint(arguments.run, jax.eval_shape(lambda: _initial_params(experiment)))
+    params = load_params(arguments.run, experiment.network, experiment.env, experiment.params)
     console = report_console()
     print_notes(console, experiment.notes)
     print_evaluation(console, compare(config, experiment, params, console))
@@ -59,7 +62,7 @@ def compare(config: Config, experiment: Experiment, params: Any, console: Consol
     env, env_params, evaluation = experiment.env, experiment.params, config.evaluation
     routers = {}
     for name in evaluation.routers:
-        numbers = tune(name, env, env_params) if name in TUNED else {}
+        numbers = tune(name, env, env_params)
         if numbers:
             console.print(f"tuned {name}:", *(f"{key}={value}" for key, value in numbers.items()), highlight=False)
         trained = name == "trained"
@@ -71,9 +74,10 @@ def compare(config: Config, experiment: Experiment, params: Any, console: Consol
     return evaluate_routers(env, env_params, routers, evaluation.episodes, evaluation.seed, done)
 
 
-def _initial_params(experiment: Experiment) -> Any:
-    observation, _ = experiment.env.reset(jax.random.key(0), experiment.params)
-    return experiment.network.init(jax.random.key(0), observation)
+def load_params(run: Path, network: nn.Module, env: RoutingEnvironment, env_params: EnvParams) -> Any:
+    """The variables of `network` that the checkpoint in `run` holds. Raises `UserError` as `load_checkpoint`."""
+    observation, _ = jax.eval_shape(env.reset, jax.random.key(0), env_params)
+    return load_checkpoint(run, jax.eval_shape(network.init, jax.random.key(0), observation))
 
 
 if __name__ == "__main__":

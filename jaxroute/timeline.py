@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,17 +10,16 @@ from pathlib import Path
 import jax
 
 from jaxroute.compilation_cache import keep_compiled_programs
-from jaxroute.config.build import Experiment, build
+from jaxroute.config.build import Experiment, build, build_network
 from jaxroute.config.loader import load_config, load_saved_config
-from jaxroute.config.schema import Config
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import SCENARIOS
 from jaxroute.environment.routers import ROUTERS, make_router
 from jaxroute.environment.routers.choice import Router
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError, command, known
+from jaxroute.evaluate import load_params
 from jaxroute.learner.trainer import policy_router
-from jaxroute.report.checkpoint import load_checkpoint
 from jaxroute.report.files import write_text
 from jaxroute.report.names import ROUTER_LABELS
 from jaxroute.report.run_folder import prepare_run_folder
@@ -30,7 +28,7 @@ from jaxroute.report.timeline_collect import FATES, Episode, collect
 from jaxroute.report.timeline_page import page_text
 from jaxroute.report.timeline_perfetto import trace_text
 from jaxroute.report.timeline_picture import timeline_picture
-from jaxroute.report.tuning import TUNED, tune
+from jaxroute.report.tuning import tune
 
 FILES = ("trace.json", "timeline.png", "timeline.html")
 
@@ -67,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         config = load_config(arguments.config, overrides)
     experiment = build(config)
-    networks = {name: _trained(config, experiment, Path(name)) for name in names if Path(name) in runs}
+    networks = {name: _trained(experiment, Path(name)) for name in names if Path(name) in runs}
     prepare_run_folder(arguments.out)
 
     console = report_console()
@@ -78,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in networks:
             routers["Trained" if len(runs) == 1 else f"Trained, {name}"] = networks[name]
         else:
-            numbers = tune(name, env, params) if name in TUNED else {}
-            routers[ROUTER_LABELS[name]] = make_router(name, env, **numbers)
+            routers[ROUTER_LABELS[name]] = make_router(name, env, **tune(name, env, params))
     experts = config.environment.experts or SCENARIOS[config.environment.id]
     seed = config.evaluation.seed
     for episode in write_timeline(arguments.out, env, params, routers, experts, seed, config.environment.id):
@@ -127,16 +124,10 @@ def _neither_router_nor_run(path: Path) -> None:
     known(str(path), ROUTERS, "router")
 
 
-def _trained(config: Config, experiment: Experiment, run: Path) -> Router:
+def _trained(experiment: Experiment, run: Path) -> Router:
     """The router that `run` holds, for the episode's environment."""
-    own = load_saved_config(run / "config.yaml")
-    network = build(dataclasses.replace(config, network=own.network)).network
-
-    def initial() -> object:
-        observation, _ = experiment.env.reset(jax.random.key(0), experiment.params)
-        return network.init(jax.random.key(0), observation)
-
-    return policy_router(network, load_checkpoint(run, jax.eval_shape(initial)))
+    network = build_network(load_saved_config(run / "config.yaml").network)
+    return policy_router(network, load_params(run, network, experiment.env, experiment.params))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from jaxroute.config.build import Experiment, build
 from jaxroute.config.loader import config_text, load_config, load_saved_config
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.routers import Router, make_router
+from jaxroute.evaluate import load_params
 from jaxroute.learner.trainer import policy_router
-from jaxroute.report.checkpoint import load_checkpoint, save_checkpoint
+from jaxroute.report.checkpoint import save_checkpoint
 from jaxroute.report.evaluation import evaluate_routers
 from jaxroute.report.files import write_text
-from jaxroute.report.tuning import TUNED, tune
+from jaxroute.report.tuning import tune
 from jaxroute.train import train
 
 EVALUATION_SEED = 1_000_000
@@ -95,7 +96,7 @@ def run_evaluation(out: Path, job: Setting, prepared: dict[str, str]) -> str:
     experiment = _experiment(tuple(overrides), job.episode_length)
     routers: dict[str, Router] = {}
     for name in job.routers:
-        numbers = tune(name, experiment.env, experiment.params) if name in TUNED else {}
+        numbers = tune(name, experiment.env, experiment.params)
         routers[name] = jax.tree_util.Partial(_route(name, experiment.env), jax.tree.map(np.asarray, numbers))
     evaluate = partial(evaluate_routers, experiment.env, experiment.params, episodes=job.episodes, seed=EVALUATION_SEED)
     values = evaluate(routers)
@@ -157,9 +158,8 @@ def _route(name: str, env: RoutingEnvironment) -> Any:
 def _policy(out: Path, folder: str, checksum: str) -> Any:
     run = out / "training" / folder
     experiment = build(load_saved_config(run / "config.yaml"))
-    observation, _ = jax.eval_shape(experiment.env.reset, jax.random.key(0), experiment.params)
-    example = jax.eval_shape(partial(experiment.network.init, jax.random.key(0)), observation)
-    return policy_router(experiment.network, load_checkpoint(run, example))
+    network = experiment.network
+    return policy_router(network, load_params(run, network, experiment.env, experiment.params))
 
 
 def _checksum(out: Path, folder: str) -> str:

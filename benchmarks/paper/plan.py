@@ -55,8 +55,8 @@ class Setting:
     overrides: tuple[str, ...]  # of `configs/default.yaml`
     routers: tuple[str, ...]  # those of `environment.routers`
     policies: tuple[tuple[str, tuple[Training, ...]], ...]  # label -> runs, one for each seed
-    episodes: int = 10
-    episode_length: int = 5000
+    episodes: int
+    episode_length: int
 
     @property
     def name(self) -> str:

@@ -91,12 +91,13 @@ def build(config: Config) -> Experiment:
         agent["warmup_frames"] = longest
     params = params.replace(credit_discount=jnp.asarray(config.agent.gamma, float))
     varied, axes = _training_params(params, training)
-    network = _network(config.network)
+    network = build_network(config.network)
     agent["decay_updates"] = -(-training.frames // training.num_envs) * training.updates_per_step
     return Experiment(env, params, network, Hyperparameters(**agent), sac, notes, varied, axes)
 
 
-def _network(config: NetworkConfig) -> nn.Module:
+def build_network(config: NetworkConfig) -> nn.Module:
+    """The network of a configuration, whatever its environment."""
     if config.kind == "flat":
         return FlatNetwork(config.mlp)
     return RouterNetwork(config.hidden, config.heads, config.layers, config.residual, config.mlp)

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 from jaxroute.environment.impact import decode_time, expected_length
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.simulator.disciplines import rules
-from jaxroute.simulator.engine import total
+from jaxroute.simulator.disciplines import rules, used_blocks
 
 ARRIVED_FEATURES = ("prompt_tokens", "recent_load")
 EXPERT_FEATURES = (
@@ -108,12 +107,10 @@ def observe(params: EnvParams, state: EnvState, queue_nodes: int, slots: int, dr
     waiting_features, waiting_mask = queue_features(
         lambda leaf: _rows_from(leaf, engine.num_running, queue_nodes), waiting
     )
-    blocks = rules(params.engines).held_blocks(params.engines, engine.computed)
-    used = total(jnp.where(engine.position < engine.num_running, blocks, 0))
     prefill = params.engines.latency.per_prefill_token * request.prompt_tokens
     finish = start + prefill + iteration * request.predicted_output_tokens
     expert = (
-        used / params.engines.usable_blocks,
+        used_blocks(params.engines, engine) / params.engines.usable_blocks,
         engine.num_running / queue_nodes,
         waiting / queue_nodes,
         _squash(iteration / params.latency_limit),
@@ -153,5 +150,7 @@ def _rows_from(leaf: jax.Array, start: jax.Array, count: int) -> jax.Array:
 
 
 def flatten(observation: GraphObservation) -> jax.Array:
-    """One vector, float32 [F]: the features in the order of the fields, then the masks."""
-    return jnp.concatenate([leaf.astype(jnp.float32).ravel() for leaf in jax.tree.leaves(observation)])
+    """One vector, float32 [..., F]: the features in the order of the fields, then the masks; with its batch axes."""
+    batch = observation.action_mask.shape[:-1]
+    leaves = [leaf.astype(jnp.float32).reshape(*batch, -1) for leaf in jax.tree.leaves(observation)]
+    return jnp.concatenate(leaves, axis=-1)

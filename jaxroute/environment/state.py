@@ -30,10 +30,9 @@ class EnvParams(struct.PyTreeNode):
     penalty_prefill: jax.Array  # float [N], k1 of the paper's penalty, s per prompt token
     penalty_context: jax.Array  # float [N], k2 of the paper's penalty, s per context token
     token_scale: jax.Array  # float [], tokens that count as 1 in observations
-    credit_discount: jax.Array | None = (
-        None  # float [], per s: the reward counts a request's QoS over this to the power
-    )
-    # of its age, so that to a learner with this discount it is worth its QoS at its arrival. None: as it is
+    # float [], per s: the reward counts a request's QoS over this to the power of its age, so that to a learner with
+    # this discount it is worth its QoS at its arrival. None: as it is
+    credit_discount: jax.Array | None = None
     schedule: Schedule | None = None  # what changes while an episode runs; None: nothing does
 
     def present(self, decision: jax.Array) -> EnvParams:

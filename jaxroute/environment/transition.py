@@ -27,7 +27,7 @@ from jaxroute.environment.state import RECENT_COMPLETIONS, RECENT_GAPS, EnvParam
 from jaxroute.simulator.advance import Progress
 from jaxroute.simulator.advance_kernel import advance_engines
 from jaxroute.simulator.disciplines import rules
-from jaxroute.simulator.engine import IGNORED, EngineParams, EngineState, slot_positions, target_tokens, total
+from jaxroute.simulator.engine import IGNORED, EngineState, slot_positions, target_tokens, total
 from jaxroute.simulator.recorded import AFTER_ALL
 from jaxroute.simulator.slots import append, finished, remove
 from jaxroute.workload.arrivals import WorkloadState
@@ -149,7 +149,7 @@ def _choose_first(condition: jax.Array, new: Any, old: Any) -> Any:
 def observe_batch(env: RoutingEnvironment, params: EnvParams, state: EnvState) -> Observation:
     """The observation of the kind that `env` gives, leaves [B, ...]."""
     observation = observe(params.present(state.step), state, env.queue_nodes, env.slots, env.drop)
-    return jax.vmap(flatten)(observation) if env.obs == "flat" else observation
+    return flatten(observation) if env.obs == "flat" else observation
 
 
 def _transition(
@@ -247,18 +247,14 @@ def _penalty(env: RoutingEnvironment, params: EnvParams, state: EnvState, action
     return impact(engine_params, params.latency_limit, queue)
 
 
-def feasible(engines: EngineParams, prompt_tokens: jax.Array, output_tokens: jax.Array) -> jax.Array:
-    """Whether engines could ever finish a request, bool [...]; else routing rejects it (simulation.md section 1.8)."""
-    return rules(engines).can_serve(engines, prompt_tokens, output_tokens)
-
-
 def _route(
     env: RoutingEnvironment, params: EnvParams, state: EnvState, action: jax.Array
 ) -> tuple[EnvState, jax.Array]:
     """Appends the request to the chosen expert's queue, if it fits there; also whether it did, bool [B]."""
     request, engines = state.request, params.engines
     chosen = jnp.arange(env.num_experts)[:, None] == action
-    can_finish = feasible(engines, request.prompt_tokens, request.output_tokens)
+    # simulation.md section 1, rule 8: what could never finish is rejected here, by its true length.
+    can_finish = rules(engines).can_serve(engines, request.prompt_tokens, request.output_tokens)
     free = state.engines.num_requests < env.slots
     joins = chosen & can_finish & free
 

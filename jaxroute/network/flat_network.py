@@ -7,8 +7,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxroute.environment.observation import GraphObservation
-from jaxroute.network.router_network import Dense
+from jaxroute.environment.observation import GraphObservation, flatten
+from jaxroute.network.router_network import NEAR_ZERO, ActorCritic, Dense
 
 
 class FlatEmbedding(flax.struct.PyTreeNode):
@@ -18,7 +18,7 @@ class FlatEmbedding(flax.struct.PyTreeNode):
     action_mask: jax.Array  # bool [..., N + 1], as observed; B is the product of its other axes
 
 
-class FlatNetwork(nn.Module):
+class FlatNetwork(ActorCritic):
     """Policy logits and twin Q values of every action, from all features side by side: for one number of experts.
 
     The same interface as `RouterNetwork`; nothing is shared between actor and critics.
@@ -30,25 +30,11 @@ class FlatNetwork(nn.Module):
         self.actor = FlatValues(self.mlp, copies=1)
         self.critic = FlatValues(self.mlp, copies=2)
 
-    def __call__(self, obs: GraphObservation) -> tuple[jax.Array, jax.Array]:
-        """The policy's logits float32 [..., N + 1] and the critics' values float32 [..., 2, N + 1]."""
-        embedding = self.encode(obs)
-        return self.policy(embedding), self.critics(embedding)
-
     def encode(self, obs: GraphObservation) -> FlatEmbedding:
-        batch = obs.action_mask.shape[:-1]
-        features = jnp.concatenate(
-            [leaf.astype(jnp.float32).reshape(*batch, -1) for leaf in jax.tree.leaves(obs)], axis=-1
-        )
+        features = flatten(obs)
         return FlatEmbedding(features.reshape(-1, features.shape[-1]).T[:, None], obs.action_mask)
 
-    def policy(self, embedding: FlatEmbedding) -> jax.Array:
-        """Logits float32 [..., N + 1]; finfo.min where an action is not allowed: its probability is exactly 0."""
-        logits = self.actor(embedding).squeeze(-2)
-        return jnp.where(embedding.action_mask, logits, jnp.finfo(logits.dtype).min)
-
     def critics(self, embedding: FlatEmbedding) -> jax.Array:
-        """Q values float32 [..., 2, N + 1] of the two critics, of actions that are not allowed too."""
         return self.critic(embedding)
 
 
@@ -67,6 +53,5 @@ class FlatValues(nn.Module):
         x = [embedding.features] * self.copies
         for width in self.mlp:
             x = [nn.relu(one) for one in Dense(width, self.copies)(x)]
-        small = nn.initializers.variance_scaling(1e-4, "fan_in", "truncated_normal", batch_axis=0)
-        values = jnp.concatenate(Dense(actions, self.copies, kernel_init=small)(x), axis=1)  # [A, copies, B]
+        values = jnp.concatenate(Dense(actions, self.copies, kernel_init=NEAR_ZERO)(x), axis=1)  # [A, copies, B]
         return values.T.reshape(*batch, self.copies, actions)

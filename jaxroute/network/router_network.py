@@ -3,6 +3,8 @@ experts."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -10,6 +12,9 @@ import jax.numpy as jnp
 
 from jaxroute.environment.observation import GraphObservation
 from jaxroute.network.han import HAN, project
+
+NEAR_ZERO = nn.initializers.variance_scaling(1e-4, "fan_in", "truncated_normal", batch_axis=0)
+"""Of the last layer of a head: it starts with values near 0 and a policy near uniform."""
 
 
 class Embedding(flax.struct.PyTreeNode):
@@ -30,7 +35,30 @@ class Embedding(flax.struct.PyTreeNode):
         return jnp.moveaxis(values, -1, 0).reshape(*self.action_mask.shape[:-1], *values.shape[:-1])
 
 
-class RouterNetwork(nn.Module):
+class ActorCritic(nn.Module):
+    """What the learner calls: `encode` of a subclass gives an embedding with `action_mask`, and its submodule `actor`
+    maps that to logits [..., 1, N + 1]."""
+
+    def __call__(self, obs: GraphObservation) -> tuple[jax.Array, jax.Array]:
+        """The policy's logits float32 [..., N + 1] and the critics' values float32 [..., 2, N + 1]."""
+        embedding = self.encode(obs)
+        return self.policy(embedding), self.critics(embedding)
+
+    def encode(self, obs: GraphObservation) -> Any:
+        """The embedding that the heads read."""
+        raise NotImplementedError
+
+    def policy(self, embedding: Any) -> jax.Array:
+        """Logits float32 [..., N + 1]; finfo.min where an action is not allowed: its probability is exactly 0."""
+        logits = self.actor(embedding).squeeze(-2)
+        return jnp.where(embedding.action_mask, logits, jnp.finfo(logits.dtype).min)
+
+    def critics(self, embedding: Any) -> jax.Array:
+        """Q values float32 [..., 2, N + 1] of the two critics, of actions that are not allowed too."""
+        raise NotImplementedError
+
+
+class RouterNetwork(ActorCritic):
     """Policy logits and twin Q values of every action: N experts, then drop.
 
     Every head gives each expert a value from the same weights, so one set of parameters routes over any N, and
@@ -49,25 +77,15 @@ class RouterNetwork(nn.Module):
         self.critic = ActionValues(self.mlp, copies=2)
         self.state_critic = MLP(self.mlp, copies=2)
 
-    def __call__(self, obs: GraphObservation) -> tuple[jax.Array, jax.Array]:
-        """The policy's logits float32 [..., N + 1] and the critics' values float32 [..., 2, N + 1]."""
-        embedding = self.encode(obs)
-        return self.policy(embedding), self.critics(embedding)
-
     def encode(self, obs: GraphObservation) -> Embedding:
         raw, *_, last = self.encoder.states(obs)
         return Embedding(last.arrived, last.expert, raw.expert, obs.action_mask)
 
-    def policy(self, embedding: Embedding) -> jax.Array:
-        """Logits float32 [..., N + 1]; finfo.min where an action is not allowed: its probability is exactly 0."""
-        logits = self.actor(embedding).squeeze(-2)
-        return jnp.where(embedding.action_mask, logits, jnp.finfo(logits.dtype).min)
-
     def critics(self, embedding: Embedding) -> jax.Array:
-        """Q values float32 [..., 2, N + 1] of the two critics, of actions that are not allowed too.
+        """As `ActorCritic.critics`: a value of the state, and what each action has over the mean action.
 
-        A value of the state, and what each action has over the mean action (dueling, Wang et al. 2016, arXiv
-        1511.06581): most of a value is the QoS of requests that are open whatever is done now.
+        Dueling (Wang et al. 2016, arXiv 1511.06581): most of a value is the QoS of requests that are open whatever is
+        done now.
         """
         advantage = self.critic(embedding)
         value = embedding.by_action(self.state_critic(embedding.pooled, embedding.arrived[:, None]))
@@ -109,8 +127,7 @@ class MLP(nn.Module):
         x = [nn.relu(a + b) for a, b in zip(of_own, of_shared, strict=True)]
         for width in others:
             x = [nn.relu(one) for one in Dense(width, self.copies)(x)]
-        small = nn.initializers.variance_scaling(1e-4, "fan_in", "truncated_normal", batch_axis=0)
-        return jnp.concatenate(Dense(1, self.copies, kernel_init=small)(x))
+        return jnp.concatenate(Dense(1, self.copies, kernel_init=NEAR_ZERO)(x))
 
 
 class Dense(nn.Module):

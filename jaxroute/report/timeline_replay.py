@@ -16,7 +16,6 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.metrics import summarize
 from jaxroute.environment.routers.choice import Router
 from jaxroute.environment.state import EnvParams
-from jaxroute.environment.transition import feasible
 from jaxroute.simulator.advance import Progress, may_run, run_decodes, run_iteration
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import (
@@ -157,7 +156,7 @@ def _route(
     """As the environment routes."""
     engines, request = params.engines, decision.request
     joins = (jnp.arange(env.num_experts) == decision.action) & (state.num_requests < env.slots)
-    joins &= feasible(engines, request.prompt_tokens, request.output_tokens)
+    joins &= rules(engines).can_serve(engines, request.prompt_tokens, request.output_tokens)
     target = target_tokens(request.prompt_tokens, request.output_tokens, rules(engines).longest(engines))
     here = joins & (slot_positions(carried.index) == state.num_requests)
     carried = _Carried(

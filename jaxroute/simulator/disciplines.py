@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxroute.simulator import scheduler, scheduler_orca, scheduler_v0
-from jaxroute.simulator.engine import EngineParams, EngineState, blocks_for
+from jaxroute.simulator.engine import EngineParams, EngineState, blocks_for, total
 from jaxroute.simulator.scheduler import Decision
 
 
@@ -77,6 +78,12 @@ DISCIPLINES = {
         grows=False,
     ),
 }
+
+
+def used_blocks(params: EngineParams, state: EngineState) -> jax.Array:
+    """int32 [...]: KV blocks that the running requests hold."""
+    blocks = rules(params).held_blocks(params, state.computed)
+    return total(jnp.where(state.position < state.num_running, blocks, 0))
 
 
 def rules(params: EngineParams) -> Discipline:

@@ -51,9 +51,7 @@ class EngineParams(struct.PyTreeNode):
     """
 
     latency: LatencyModel
-    usable_blocks: (
-        jax.Array
-    )  # int32, KV blocks that requests can hold: `num_gpu_blocks`, less a null block but for vllm_v0
+    usable_blocks: jax.Array  # int32, KV blocks requests can hold: `num_gpu_blocks`, less V1's and orca's null block
     block_size: jax.Array  # int32, tokens a KV block
     max_num_seqs: jax.Array  # int32, most running requests
     max_num_batched_tokens: jax.Array  # int32, token budget of an iteration

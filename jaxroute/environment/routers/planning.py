@@ -13,7 +13,8 @@ from jaxroute.environment.impact import joining_gain, predicted_engine
 from jaxroute.environment.observation import action_mask
 from jaxroute.environment.routers.choice import Router
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.environment.transition import FEW_SLOTS, feasible
+from jaxroute.environment.transition import FEW_SLOTS
+from jaxroute.simulator.disciplines import rules
 
 
 def lookahead(env: RoutingEnvironment) -> Router:
@@ -63,4 +64,4 @@ def _gains(params: EnvParams, state: EnvState, clairvoyant: bool) -> jax.Array:
     gain = joining_gain(
         params.engines, params.latency_limit, engines, -slots.arrival, score, request.prompt_tokens, length, own_score
     )
-    return jnp.where(feasible(params.engines, request.prompt_tokens, length), gain, 0)
+    return jnp.where(rules(params.engines).can_serve(params.engines, request.prompt_tokens, length), gain, 0)

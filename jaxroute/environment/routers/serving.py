@@ -11,7 +11,7 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.impact import expected_length
 from jaxroute.environment.routers.choice import Router, candidates, smallest, smallest_at_random
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.simulator.disciplines import rules
+from jaxroute.simulator.disciplines import used_blocks
 
 
 def random(env: RoutingEnvironment) -> Router:
@@ -109,9 +109,7 @@ def llm_d(
         waiting = engines.num_requests - engines.num_running
         most, least = jnp.where(among, waiting, -1).max(), jnp.where(among, waiting, env.slots).min()
         queue = jnp.where(most > least, (most - waiting) / jnp.maximum(most - least, 1), 1.0)
-        blocks = rules(params.engines).held_blocks(params.engines, engines.computed)
-        used = jnp.where(engines.position < engines.num_running, blocks, 0).sum(axis=0)
-        kv = 1 - used / params.engines.usable_blocks
+        kv = 1 - used_blocks(params.engines, engines) / params.engines.usable_blocks
         load = 0.5 * (1 - jnp.minimum(waiting, 128) / 128)
         return smallest_at_random(-(queue_weight * queue + kv_weight * kv + load_weight * load), among, key)
 
