@@ -5,19 +5,26 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs_ready
 
 # Workers of the test suite: compilation is most of it, and takes a core each.
 JOBS ?= 2
 CASES ?= 2000
+SETS ?= gymnax-0 gymnax gymnasium sb3 rejax ray optuna
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint fuzz bench bench-device clean
+.PHONY: help install train test coverage lint package docs loggers fuzz bench bench-device compat clean
 
 help:
 	@echo "make train            train and evaluate a router (ARGS=\"--seed 1\": options of python -m jaxroute.train)"
 	@echo "make test             run the test suite (ARGS=\"-m 'not slow'\" for the fast tests)"
+	@echo "make coverage         the same, and the share of lines that ran, by file in coverage.md"
 	@echo "make lint             check style (ruff) and types (pyright)"
+	@echo "make package          build wheel and source archive in dist/, try them outside of the checkout"
+	@echo "make docs             build the docs site in build/docs; a warning is an error"
+	@echo "make loggers          test the loggers with Weights & Biases and MLflow, offline, in .venv-loggers"
+	@echo "make compat           test what needs extras, each in its own virtual environment (SETS=\"gymnax sb3\" for some)"
 	@echo "make fuzz CASES=n     compare n random engines with the reference simulator"
 	@echo "make bench            run the benchmarks, half an hour (ARGS=--quick: two minutes)"
 	@echo "make bench-device     checks and rates on this machine's GPU (benchmarks/README.md)"
@@ -42,10 +49,35 @@ train: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
+coverage: $(READY)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --cov --cov-report=markdown:coverage.md $(ARGS)
+	@echo "lines that ran: $$($(BIN)/python -m coverage report --format=total) %; by file in coverage.md"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+package: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m tests.package dist
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	@touch $@
+
+# Anew each time: a page that is left over would hide a broken link.
+docs: $(DOCS_READY)
+	rm -rf build/docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --conf-dir docs . build/docs
+
+# An environment of its own, since MLflow caps the versions of much that it depends on.
+loggers:
+	$(MAKE) install VENV=.venv-loggers
+	.venv-loggers/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[wandb,mlflow]"
+	.venv-loggers/bin/python -m pytest -q tests/test_report_metrics_log.py $(ARGS)
 
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz $(CASES)
@@ -56,6 +88,10 @@ bench: $(READY)
 bench-device: $(READY)
 	$(BIN)/python -m benchmarks.device $(ARGS)
 
+# TORCH may name a smaller build (see the script).
+compat:
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" tests/compat.sh $(SETS)
+
 clean:
-	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis build dist .coverage coverage.md
 	find . -name __pycache__ -prune -exec rm -rf {} +

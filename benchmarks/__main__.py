@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     tables = [decisions_table(entry, entries[entry]) for entry in ROLLOUTS]
     tables += [training_table(entries["training"]), engine_table(entries["engine"])]
-    record = {"machine": machine(argv, "__main__"), "entries": entries}
+    record: dict[str, Any] = {"machine": machine(argv, "__main__"), "entries": entries}
     pictures(out / "pictures", record["machine"]["device"], entries)
     report(tables, record, out / "results.json")
     return 0

@@ -64,7 +64,7 @@ def schedules(arguments: Any) -> Iterator[Row]:
             yield _check("schedules", f"{len(wanted)} by {way}, {precision}", equal, len(wanted))
 
 
-def _same(got: Row, wanted: Row, exact: bool) -> bool:
+def _same(got: Any, wanted: Any, exact: bool) -> bool:
     """Whether a replay equals the recorded schedule in everything that both tell."""
     if isinstance(got, dict):
         return isinstance(wanted, dict) and all(_same(got[key], wanted[key], exact) for key in got if key in wanted)
@@ -132,6 +132,7 @@ def paper(arguments: Any) -> Iterator[Row]:
     trainer = make_trainer(env, network, sac)
     start = time.perf_counter()
     state = trainer.init(jax.random.key(0), params, hyper)
+    metrics: dict[str, jax.Array] = {}
     for _ in range(-(-FRAMES // (sac.num_envs * sac.steps_per_chunk))):
         state, metrics = jax.block_until_ready(trainer.train_chunk(state, params, hyper))
     minutes = (time.perf_counter() - start) / 60

@@ -3,6 +3,9 @@
 Numbers in comments are the rules of simulation.md section 1.
 """
 
+# pyright: basic
+# numba infers the types of the arguments.
+
 from __future__ import annotations
 
 import math

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import date
 from pathlib import Path
@@ -163,7 +163,7 @@ def measure(
 
 
 @contextmanager
-def _persistent_cache() -> Iterator[None]:
+def _persistent_cache() -> Generator[None]:
     """An empty persistent compilation cache, and afterwards none."""
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)

@@ -1,6 +1,7 @@
 """jaxroute: an exact LLM serving cluster in JAX, the routing environment on it, and the router trained on that."""
 
-import jaxroute.environment.scenarios  # noqa: F401  registers the package's own environments
+# Imported for what it does: it registers the package's own environments.
+import jaxroute.environment.scenarios  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from jaxroute.environment.environment import DYNAMICS_VERSION
 from jaxroute.environment.registry import environments, make, register
 from jaxroute.environment.routers import make_router

@@ -10,6 +10,7 @@ import jaxroute
 
 COMMANDS = {
     "train": "train a router and evaluate it",
+    "sweep": "many trainings at once, over settings and seeds",
     "evaluate": "a trained router and others on the same episodes",
     "predict": "train and apply predictors of output lengths and scores",
     "timeline": "one episode as a picture, a trace and a page",
@@ -38,7 +39,7 @@ def listing() -> str:
             "Commands: python -m jaxroute.NAME --help",
             *commands,
             "",
-            'Environments: jaxroute.make("NAME")',
+            'Environments: jaxroute.make("NAME"), or python -m jaxroute.train environment.id=NAME',
             *environments,
         ]
     )

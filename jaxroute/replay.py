@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxroute.errors import UserError, command, known
 from jaxroute.report.files import write_text
+from jaxroute.simulator.catalogue import load_profile
 from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.engine_config import DEFAULTS, engine_from_config
 from jaxroute.simulator.recorded import Outcome, Recording, replay_by_jumps
@@ -175,11 +176,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "spec", type=Path, help="JSON with config and requests, or CSV arrival_time,prompt_len,output_len"
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--profile", help="engine in place of SPEC's: a calibrated profile's name or YAML, or roofline:GPU:MODEL"
+    )
     parser.add_argument("--x64", action="store_true", help="compute in float64 (exact for dyadic constants)")
     arguments = parser.parse_args(argv)
     if arguments.x64:
         jax.config.update("jax_enable_x64", True)
     spec = load_spec(arguments.spec)
+    if arguments.profile:
+        spec |= {"config": load_profile(arguments.profile)["engine"], "engine": "V1"}
     out: Path = arguments.out
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out}: cannot be written; name a file in a folder that exists and is writable")

@@ -213,9 +213,10 @@ def _other_truth(request: Request, shift: jax.Array | int) -> Request:
 
 def _probed(params: Any) -> tuple[Any, Any]:
     """Parameters with a probe at rest, and with one that changes truths; None where there is no workload of ours."""
-    if not (isinstance(params, EnvParams) and isinstance(params.workload, Workload)):
+    workload: Any = params.workload if isinstance(params, EnvParams) else None
+    if not isinstance(workload, Workload):
         return params, None
-    first, second = (_Probe(params.workload, jnp.int32(shift)) for shift in (0, 1))
+    first, second = (_Probe(workload, jnp.int32(shift)) for shift in (0, 1))
     return params.replace(workload=first), params.replace(workload=second)  # type: ignore[arg-type]
 
 
@@ -241,7 +242,7 @@ def _reset(env: Any, keys: jax.Array, params: Any) -> tuple[Any, Any]:
 
 
 @partial(jax.jit, static_argnums=(0, 1), compiler_options=_CHEAP)
-def _decide(env: Any, steps: int, keys: jax.Array, before: Any, params: Any, first: jax.Array, last: jax.Array):
+def _decide(env: Any, steps: int, keys: jax.Array, before: Any, params: Any, first: jax.Array, last: jax.Array) -> Any:
     """Random decisions first..last - 1 after `before`, the observations and states [B, ...]: those after them, the last
     rewards, and what was seen of the first `steps` decisions, bool [steps, B]. One program for one decision and many.
     """

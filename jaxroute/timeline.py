@@ -13,7 +13,6 @@ from jaxroute.compilation_cache import keep_compiled_programs
 from jaxroute.config.build import Experiment, build, build_network
 from jaxroute.config.loader import load_config, load_saved_config
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.environment.registry import SCENARIOS
 from jaxroute.environment.routers import ROUTERS, make_router
 from jaxroute.environment.routers.choice import Router
 from jaxroute.environment.state import EnvParams
@@ -77,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             routers["Trained" if len(runs) == 1 else f"Trained, {name}"] = networks[name]
         else:
             routers[ROUTER_LABELS[name]] = make_router(name, env, **tune(name, env, params))
-    experts = config.environment.experts or SCENARIOS[config.environment.id]
-    seed = config.evaluation.seed
-    for episode in write_timeline(arguments.out, env, params, routers, experts, seed, config.environment.id):
+    seed, title = config.evaluation.seed, config.environment.id
+    for episode in write_timeline(arguments.out, env, params, routers, experiment.experts, seed, title):
         counts = [f"{(episode.requests.fate == fate).sum()} {name}" for fate, name in enumerate(FATES)]
         line = f"{episode.label}: QoS {float(episode.metrics['qos']):.4f}; {', '.join(counts)}"
         console.print(line, highlight=False, markup=False)

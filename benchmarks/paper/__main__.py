@@ -15,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from benchmarks.paper.claims import claims_table
 from benchmarks.paper.jobs import run_evaluation, run_training, start_worker
@@ -81,7 +82,7 @@ def run_all(chosen: dict[str, Question], work: Path, data: Path, jobs: int) -> N
     started, done = time.monotonic(), 0
     prepared: dict[str, str] = {}
 
-    def run(what: str, tasks: list[tuple[str, Callable[..., object], tuple]]) -> list[object]:
+    def run(what: str, tasks: list[tuple[str, Callable[..., object], tuple[Any, ...]]]) -> list[object]:
         """Hands each pool its next task when it is free, so that long ones do not wait behind each other."""
         nonlocal done
         results, waiting, running = {}, list(enumerate(tasks)), {}
@@ -94,7 +95,7 @@ def run_all(chosen: dict[str, Question], work: Path, data: Path, jobs: int) -> N
         for pool in pools:
             start(pool)
         while running:
-            future: Future = next(as_completed(running))
+            future: Future[object] = next(as_completed(running))
             index, name, pool = running.pop(future)
             results[index] = future.result()
             done += 1

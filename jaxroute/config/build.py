@@ -10,18 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxroute.config.schema import Config, NetworkConfig, TrainingConfig, WorkloadConfig
+from jaxroute.config.schema import ArrivalsConfig, Config, NetworkConfig, TrainingConfig, WorkloadConfig
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.environment.registry import SCENARIOS, make_params
+from jaxroute.environment.registry import SCENARIOS, make
+from jaxroute.environment.routers import make_router
 from jaxroute.environment.state import EnvParams
-from jaxroute.errors import UserError, known
+from jaxroute.errors import UserError
 from jaxroute.learner.sac import Hyperparameters
-from jaxroute.learner.trainer import SACConfig
+from jaxroute.learner.trainer import SACConfig, Trainer, make_trainer
 from jaxroute.network.flat_network import FlatNetwork
 from jaxroute.network.router_network import RouterNetwork
-from jaxroute.simulator.profiles import EXPERTS
 from jaxroute.workload import (
-    FrozenRequests,
     PiecewiseArrivals,
     PoissonArrivals,
     TableRequests,
@@ -31,6 +30,8 @@ from jaxroute.workload import (
     load_mixinstruct,
     load_trace,
 )
+from jaxroute.workload.arrivals import Arrivals
+from jaxroute.workload.table import Trace
 
 
 class Experiment(NamedTuple):
@@ -44,38 +45,42 @@ class Experiment(NamedTuple):
     notes: list[str]  # what the user should know of the data, a line each
     training_params: EnvParams  # leaves that differ between the environments of training have one more leading axis
     params_axes: EnvParams  # of training_params: 0 for such a leaf, else None
+    experts: tuple[str, ...]  # names
+
+
+OPTIONS = (
+    "path",
+    "experts",
+    "profile",
+    "kv_cache_tokens",
+    "discipline",
+    "max_model_len",
+    "slots",
+    "queue_nodes",
+    "episode_length",
+    "penalty",
+    "drop",
+)
+"""Keys of the section `environment` that `jaxroute.make` takes, by the same names."""
 
 
 def build(config: Config) -> Experiment:
     """Reads the data that the configuration names. Raises `UserError` for an unknown name or unusable data."""
     environment, training = config.environment, config.training
-    scenario = SCENARIOS[known(environment.id, SCENARIOS, "environment id")]
-    experts = [known(expert, EXPERTS, "expert") for expert in environment.experts or scenario]
-    for key in ("profile", "kv_cache_tokens"):
-        value = getattr(environment, key)
-        if isinstance(value, tuple) and len(value) != len(experts):
-            raise UserError(
-                f"environment.{key}: a list of {len(value)} for {len(experts)} experts; give one value for all, or one "
-                f"for each of {', '.join(experts)}"
-            )
-    workload, notes = _workload(config.workload, experts)
-    env = RoutingEnvironment(
-        num_experts=len(experts),
-        slots=environment.slots,
-        queue_nodes=environment.queue_nodes,
-        episode_length=environment.episode_length,
-        penalty=environment.penalty,
-        drop=environment.drop,
-    )
-    params = make_params(
-        experts,
-        profile=environment.profile,
+    options = {key: value for key in OPTIONS if (value := getattr(environment, key)) is not None}
+    try:
+        env, params = make(environment.id, **options)
+    except UserError as error:
+        raise UserError(f"environment.id={environment.id}: {error}") from None
+    limit = params.latency_limit if environment.latency_limit is None else environment.latency_limit
+    numbered = tuple(f"expert {number}" for number in range(env.num_experts))
+    experts = environment.experts or SCENARIOS.get(environment.id, numbered)
+    workload, notes = _workload(config.workload, params.workload, experts)
+    params = params.replace(
         workload=workload,
-        latency_limit=environment.latency_limit,
-        penalty_weight=environment.penalty_weight,
-        kv_cache_tokens=environment.kv_cache_tokens,
-        discipline=environment.discipline,
-        max_model_len=environment.max_model_len,
+        latency_limit=jnp.asarray(limit, float),
+        penalty_weight=jnp.asarray(environment.penalty_weight, float),
+        credit_discount=jnp.asarray(config.agent.gamma, float),
     )
     sac = SACConfig(
         num_envs=training.num_envs,
@@ -89,11 +94,17 @@ def build(config: Config) -> Experiment:
     if agent["warmup_frames"] > longest:
         notes.append(f"agent.warmup_frames cut to {longest}, half of training.frames")
         agent["warmup_frames"] = longest
-    params = params.replace(credit_discount=jnp.asarray(config.agent.gamma, float))
     varied, axes = _training_params(params, training)
     network = build_network(config.network)
     agent["decay_updates"] = -(-training.frames // training.num_envs) * training.updates_per_step
-    return Experiment(env, params, network, Hyperparameters(**agent), sac, notes, varied, axes)
+    return Experiment(env, params, network, Hyperparameters(**agent), sac, notes, varied, axes, experts)
+
+
+def build_trainer(config: Config, experiment: Experiment) -> Trainer:
+    """The training program of an experiment."""
+    name = config.training.warm_start
+    warm_start = None if name is None else make_router(name, experiment.env)
+    return make_trainer(experiment.env, experiment.network, experiment.sac, experiment.params_axes, warm_start)
 
 
 def build_network(config: NetworkConfig) -> nn.Module:
@@ -116,7 +127,12 @@ def _training_params(params: EnvParams, training: TrainingConfig) -> tuple[EnvPa
         return jnp.asarray(span[0] * (span[1] / span[0]) ** places, float)
 
     if training.rate_range is not None:
-        key = "rate" if isinstance(params.workload.arrivals, PoissonArrivals) else "rate_scale"
+        key = next((key for key in ("rate", "rate_scale") if hasattr(params.workload.arrivals, key)), None)
+        if key is None:
+            raise UserError(
+                "training.rate_range: bursts and piecewise arrivals have no one rate; set workload.arrivals.kind to "
+                "poisson or trace, or training.rate_range=null"
+            )
 
         def with_rates(tree: EnvParams, value: Any) -> EnvParams:
             arrivals = replace(tree.workload.arrivals, **{key: value})
@@ -130,20 +146,11 @@ def _training_params(params: EnvParams, training: TrainingConfig) -> tuple[EnvPa
     return params, axes
 
 
-def _workload(config: WorkloadConfig, experts: list[str]) -> tuple[Workload, list[str]]:
+def _workload(config: WorkloadConfig, own: Workload, experts: tuple[str, ...]) -> tuple[Workload, list[str]]:
+    """The workload and notes on it; `own` is the scenario's."""
     arrivals, requests, notes = config.arrivals, config.requests, []
     trace = load_trace(arrivals.path) if arrivals.kind == "trace" and arrivals.path else None
-    if trace is not None:
-        try:
-            when = TraceArrivals.create(trace.times, arrivals.rate_scale, arrivals.start)
-        except UserError as error:
-            raise UserError(f"workload.arrivals: {arrivals.path}: {error}") from None
-    elif arrivals.kind == "piecewise":
-        when = PiecewiseArrivals.create(arrivals.durations, arrivals.rates)
-    else:
-        when = PoissonArrivals.create(arrivals.rate)
-
-    scores = [EXPERTS[expert].mean_score for expert in experts]
+    when = _arrivals(arrivals, own.arrivals, trace)
     if requests.kind == "jsonl" and requests.path:
         names = requests.experts or ()
         if len(names) != len(experts):
@@ -163,7 +170,37 @@ def _workload(config: WorkloadConfig, experts: list[str]) -> tuple[Workload, lis
             notes.append(f"{requests.path}: no token counts; they are estimated from the number of words")
         what = TableRequests.create(table)
     elif requests.kind == "trace" and trace is not None:
+        if isinstance(own.requests, TableRequests):
+            raise UserError(
+                "workload.requests.kind: trace needs mean scores of experts; the scenario has recorded ones"
+            )
+        scores = np.asarray(own.requests.score_mean)
         what = TraceRequests.create(trace.prompt_tokens, trace.output_tokens, scores)
     else:
-        what = FrozenRequests.create(scores)
+        what = own.requests
     return Workload.create(when, what, requests.true_lengths), notes
+
+
+def _arrivals(config: ArrivalsConfig, own: Arrivals, trace: Trace | None) -> Arrivals:
+    if trace is not None:
+        try:
+            return TraceArrivals.create(trace.times, config.rate_scale or 1.0, config.start)
+        except UserError as error:
+            raise UserError(f"workload.arrivals: {config.path}: {error}") from None
+    if config.kind == "piecewise":
+        return PiecewiseArrivals.create(config.durations, config.rates)
+    if config.kind == "poisson":
+        rate = config.rate or getattr(own, "rate", None)
+        if rate is None:
+            raise UserError("workload.arrivals.rate: missing; the scenario's own arrivals have no one rate")
+        return PoissonArrivals.create(float(rate))
+    changes = {}
+    for key in ("rate", "rate_scale", "path", "start", "durations", "rates"):
+        value = getattr(config, key)
+        if value not in (None, ()):
+            if key not in ("rate", "rate_scale") or not hasattr(own, key):
+                raise UserError(
+                    f"workload.arrivals.{key}: the scenario's own arrivals have none; set workload.arrivals.kind"
+                )
+            changes[key] = jnp.asarray(value, float)
+    return replace(own, **changes)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from difflib import SequenceMatcher
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -56,7 +57,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     if path is not None:
         tree = _merged(tree, _read(path))
     tree = _overridden(tree, overrides)
-    for part in tree["workload"].values():
+    for part in (tree["environment"], *tree["workload"].values()):
         if part["path"] is not None:
             part["path"] = str(Path(part["path"]).expanduser().absolute())
     config = _build(Config, tree, config_folder() / "default.yaml", "")
@@ -73,6 +74,16 @@ def load_saved_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     config = _build(Config, _overridden(_read(path), overrides), path, "")
     _cross_check(config)
     return config
+
+
+def change_config(config: Config, changes: Mapping[str, Any], source: str) -> Config:
+    """`config` with other values of some keys, {"section.key": value}. A `UserError` begins with `source`."""
+    tree = _check_section(_plain(asdict(config)), Config, source, "")  # lists as tuples again
+    for key, value in changes.items():
+        tree = _merged(tree, _check_section(_nested(key, value), Config, source, ""))
+    changed = _build(Config, tree, Path(source), "")
+    _cross_check(changed)
+    return changed
 
 
 def config_text(config: Config) -> str:
@@ -102,9 +113,21 @@ def dotted_keys(section: Any = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def _read(path: Path) -> Tree:
+def continuous_keys(section: Any = Config, prefix: str = "") -> set[str]:
+    """The keys that take any number in a range. All of them are traced; whole numbers are mostly static."""
+    keys = set()
+    for name, kind in get_type_hints(section, include_extras=True).items():
+        if is_dataclass(kind):
+            keys |= continuous_keys(kind, f"{prefix}{name}.")
+        elif float in (kind, *get_args(kind)) or any(float in get_args(part) for part in get_args(kind)):
+            keys.add(prefix + name)
+    return keys
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises `UserError` for one that cannot be read, with the line."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 (a subclass of SafeLoader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 (a subclass of SafeLoader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     except UnicodeDecodeError:
@@ -114,7 +137,15 @@ def _read(path: Path) -> Tree:
         raise UserError(f"{path}: line {line}: not YAML ({error.problem})") from None
     except yaml.YAMLError:
         raise UserError(f"{path}: not YAML") from None
-    return _check_section(tree, Config, str(path), "")
+
+
+def dotted_values(config: Config) -> dict[str, Any]:
+    """Every value of the configuration by its `section.key`."""
+    return {key: attrgetter(key)(config) for key in dotted_keys()}
+
+
+def _read(path: Path) -> Tree:
+    return _check_section(read_yaml(path), Config, str(path), "")
 
 
 def _overridden(tree: Tree, overrides: Sequence[str]) -> Tree:
@@ -131,6 +162,10 @@ def _override_tree(override: str) -> Tree:
         value = yaml.load(text, Loader)  # noqa: S506 (a subclass of SafeLoader)
     except yaml.YAMLError:
         raise UserError(f"command line: {key}: {text!r} is not a YAML value") from None
+    return _nested(key, value)
+
+
+def _nested(key: str, value: Any) -> Tree:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
@@ -231,10 +266,6 @@ def _cross_check(config: Config) -> None:
     if requests.kind == "trace" and arrivals.kind != "trace":
         raise UserError(
             "workload.requests.kind: trace takes the lengths of the arrivals' trace; set workload.arrivals.kind=trace"
-        )
-    if training.rate_range is not None and arrivals.kind == "piecewise":
-        raise UserError(
-            "training.rate_range: arrivals of kind piecewise have no one rate; name poisson or trace, or null"
         )
     for name in config.evaluation.routers:
         known(name, ["trained", *ROUTERS], "router in evaluation.routers")

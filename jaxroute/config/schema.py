@@ -31,21 +31,27 @@ Span = Annotated[
 Names = Annotated[tuple[str, ...], Range("a list of one or more names", bool)]
 Widths = Annotated[tuple[Count, ...], Range("a list of one or more whole numbers of 1 or more", bool)]
 
+Loggers = Annotated[
+    tuple[Literal["tensorboard", "wandb", "mlflow"], ...],
+    Range("a list of tensorboard, wandb and mlflow, each at most once", lambda value: len(set(value)) == len(value)),
+]
+
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
     """The cluster, its latency limit and the reward (simulation.md sections 2, 4 and 5)."""
 
-    id: str  # registered scenario: its experts
-    experts: Names | None  # experts in place of the scenario's
-    profile: str | Names  # hardware profile of every expert, or one for each
+    id: str  # registered environment, the scenario; where a key is None, its own value holds
+    path: str | None  # the file that azure and cluster need
+    experts: Names | None
+    profile: str | Names | None  # hardware profile of every expert, or one for each
     kv_cache_tokens: KVTokens | tuple[KVTokens, ...] | None  # KV cache, the same; None: the profile's own
-    discipline: Literal["vllm_v1", "vllm_v0", "orca"]  # how every engine schedules (simulation.md section 1)
+    discipline: Literal["vllm_v1", "vllm_v0", "orca"] | None  # how every engine schedules (simulation.md section 1)
     max_model_len: KVTokens | None  # most tokens of a request, prompt and output; None: the profile's own
-    slots: Count  # requests (running and waiting) that one engine can hold
+    slots: Count | None  # requests (running and waiting) that one engine can hold
     queue_nodes: Count  # running and waiting requests observed per expert, each
     episode_length: Count  # requests per episode
-    latency_limit: Positive | None  # L, seconds per output token; None: the profile's own
+    latency_limit: Positive | None  # L, seconds per output token
     penalty: Literal["predicted", "paper", "exact", "off"]  # form of the action impact estimator
     penalty_weight: NonNegative  # w
     drop: bool  # whether a router may drop a request
@@ -55,10 +61,10 @@ class EnvironmentConfig:
 class ArrivalsConfig:
     """When requests arrive."""
 
-    kind: Literal["poisson", "trace", "piecewise"]
-    rate: Positive  # poisson: requests per second
+    kind: Literal["poisson", "trace", "piecewise"] | None  # None: the scenario's own arrivals
+    rate: Positive | None  # poisson: requests per second; None: the scenario's own
     path: str | None  # trace: CSV (Azure 2023) or JSONL (Mooncake)
-    rate_scale: Positive  # trace: 2 halves every gap
+    rate_scale: Positive | None  # trace: 2 halves every gap; None: 1, or the scenario's own
     start: NonNegative | None  # trace: seconds of it to skip; None: a random row each episode
     durations: tuple[Positive, ...]  # piecewise: seconds of each piece
     rates: tuple[NonNegative, ...]  # piecewise: requests per second of each piece
@@ -125,6 +131,9 @@ class TrainingConfig:
     rate_range: Span | None  # poisson: rate, trace: rate_scale, spread over the environments; None: as evaluated
     latency_limit_range: Span | None  # L, spread over the environments; None: as evaluated
     warm_start: str | None  # router that makes every other decision of the warm-up; None: all are random
+    checkpoint_seconds: NonNegative  # from one save of the whole state to the next; 0: after every chunk
+    checkpoints_kept: Count
+    loggers: Loggers  # where metrics go beside metrics.jsonl
     seed: Seed
 
 

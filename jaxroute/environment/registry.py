@@ -28,7 +28,7 @@ SCENARIOS = {
     "paper-3": tuple(EXPERTS)[:3],
     "paper-6": tuple(EXPERTS)[:6],
 }
-"""Experts by the name of a scenario of the paper."""
+"""Names of the experts by registered environment: those of the paper here, `scenarios` adds its own."""
 
 
 def make_params(
@@ -65,7 +65,8 @@ def make_params(
 
 def frozen_workload(experts: Sequence[str], arrivals: Arrivals) -> Workload:
     """Requests of the frozen generator for these experts, at these times."""
-    return Workload.create(arrivals, FrozenRequests.create([EXPERTS[expert].mean_score for expert in experts]))
+    scores = [EXPERTS[known(expert, EXPERTS, "expert")].mean_score for expert in experts]
+    return Workload.create(arrivals, FrozenRequests.create(scores))
 
 
 def params_of(
@@ -123,8 +124,9 @@ def environments() -> dict[str, str]:
 def make(environment_id: str, **options: Any) -> tuple[Any, Any]:
     """The registered environment of this name (see `environments`), and its default parameters.
 
-    `options` set fields of `RoutingEnvironment` (slots, episode_length, obs, penalty, metrics, queue_nodes, drop); some
-    environments have further ones, such as the `path` of a file.
+    `options` set fields of `RoutingEnvironment` (slots, episode_length, obs, penalty, metrics, queue_nodes, drop). All
+    but `cluster` also take `make_params`'s experts, profile, kv_cache_tokens, discipline and max_model_len; `azure` and
+    `cluster` need the `path` of a file.
     Raises `UserError` for an unknown name or option, with the nearest.
     """
     return _ENVIRONMENTS[known(environment_id, _ENVIRONMENTS, "environment id")].factory(**options)

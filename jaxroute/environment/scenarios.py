@@ -23,6 +23,7 @@ from jaxroute.environment.registry import (
 from jaxroute.environment.schedule import FAILED, Schedule
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError, known
+from jaxroute.simulator.catalogue import load_profile
 from jaxroute.simulator.engine_config import engine_from_config
 from jaxroute.workload.arrivals import Arrivals, MarkovArrivals, PoissonArrivals, TraceArrivals
 from jaxroute.workload.requests import FrozenRequests
@@ -32,36 +33,56 @@ from jaxroute.workload.workload import Workload
 THREE, SIX = SCENARIOS["paper-3"], SCENARIOS["paper-6"]
 
 
+OF_EXPERTS = ("experts", "profile", "kv_cache_tokens", "discipline", "max_model_len")
+"""Options that are arguments of `make_params`; all others are fields of the environment."""
+
+
+def _of_experts(
+    arrivals: Arrivals,
+    options: dict[str, Any],
+    experts: Sequence[str] = THREE,
+    profile: str | Sequence[str] = "paper",
+    latency_limit: float = 0.030,
+    middle: dict[str, float] | None = None,
+    **defaults: Any,
+) -> tuple[RoutingEnvironment, EnvParams]:
+    """Experts of the tables with requests of the frozen generator, `options` in place of what is given here.
+
+    `middle` are factors of the first expert in the middle third of an episode, as `Schedule` names them.
+    """
+    chosen: dict[str, Any] = {"experts": experts, "profile": profile}
+    chosen.update((key, options[key]) for key in OF_EXPERTS if key in options)
+    experts = chosen["experts"]
+    others = {key: value for key, value in options.items() if key not in OF_EXPERTS}
+    env = environment_of(len(experts), others, **defaults)
+    params = make_params(**chosen, workload=frozen_workload(experts, arrivals), latency_limit=latency_limit)
+    return env, params if middle is None else params.replace(schedule=_middle(env, middle))
+
+
 def _scenario(
     name: str,
     description: str,
-    experts: Sequence[str] = THREE,
     arrivals: Callable[[], Arrivals] = lambda: PoissonArrivals.create(3.0),
-    profile: str | Sequence[str] = "paper",
-    latency_limit: float | None = None,
-    schedule: Callable[[int], Schedule] | None = None,
-    **defaults: Any,
+    experts: Sequence[str] = THREE,
+    **own: Any,
 ) -> None:
-    """Registers these experts; `schedule` is made for the number of decisions in an episode, `defaults` are options."""
-
-    def factory(**options: Any) -> tuple[RoutingEnvironment, EnvParams]:
-        env = environment_of(len(experts), options, **defaults)
-        params = make_params(experts, profile, frozen_workload(experts, arrivals()), latency_limit)
-        return env, params if schedule is None else params.replace(schedule=schedule(env.episode_length))
-
-    register(name, factory, description)
+    SCENARIOS[name] = tuple(experts)
+    register(name, lambda **options: _of_experts(arrivals(), options, experts, **own), description)
 
 
-def _middle(decisions: int, **tables: Sequence[float]) -> Schedule:
-    """Factors that hold in the middle third of an episode."""
-    starts = [0, max(decisions // 3, 1), max(2 * decisions // 3, 2)]
-    ones = np.ones(len(next(iter(tables.values()))))
-    return Schedule.create(starts, **{name: np.stack([ones, row, ones]) for name, row in tables.items()})
+def _middle(env: RoutingEnvironment, factors: dict[str, float]) -> Schedule:
+    starts = [0, max(env.episode_length // 3, 1), max(2 * env.episode_length // 3, 2)]
+    tables = {name: np.ones((3, env.num_experts)) for name in factors}
+    for name, factor in factors.items():
+        tables[name][1, 0] = factor
+    return Schedule.create(starts, **tables)
 
 
 def _needs(path: str | Path | None, name: str, what: str) -> Path:
     if path is None:
-        raise UserError(f'environment {name} needs a file: make("{name}", path="...") with {what}')
+        raise UserError(
+            f'environment {name} needs a file: make("{name}", path="...") or environment.path=... with {what}'
+        )
     return Path(path)
 
 
@@ -74,11 +95,11 @@ def _azure(
         arrivals = TraceArrivals.create(trace.times, rate_scale, start=None)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return environment_of(len(THREE), options), make_params(THREE, workload=frozen_workload(THREE, arrivals))
+    return _of_experts(arrivals, options)
 
 
 CLUSTER_KEYS = ("experts", "rate", "latency_limit", "token_scale")
-EXPERT_KEYS = ("name", "mean_score", "latency", "kv_blocks")
+EXPERT_KEYS = ("name", "mean_score", "latency", "kv_blocks", "profile")
 ENGINE_KEYS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size")
 
 
@@ -93,9 +114,17 @@ def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnv
     for index, entry in enumerate(listed):
         where = f"experts[{index}]"
         expert = _mapping(path, entry, where, (*EXPERT_KEYS, *ENGINE_KEYS))
-        for key in ("mean_score", "latency", "kv_blocks"):
+        for key in ("mean_score",) if "profile" in expert else ("mean_score", "latency", "kv_blocks"):
             if key not in expert:
                 raise UserError(f"{path}: {where}: {key} is missing")
+        scores.append(_positive(path, f"{where}: mean_score", expert["mean_score"]))
+        if "profile" in expert:
+            own = {key: expert[key] for key in (*ENGINE_KEYS, "latency", "kv_blocks") if key in expert}
+            if own:
+                raise UserError(f"{path}: {where}: {next(iter(own))} is the profile's; leave one of them out")
+            config = load_profile(str(expert["profile"]))["engine"]
+            engines.append(engine_from_config(config, f"{path}: {where}"))
+            continue
         blocks = expert["kv_blocks"]
         if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
             raise UserError(f"{path}: {where}: kv_blocks must be a whole number of at least 1, not {blocks!r}")
@@ -106,7 +135,6 @@ def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnv
             **{key: expert[key] for key in ENGINE_KEYS if key in expert},
         }
         engines.append(engine_from_config(config, f"{path}: {where}"))
-        scores.append(_positive(path, f"{where}: mean_score", expert["mean_score"]))
     rate, limit, scale = (
         _positive(path, key, tree.get(key, default))
         for key, default in (("rate", 3.0), ("latency_limit", 0.03), ("token_scale", 256.0))
@@ -157,7 +185,9 @@ def _positive(path: Path, key: str, value: Any) -> float:
 
 
 _scenario("paper-3", "the paper's three experts at 3 requests/s: quality against queues; start here")
-_scenario("paper-6", "the paper's six experts at 3 requests/s: more to choose among, half the load on each", SIX)
+_scenario(
+    "paper-6", "the paper's six experts at 3 requests/s: more to choose among, half the load on each", experts=SIX
+)
 _scenario(
     "overload-3",
     "twice the requests that three experts can serve in time: who drops early serves more",
@@ -171,17 +201,17 @@ _scenario(
 _scenario(
     "slowdown-3",
     "the best expert takes three times as long in the middle third of an episode: present speed is in its features",
-    schedule=lambda decisions: _middle(decisions, slowness=(3.0, 1.0, 1.0)),
+    middle={"slowness": 3.0},
 )
 _scenario(
     "failure-3",
     "the best expert hangs in the middle third of an episode, and what is sent there is lost until it recovers",
-    schedule=lambda decisions: _middle(decisions, slowness=(FAILED, 1.0, 1.0)),
+    middle={"slowness": FAILED},
 )
 _scenario(
     "quality-3",
     "the best expert's answers lose 40 % in the middle third while predictions stay: only rewards tell",
-    schedule=lambda decisions: _middle(decisions, quality=(0.6, 1.0, 1.0)),
+    middle={"quality": 0.6},
 )
 _scenario(
     "rtx4090-3",
@@ -204,8 +234,8 @@ _scenario(
     "the best model on the slowest GPU (RTX 3090, A40, A100) at 24 requests/s, 30 ms a token: quality costs speed",
     arrivals=lambda: PoissonArrivals.create(24.0),
     profile=("rtx3090", "a40", "a100"),
-    latency_limit=0.030,
     slots=96,
 )
+SCENARIOS["azure"] = THREE
 register("azure", _azure, 'the arrivals of a recorded trace, path="...csv": hours with their own bursts and lulls')
 register("cluster", _cluster, 'experts of your own from a YAML file, path="experts.yaml"')

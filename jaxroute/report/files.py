@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Generator[Path]:
     """Yields a temporary path beside `path` to write to; it becomes `path` at the end, or vanishes if that fails."""
     temporary = path.with_name(f".{path.name}.partial")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -101,7 +102,7 @@ def write_evaluation(path: Path, results: dict[str, EpisodeValues], seed: int, n
     write_text(path, json.dumps(evaluation, indent=2) + "\n")
 
 
-def _mean(values: np.ndarray) -> float | list | None:
+def _mean(values: np.ndarray) -> float | list[Any] | None:
     """Mean over the episodes that have a value, per expert where there is that axis; None without any."""
     if values.ndim > 1:
         return [_mean(column) for column in values.T]
@@ -113,5 +114,5 @@ def _half_width(interval: Sequence[float]) -> float:
     return interval[1]
 
 
-def _shown(value: float | list | None, factor: float, decimals: int) -> str:
+def _shown(value: float | list[Any] | None, factor: float, decimals: int) -> str:
     return "-" if value is None else f"{np.asarray(value) * factor:.{decimals}f}"

@@ -1,19 +1,23 @@
 """The experts that scenarios name, and the hardware they run on.
 
-A profile gives an engine's latency model and KV cache. `paper` and `rtx4090` state both. The others are GPUs, known by
-the time of a 7B model's linear layers on them: an expert's larger or smaller weights scale that, its KV bytes a token
-over the memory's bandwidth are the time of a context token, and what memory its weights leave is its KV cache.
+A profile gives an engine's latency model and KV cache. `paper` and `rtx4090` state both, and so do calibrated ones,
+which are files (`catalogue`). The others are GPUs, known by the time of a 7B model's linear layers on them: an expert's
+larger or smaller weights scale that, its KV bytes a token over the memory's bandwidth are the time of a context token,
+and what memory its weights leave is its KV cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxroute.errors import UserError, known
+from jaxroute.simulator import catalogue
 from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.engine_config import engine_from_config
@@ -53,6 +57,7 @@ class Profile:
     max_model_len: int
     latency_limit: float  # s a token, a limit that suits the profile
     token_scale: float  # tokens that count as 1 in observations
+    engine: Mapping[str, Any] = field(default_factory=dict)  # further options, by vLLM's names
 
 
 @dataclass(frozen=True)
@@ -101,15 +106,34 @@ PROFILES: dict[str, Profile | Gpu] = {
 """Hardware by name."""
 
 
+def calibrated(name: str) -> Profile:
+    """The profile of a name that `catalogue.load_profile` takes. Its latency limit is one and a half times the base.
+
+    Raises `UserError`.
+    """
+    engine = dict(catalogue.load_profile(name)["engine"])
+    size, blocks = engine.pop("block_size"), engine.pop("num_gpu_blocks") - 1
+    if size != 16:
+        raise UserError(f"profile {name}: block_size is {size}; experts have KV blocks of 16 tokens")
+    latency = tuple(engine.pop("latency"))
+    limit, scale = ceil(1500 * latency[0]) / 1000, 2048.0
+    return Profile(latency, blocks, engine.pop("max_num_seqs"), engine.pop("max_model_len"), limit, scale, engine)
+
+
 def engine_profiles(experts: Sequence[str], profile: str | Sequence[str]) -> list[Profile]:
-    """The profile of each expert; `profile` is one name for all, or a name for each. Raises `UserError`."""
+    """The profile of each expert; `profile` is one name for all, or a name for each.
+
+    A name is one of `PROFILES` or one that `catalogue.load_profile` takes. Raises `UserError`.
+    """
     names = [profile] * len(experts) if isinstance(profile, str) else list(profile)
     if len(names) != len(experts):
         raise UserError(f"profile: {len(names)} names for {len(experts)} experts; give one, or one for each")
     found = []
     for expert, name in zip(experts, names, strict=True):
         known(expert, EXPERTS, "expert")
-        hardware = PROFILES[known(name, PROFILES, "profile")]
+        if name not in PROFILES and not catalogue.is_path_or_guess(name):
+            known(name, [*PROFILES, *catalogue.shipped()], "profile")
+        hardware = PROFILES[name] if name in PROFILES else calibrated(name)
         found.append(hardware.profile(name, expert) if isinstance(hardware, Gpu) else hardware)
     return found
 
@@ -139,6 +163,7 @@ def cluster(
     engines = []
     for expert, profile, usable in zip(experts, profiles, blocks, strict=True):
         config = {
+            **({} if discipline == "vllm_v0" else profile.engine),
             "latency": profile.latency,
             "num_gpu_blocks": usable + null_blocks,
             "max_num_seqs": profile.max_num_seqs,

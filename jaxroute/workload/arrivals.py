@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import ArrayLike
 
 from jaxroute.errors import UserError
 
@@ -32,7 +33,7 @@ class WorkloadState:
     phase: jax.Array  # float [], seconds already spent of the next recorded gap, or in the current piece; else 0
 
 
-def _state(cursor, phase) -> WorkloadState:
+def _state(cursor: ArrayLike, phase: ArrayLike) -> WorkloadState:
     return WorkloadState(cursor=jnp.asarray(cursor, jnp.int32), phase=jnp.asarray(phase, float))
 
 

@@ -1,0 +1,73 @@
+"""Profiles as YAML files: those that come with the package, one's own, and roofline guesses.
+
+A file has the engine's options under `engine`, as `jaxroute.replay` takes them; the rest says where they come from.
+`python -m jaxroute.calibrate` writes such files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxroute.errors import UserError, known
+from jaxroute.simulator.engine_config import DEFAULTS, engine_from_config
+from jaxroute.simulator.roofline import roofline_by_name
+
+FOLDER = Path(__file__).with_name("measured")
+GUESS = "roofline:"
+"""`roofline:GPU:MODEL` names a guess instead of a file."""
+
+KEYS = ("name", "guess", "engine", "data_parallel_size", "request_overhead", "source", "fit", "load")
+
+
+def shipped() -> list[str]:
+    """Names of the profiles that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def is_path_or_guess(name: str) -> bool:
+    return name.lower().endswith((".yaml", ".yml")) or name.startswith(GUESS)
+
+
+def load_profile(name: str | Path) -> dict[str, Any]:
+    """The profile of that name, or path of a YAML file, or `roofline:GPU:MODEL`, as a checked mapping with `KEYS`.
+
+    Raises `UserError`.
+    """
+    name = str(name)
+    if name.startswith(GUESS):
+        parts = name.split(":")
+        if len(parts) != 3:
+            raise UserError(f"profile {name}: a guess is named roofline:GPU:MODEL, such as roofline:l40s:qwen2.5-7b")
+        return {"name": name, "guess": True, "engine": {**DEFAULTS, **roofline_by_name(parts[1], parts[2])}}
+    path = Path(name) if is_path_or_guess(name) else FOLDER / f"{known(name, shipped(), 'profile')}.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("engine"), dict):
+        raise UserError(f"{path}: key engine: a mapping of engine options is missing")
+    for key in tree:
+        try:
+            known(key, KEYS, "key")
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    latency = tree["engine"].get("latency")
+    if isinstance(latency, list):  # YAML 1.1 takes 3e-5 for a text
+        tree["engine"]["latency"] = [_number(value) for value in latency]
+    if "latency" not in tree["engine"] or "num_gpu_blocks" not in tree["engine"]:
+        raise UserError(f"{path}: engine: needs latency and num_gpu_blocks")
+    engine_from_config(tree["engine"], f"{path}: engine")
+    tree["engine"] = {**DEFAULTS, **tree["engine"]}
+    return tree
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -1,0 +1,134 @@
+"""A guess of an engine from its GPU's and its model's data sheets, for those that nobody has measured.
+
+An iteration reads every weight once, and the KV cache of its requests; its tokens need two operations a weight. What
+takes longer is its time: a base up to the number of tokens at which the operations take as long as the weights, and a
+slope above it. No overhead, no kernel below its peak: real servers are slower (docs/calibration.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxroute.errors import UserError, known
+
+BLOCK_SIZE = 16
+MEMORY_USED = 0.9
+"""Share of a GPU's memory, vLLM's default gpu_memory_utilization."""
+
+
+@dataclass(frozen=True)
+class GpuData:
+    """Data sheet: memory and its bandwidth, and dense bf16 operations with float32 accumulation."""
+
+    memory_gb: float
+    bandwidth_gb_s: float
+    tflops: float
+
+
+@dataclass(frozen=True)
+class ModelData:
+    """A decoder-only transformer's shape. A mixture of experts has `experts` MLPs, of which a token uses some."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    vocabulary: int
+    experts: int = 1
+    experts_used: int = 1
+    max_model_len: int = 32_768
+    bytes_per_weight: int = 2
+
+    def _weights(self, experts: int) -> int:
+        """Weights of the layers and of the output, without the embedding, of which a token reads one row."""
+        attention = 2 * self.hidden * self.head_size * (self.heads + self.kv_heads)
+        mlp = 3 * self.hidden * self.intermediate * experts
+        return self.layers * (attention + mlp) + self.hidden * self.vocabulary
+
+    @property
+    def read_bytes(self) -> int:
+        """Of an iteration that uses every expert."""
+        return self.bytes_per_weight * self._weights(self.experts)
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.read_bytes + self.bytes_per_weight * self.hidden * self.vocabulary
+
+    @property
+    def operations(self) -> int:
+        """Of one token."""
+        return 2 * self._weights(self.experts_used)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one token, keys and values."""
+        return 2 * self.layers * self.kv_heads * self.head_size * self.bytes_per_weight
+
+
+GPUS = {
+    "rtx3090": GpuData(24, 936, 71),
+    "rtx4090": GpuData(24, 1008, 165),
+    "rtx5090": GpuData(32, 1792, 210),
+    "rtxpro6000": GpuData(96, 1792, 504),
+    "a6000": GpuData(48, 768, 155),
+    "a40": GpuData(48, 696, 150),
+    "a100": GpuData(80, 2039, 312),
+    "l4": GpuData(24, 300, 121),
+    "l40s": GpuData(48, 864, 362),
+    "h100": GpuData(80, 3350, 989),
+    "h200": GpuData(141, 4800, 989),
+}
+"""NVIDIA's data sheets, of the SXM form where there are two."""
+
+MODELS = {
+    "llama-2-7b": ModelData(32, 4096, 32, 32, 128, 11_008, 32_000, max_model_len=4096),
+    "mistral-7b": ModelData(32, 4096, 32, 8, 128, 14_336, 32_000),
+    "llama-3.1-8b": ModelData(32, 4096, 32, 8, 128, 14_336, 128_256, max_model_len=131_072),
+    "llama-3.1-70b": ModelData(80, 8192, 64, 8, 128, 28_672, 128_256, max_model_len=131_072),
+    "qwen2.5-7b": ModelData(28, 3584, 28, 4, 128, 18_944, 152_064),
+    "qwen3-32b": ModelData(64, 5120, 64, 8, 128, 25_600, 151_936, max_model_len=40_960),
+    "qwen3-30b-a3b": ModelData(48, 2048, 32, 4, 128, 768, 151_936, 128, 8, max_model_len=262_144),
+}
+"""The models' own config.json."""
+
+
+def known_in(text: str | None, table: dict[str, Any]) -> str | None:
+    """The longest name of `table` that is part of `text`, such as "NVIDIA GeForce RTX 4090"; None for none."""
+
+    def plain(name: str) -> str:
+        return "".join(letter for letter in name.lower() if letter.isalnum())
+
+    found = [name for name in table if plain(name) in plain(text or "")]
+    return max(found, key=len, default=None)
+
+
+def roofline(gpu: GpuData, model: ModelData, gpus: int = 1) -> dict[str, Any]:
+    """Engine options (`engine_config.engine_from_config`) of the model on one GPU, or split over some.
+
+    Raises `UserError` where the weights leave no room for a KV cache.
+    """
+    bandwidth, speed = 1e9 * gpus * gpu.bandwidth_gb_s, 1e12 * gpus * gpu.tflops
+    room = MEMORY_USED * 1e9 * gpus * gpu.memory_gb - model.stored_bytes
+    blocks = int(room / model.kv_bytes) // BLOCK_SIZE
+    if blocks < 2:
+        raise UserError(
+            f"roofline: {model.stored_bytes / 1e9:.1f} GB of weights leave no KV cache in {gpus} x "
+            f"{gpu.memory_gb:g} GB; choose a larger GPU, or more"
+        )
+    base, token = model.read_bytes / bandwidth, model.operations / speed
+    return {
+        "latency": [base, 0.0, 0.0, model.kv_bytes / bandwidth, base / token, token],
+        "num_gpu_blocks": min(blocks, 2**21 // BLOCK_SIZE - 1),
+        "block_size": BLOCK_SIZE,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 2048,
+        "max_model_len": min(model.max_model_len, (blocks - 1) * BLOCK_SIZE),
+    }
+
+
+def roofline_by_name(gpu: str, model: str, gpus: int = 1) -> dict[str, Any]:
+    """`roofline` of a GPU of `GPUS` and a model of `MODELS`; raises `UserError` for an unknown name."""
+    return roofline(GPUS[known(gpu, GPUS, "GPU")], MODELS[known(model, MODELS, "model")], gpus)
