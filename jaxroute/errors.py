@@ -13,6 +13,14 @@ class UserError(Exception):
     """Input that cannot be used. The message is one line: what is wrong, where (file, line, key), and the remedy."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal that a command has met: its message says how to go on, `code` is the exit code, 128 and the signal."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.code = 128 + number
+
+
 def known(name: Any, names: Iterable[str], what: str) -> str:
     """`name`, if it is one of `names`; else a `UserError` with the nearest."""
     names = list(names)
@@ -23,7 +31,7 @@ def known(name: Any, names: Iterable[str], what: str) -> str:
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Wraps a command's `main(argv) -> exit code`: a line on stderr for a `UserError` (code 2) and for Ctrl-C (130)."""
+    """Wraps a command's `main(argv) -> exit code`: a line on stderr for a `UserError` (code 2) and for signals (130, 143)."""
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +42,6 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             return 2
         except KeyboardInterrupt as interrupt:
             print(str(interrupt) or "interrupted", file=sys.stderr)
-            return 130
+            return getattr(interrupt, "code", 130)
 
     return run

@@ -14,7 +14,7 @@ from jaxroute.report.checkpoint import load_checkpoint, save_checkpoint
 from jaxroute.report.files import whole_file
 from jaxroute.report.pictures import learning_curve, qos_comparison
 from jaxroute.report.progress import TrainingProgress
-from jaxroute.report.run_folder import MetricsLog, prepare_run_folder, versions
+from jaxroute.report.run_folder import prepare_run_folder, versions
 from jaxroute.report.statistics import mean_interval, paired_difference
 from jaxroute.report.tables import ROWS, evaluation_table, write_evaluation
 
@@ -111,14 +111,6 @@ def test_a_file_is_whole_or_absent(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_metrics_log(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        logged = log.write({"frames": 10, "loss": float("nan"), "episode": {"qos": 0.5, "expert": [1.0, float("inf")]}})
-    assert logged == {"frames": 10, "loss": None, "episode": {"qos": 0.5, "expert": [1.0, None]}}
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == logged
-    assert list((tmp_path / "tensorboard").iterdir())
-
-
 def test_progress_shows_the_latest_return_once_there_is_one(monkeypatch):
     monkeypatch.setattr("jaxroute.report.progress.SECONDS_BETWEEN_LINES", -1.0)
     console = Console(width=80, record=True, file=io.StringIO())
@@ -183,13 +175,13 @@ def test_checkpoints_of_another_kind(checkpoint, tmp_path):
     with pytest.raises(UserError, match="holds no finished training run"):
         load_checkpoint(tmp_path, params)
     (tmp_path / "checkpoint.sha256").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="holds no finished training run"):
+    with pytest.raises(UserError, match="missing or unreadable"):
         load_checkpoint(tmp_path, params)
     (tmp_path / "checkpoint.sha256").write_text("")
     with pytest.raises(UserError, match="cut short"):
         load_checkpoint(tmp_path, params)
     wider = {"params": {"kernel": np.zeros((3, 5), np.float32), "bias": np.ones(4, np.float32)}}
-    with pytest.raises(UserError, match="another network"):
+    with pytest.raises(UserError, match="another configuration"):
         load_checkpoint(run, wider)
-    with pytest.raises(UserError, match="another network"):
+    with pytest.raises(UserError, match="another configuration"):
         load_checkpoint(run, {"params": {"kernel": params["params"]["kernel"]}})

@@ -151,7 +151,7 @@ def test_evaluate_refuses_a_damaged_run(run, capsys):
     (run / "config.yaml").write_text(config[: len(config) // 2])
     assert "config.yaml" in refused(capsys, evaluate.main, run)
     (run / "config.yaml").write_text(config.replace("hidden: 8", "hidden: 16"))
-    assert "another network" in refused(capsys, evaluate.main, run)
+    assert "another configuration" in refused(capsys, evaluate.main, run)
     (run / "config.yaml").write_text(config)
 
 

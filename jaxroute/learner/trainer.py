@@ -68,16 +68,17 @@ class Outcome(NamedTuple):
 class Trainer(NamedTuple):
     """Two compiled functions. Both may be vmapped, see TRAIN_STATE_AXES; jit that again with the state donated.
 
-    init(key, env_params, hyper) -> TrainState
-    train_chunk(train_state, env_params, hyper) -> (TrainState, metrics): `steps_per_chunk` collection steps, each
-        followed by `updates_per_step` updates once warm-up is over. The state passed in is donated: use it no more.
-        Metrics are float32 [] means over the chunk, in a dict:
-        reward, qos, penalty: per decision. qos is thus the running QoS per request
-        drop_rate: of decisions
-        the fields of sac.UpdateMetrics: per update, NaN where there was none
-        episodes: number that ended
-        return: sum of an episode's rewards, averaged over those episodes; NaN where there was none
-        episode: the environment's info["episode"] averaged over those episodes (a pytree; NaN where there was none)
+    `init(key, env_params, hyper) -> TrainState`.
+    `train_chunk(train_state, env_params, hyper) -> (TrainState, metrics)`: `steps_per_chunk` collection steps, each
+    followed by `updates_per_step` updates once warm-up is over. The state passed in is donated: use it no more.
+    Metrics are float32 [] means over the chunk, in a dict:
+
+    - reward, qos, penalty: per decision. qos is thus the running QoS per request
+    - drop_rate: of decisions
+    - the fields of sac.UpdateMetrics: per update, NaN where there was none
+    - episodes: number that ended
+    - return: sum of an episode's rewards, averaged over those episodes; NaN where there was none
+    - episode: the environment's info["episode"] averaged over those episodes (a pytree; NaN where there was none)
     """
 
     init: Callable[[jax.Array, Any, Hyperparameters], TrainState]

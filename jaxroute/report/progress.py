@@ -20,12 +20,14 @@ class TrainingProgress:
     Until an episode has ended, the reward per decision stands in place of the return.
     """
 
-    def __init__(self, console: Console, frames: int):
+    def __init__(self, console: Console, frames: int, done: int = 0):
+        """`frames` in all, of which `done` were made by an earlier process."""
         self._console, self._frames = console, frames
         columns = BarColumn(bar_width=10), TextColumn("{task.description}")
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("compiling", total=frames)
-        self._done, self._updated = 0, time.monotonic()
+        self._done, self._updated = done, time.monotonic()
+        self._compiled = False
         self._printed = float("-inf")
         self._gain = ""
 
@@ -43,9 +45,9 @@ class TrainingProgress:
         now = time.monotonic()
         rate = (frames - self._done) / (now - self._updated)
         # The first chunk's time is mostly compilation.
-        speed = "compiled" if self._done == 0 else f"{rate:,.0f}/s"
-        left = "" if self._done == 0 else f", {timedelta(seconds=round((self._frames - frames) / rate))} left"
-        self._done, self._updated = frames, now
+        speed = f"{rate:,.0f}/s" if self._compiled else "compiled"
+        left = f", {timedelta(seconds=round((self._frames - frames) / rate))} left" if self._compiled else ""
+        self._done, self._updated, self._compiled = frames, now, True
         if math.isfinite(record["return"]):
             self._gain = f"return {record['return']:,.1f}"
         gain = self._gain or f"reward {record['reward']:.3f}"

@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM as a wish to stop that a command meets when it can."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from jaxroute.errors import Interrupted
+
+
+class Stop:
+    """Whether a signal has come. As a context, it makes itself true at the first SIGINT or SIGTERM, and does nothing
+    else; a second one acts as usual.
+
+    Outside of the main thread, where Python allows no handlers, signals stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._earlier: dict[int, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self._number is not None
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def interrupted(self, message: str) -> Interrupted:
+        """What to raise when it is true."""
+        return Interrupted(message, self._number or signal.SIGINT)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)

@@ -1,0 +1,174 @@
+"""A training that was stopped, or killed at any moment, goes on to the numbers of one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxroute import train
+from jaxroute.errors import UserError
+from jaxroute.report.training_state import TrainingStates, newest_state
+from tests.compiling import compile_fast
+from tests.test_train import TINY, records, refused
+
+KILLS = 10
+ROOT = Path(__file__).parents[1]
+LONGER = [*TINY, "training.frames=600", "training.checkpoint_seconds=0"]
+
+
+def start(folder: Path, cache: Path, *arguments: str, command: str = "train") -> subprocess.Popen:
+    """A command in a process of its own, with its output in a file beside `folder`."""
+    settings = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    environment = compile_fast() | settings
+    command = [sys.executable, "-m", f"jaxroute.{command}", *arguments]
+    with output(folder).open("w") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def output(folder: Path) -> Path:
+    return folder.with_suffix(".log")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    process = start(folder, cache, *LONGER, "--out", str(folder))
+    assert process.wait() == 0, output(folder).read_text()
+    return folder
+
+
+def wait_for(text: str, folder: Path, process: subprocess.Popen) -> None:
+    while text not in output(folder).read_text() and process.poll() is None:
+        time.sleep(0.01)
+
+
+def same_results(run: Path, whole: Path) -> None:
+    assert records(run) == records(whole)
+    assert (run / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
+    assert len(records(run)) == 6
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        ours, theirs = (checkpointer.restore(folder / "checkpoint") for folder in (run, whole))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert not (run / "training_state").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_ends_with_the_same_numbers(whole, cache, tmp_path):
+    """After each kill what is there is resumed; every run is killed until all kills are used, then left to end."""
+    chance, kills, number = random.Random(0), 0, 0
+    while kills < KILLS:
+        run, number = tmp_path / f"run{number}", number + 1
+        arguments = [*LONGER, "--out", str(run)]
+        while True:
+            process = start(run, cache, *arguments)
+            if kills < KILLS:
+                wait_for("training on", run, process)
+                time.sleep(chance.uniform(0.0, 6.0))
+                process.kill()
+            code = process.wait()
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, output(run).read_text()
+            kills += 1
+            arguments = ["--resume", str(run)]
+        same_results(run, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_after_a_chunk(number, whole, cache, tmp_path, capsys):
+    run = tmp_path / "run"
+    process = start(run, cache, *LONGER, "--out", str(run))
+    wait_for("frames, compiled", run, process)
+    process.send_signal(number)
+    assert process.wait() == 128 + number
+    last = output(run).read_text().splitlines()[-1]
+    assert "go on: python -m jaxroute.train --resume" in last and "python -m jaxroute.evaluate" in last
+    assert 0 < len(records(run)) < 6
+    assert start(run, cache, str(run), command="evaluate").wait() == 0, output(run).read_text()
+    assert start(run, cache, "--resume", str(run)).wait() == 0, output(run).read_text()
+    same_results(run, whole)
+    assert train.main(["--resume", str(run)]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def tree(value: float) -> dict:
+    return {"weights": jnp.full(3, float(value)), "key": jax.random.key(int(value)), "steps": jnp.int32(value)}
+
+
+def test_the_last_states_are_kept_and_damaged_ones_passed_over(tmp_path):
+    example = jax.eval_shape(lambda: tree(0.0))
+    assert newest_state(tmp_path, example) == (0, None, [])
+    with TrainingStates(tmp_path, seconds=0, kept=2) as states:
+        for frames in (10, 20, 30):
+            states.save(frames, tree(frames))
+    folder = tmp_path / "training_state"
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
+        "frames-000000000020",
+        "frames-000000000030",
+    ]
+    frames, state, notes = newest_state(tmp_path, example)
+    assert (frames, notes) == (30, []) and jnp.all(state["weights"] == 30) and state["steps"] == 30
+    assert jax.random.key_data(state["key"]).tolist() == jax.random.key_data(jax.random.key(30)).tolist()
+
+    (folder / "frames-000000000040").mkdir()  # a write that was killed
+    newest = folder / "frames-000000000030"
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    frames, state, notes = newest_state(tmp_path, example)
+    assert frames == 20 and len(notes) == 1 and "frames-000000000030" in notes[0] and "cut short" in notes[0]
+
+    with pytest.raises(UserError, match="another"):
+        newest_state(tmp_path, {**example, "weights": jax.ShapeDtypeStruct((4,), jnp.float32)})
+    for path in folder.glob("*/**/*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match=f"remove {folder} to start anew"):
+        newest_state(tmp_path, example)
+
+
+def test_a_state_may_be_donated_while_it_is_written(tmp_path):
+    overwrite = jax.jit(lambda x: x + 1, donate_argnums=0)
+    with TrainingStates(tmp_path, seconds=0, kept=1) as states:
+        state = jnp.arange(1e6)
+        states.offer(1, {"x": state})
+        overwrite(state)
+    _, state, _ = newest_state(tmp_path, {"x": jax.ShapeDtypeStruct((1_000_000,), jnp.float32)})
+    np.testing.assert_array_equal(state["x"], np.arange(1e6, dtype=np.float32))
+
+
+def test_what_cannot_be_resumed_is_one_line(tmp_path, capsys):
+    assert "has no config.yaml" in refused(capsys, train.main, "--resume", tmp_path / "none")
+    assert "leave the other arguments out" in refused(capsys, train.main, "--resume", tmp_path, "agent.gamma=0.9")
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line(whole, cache, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxroute.report.training_state.save_arrays", full)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    try:
+        assert train.main([*LONGER, "--out", str(tmp_path / "run")]) == 2
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "No space left" in err and "--resume" in err
