@@ -1,0 +1,101 @@
+"""A sweep's progress: on a terminal a table of the best trials and a bar, elsewhere a line now and then."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from jaxroute.report.progress import SECONDS_BETWEEN_LINES
+from jaxroute.sweeps.plan import Batch
+from jaxroute.sweeps.ranking import ranking
+from jaxroute.sweeps.spec import Spec
+
+BEST = 10  # trials of the table
+
+
+class SweepDisplay:
+    """Use as a context; call `chunk_done` and `finished` as the batches run."""
+
+    def __init__(self, console: Console, spec: Spec):
+        self._console, self._spec = console, spec
+        trials, frames = len(spec.trials), 0
+        self._total = 0.0  # frames of all trainings that are to come, as far as is known
+        for rung in spec.rungs:
+            self._total += len(spec.seeds) * trials * (rung - frames)
+            trials, frames = max(1, round(spec.keep * trials)), rung
+        self._finished = self._earlier = 0.0
+        self._under_way: dict[str, float] = {}
+        self._bar = Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), console=console)
+        self._task = self._bar.add_task("compiling", total=self._total)
+        self._rows: list[dict[str, Any]] = []
+        self._live = Live(self._bar, console=console, auto_refresh=False) if console.is_terminal else None
+        self._started = self._printed = time.monotonic()
+
+    def __enter__(self) -> SweepDisplay:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def chunk_done(self, batch: Batch, share: float) -> None:
+        """`share` of the batch's training is done."""
+        self._under_way[batch.name] = share * self._frames(batch)
+        self._show(due=time.monotonic() - self._printed > SECONDS_BETWEEN_LINES)
+
+    def finished(self, batch: Batch, rows: list[dict[str, Any]], earlier: bool = False) -> None:
+        """A batch is done, by an `earlier` process or now; `rows` are the whole table so far."""
+        self._under_way.pop(batch.name, None)
+        self._finished += self._frames(batch)
+        self._earlier += self._frames(batch) if earlier else 0.0
+        self._rows = rows
+        if not earlier:
+            self._show(due=True)
+
+    def _frames(self, batch: Batch) -> int:
+        before = self._spec.rungs[batch.rung - 1] if batch.rung else 0
+        return len(batch.rows) * (self._spec.rungs[batch.rung] - before)
+
+    def _show(self, due: bool) -> None:
+        done = self._finished + sum(self._under_way.values())
+        rate = (done - self._earlier) / (time.monotonic() - self._started)
+        left = timedelta(seconds=round((self._total - done) / rate)) if rate else "unknown time"
+        text = f"{done:,.0f} of {self._total:,.0f} frames, {rate:,.0f}/s, {left} left"
+        if self._live:
+            self._bar.update(self._task, completed=done, description=text)
+            self._live.update(Group(best_table(self._spec, self._rows), self._bar), refresh=True)
+        elif due:
+            best = ranking(self._rows)[:1]
+            leader = f", best trial {best[0].trial}: QoS {best[0].qos:.4f}" if best else ""
+            self._console.print(text + leader, highlight=False)
+            self._printed = time.monotonic()
+
+
+def best_table(spec: Spec, rows: list[dict[str, Any]]) -> Table:
+    """The best trials; ± is half of a 95 % interval over seeds."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("trial", "QoS", "frames"):
+        table.add_column(column, justify="right")
+    for key in spec.keys:
+        table.add_column(key.rpartition(".")[2], justify="right")
+    for place in ranking(rows)[:BEST]:
+        interval = "" if place.half_width != place.half_width else f" ± {place.half_width:.4f}"
+        values = [_text(value) for value in spec.trials[place.trial].values.values()]
+        table.add_row(str(place.trial), f"{place.qos:.4f}{interval}", f"{place.frames:,}", *values)
+    return table
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,120 @@
+"""From trials to programs: which trainings share one, and which run together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxroute.config.build import Experiment, build
+from jaxroute.config.schema import Config
+from jaxroute.environment.state import EnvParams
+from jaxroute.learner.sac import Hyperparameters
+from jaxroute.sweeps.spec import Spec, Trial
+
+
+class Row(NamedTuple):
+    """One training: a trial with a seed."""
+
+    trial: int
+    seed: int
+
+
+class Inputs(NamedTuple):
+    """What a training is given beside its seed, each a pytree of arrays."""
+
+    training_params: EnvParams
+    hyperparameters: Hyperparameters
+    params: EnvParams  # those of the evaluation
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trials that differ in traced values alone, and so share one program."""
+
+    number: int
+    config: Config  # of its first trial
+    experiment: Experiment  # the same
+    inputs: dict[int, Inputs]  # of each trial, by number
+    varied: tuple[bool, ...]  # of each leaf of the inputs, whether it differs between the trials
+
+    def stacked(self, rows: list[Row]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The inputs of a batch of trainings: the leaves that vary, each [rows, ...], and those that do not."""
+        columns = list(zip(*(jax.tree.leaves(self.inputs[row.trial]) for row in rows), strict=True))
+        varied = [np.stack(column) for column, varies in zip(columns, self.varied, strict=True) if varies]
+        return varied, [column[0] for column, varies in zip(columns, self.varied, strict=True) if not varies]
+
+    def inputs_of(self, varied: list[Any], shared: list[Any]) -> Inputs:
+        """The inputs of one training from both kinds of leaves."""
+        parts = {True: iter(varied), False: iter(shared)}
+        structure = jax.tree.structure(next(iter(self.inputs.values())))
+        return jax.tree.unflatten(structure, [next(parts[varies]) for varies in self.varied])
+
+
+class Batch(NamedTuple):
+    """Trainings that run together between two rungs."""
+
+    rung: int
+    number: int  # within the rung
+    group: int
+    rows: list[Row]
+    size: int  # of the program; spare rows repeat the last one
+
+    @property
+    def name(self) -> str:
+        return f"rung{self.rung}-batch{self.number}"
+
+
+def make_groups(spec: Spec) -> tuple[list[Group], list[str]]:
+    """The groups of a spec in the order of their first trials, and notes on the data. Raises `UserError` as `build`."""
+    members: dict[Any, list[tuple[Trial, Experiment]]] = {}
+    notes: dict[str, None] = {}
+    for trial in spec.trials:
+        experiment = build(trial.config)
+        notes.update(dict.fromkeys(experiment.notes))
+        members.setdefault(_static(trial.config, experiment), []).append((trial, experiment))
+    groups = []
+    for number, trials in enumerate(members.values()):
+        inputs = {trial.number: _inputs(experiment) for trial, experiment in trials}
+        columns = zip(*(jax.tree.leaves(each) for each in inputs.values()), strict=True)
+        varied = tuple(
+            any(not np.array_equal(leaf, column[0], equal_nan=True) for leaf in column) for column in columns
+        )
+        groups.append(Group(number, trials[0][0].config, trials[0][1], inputs, varied))
+    return groups, list(notes)
+
+
+def make_batches(
+    spec: Spec, groups: list[Group], rung: int, trials: list[int], per_batch: dict[int, int]
+) -> list[Batch]:
+    """The batches of `trials` at a rung: of one group each, of equal sizes as far as possible, at most `per_batch`.
+
+    They depend on nothing else, so that a sweep that was killed has the same ones.
+    """
+    batches: list[Batch] = []
+    for group in groups:
+        rows = [Row(trial, seed) for trial in trials if trial in group.inputs for seed in spec.seeds]
+        if rows:
+            parts = -(-len(rows) // per_batch[group.number])
+            size = -(-len(rows) // parts)
+            for start in range(0, len(rows), size):
+                batches.append(Batch(rung, len(batches), group.number, rows[start : start + size], size))
+    return batches
+
+
+def _inputs(experiment: Experiment) -> Inputs:
+    inputs = Inputs(experiment.training_params, experiment.hyperparameters, experiment.params)
+    return jax.tree.map(np.asarray, inputs)
+
+
+def _static(config: Config, experiment: Experiment) -> Any:
+    """What a program depends on; hashable."""
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(_inputs(experiment)))
+    training, evaluation = config.training, config.evaluation
+    return (
+        (experiment.env, experiment.network, experiment.sac, jax.tree.structure(_inputs(experiment)), shapes),
+        jax.tree.structure(experiment.params_axes),
+        (training.frames, training.warm_start, evaluation.episodes, evaluation.seed),
+    )

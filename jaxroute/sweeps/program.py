@@ -1,0 +1,174 @@
+"""A batch of trainings as one compiled program, over one device or several, and how many fit in the memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxroute.config.build import build_trainer
+from jaxroute.learner.trainer import TRAIN_STATE_AXES, policy_router
+from jaxroute.report.evaluation import run_episodes
+from jaxroute.sweeps.plan import Group, Row
+
+USABLE = 0.8  # of the memory that is free
+LARGEST_ON_CPU = 16  # trainings of a batch: more of them are no faster there (benchmarks/results.md)
+
+
+class Program:
+    """Trains and evaluates batches of `size` trainings of a group.
+
+    Every training is by itself: the batch is `jax.vmap` over seeds and varied inputs, shared out to the devices in
+    equal parts by `jax.shard_map`, so that nothing goes from one to another.
+    """
+
+    def __init__(self, group: Group, size: int, devices: Sequence[Any]):
+        """`size` is rounded up to a multiple of the number of `devices`; spare rows repeat the last one."""
+        self.size = -(-size // len(devices)) * len(devices)
+        self._group, self._mesh = group, Mesh(np.array(devices), ("trials",))
+        config, experiment = group.config, group.experiment
+        sac = experiment.sac
+        self.frames_per_chunk = sac.num_envs * sac.steps_per_chunk
+        trainer = build_trainer(config, experiment)
+
+        def init(keys: jax.Array, varied: list[jax.Array], shared: list[jax.Array]) -> Any:
+            """One after another: it is short, and as a batch it takes longer to compile than to run."""
+
+            def one(row: tuple[jax.Array, list[jax.Array]]) -> Any:
+                inputs = group.inputs_of(row[1], shared)
+                return trainer.init(row[0], inputs.training_params, inputs.hyperparameters)
+
+            states = jax.lax.map(one, (keys, varied))
+            buffer = dataclasses.replace(states.buffer, rows_added=states.buffer.rows_added[0])
+            return dataclasses.replace(states, buffer=buffer, steps=states.steps[0])
+
+        def train_chunk(states: Any, varied: list[jax.Array], shared: list[jax.Array]) -> Any:
+            def one(state: Any, varied: list[jax.Array]) -> Any:
+                inputs = group.inputs_of(varied, shared)
+                state, metrics = trainer.train_chunk(state, inputs.training_params, inputs.hyperparameters)
+                return state, {name: value for name, value in metrics.items() if name != "episode"}
+
+            return jax.vmap(one, (TRAIN_STATE_AXES, 0), (TRAIN_STATE_AXES, 0))(states, varied)
+
+        env = dataclasses.replace(experiment.env, penalty="off")  # part of the reward alone, which is not reported
+
+        def evaluate(params: Any, varied: list[jax.Array], shared: list[jax.Array]) -> dict[str, jax.Array]:
+            keys = jax.random.split(jax.random.key(config.evaluation.seed), config.evaluation.episodes)
+
+            def one(params: Any, varied: list[jax.Array]) -> dict[str, jax.Array]:
+                router = policy_router(experiment.network, params)
+                return run_episodes(env, [router], jnp.int32(0), keys, group.inputs_of(varied, shared).params)
+
+            return jax.vmap(one)(params, varied)
+
+        self._rows, self._shared = PartitionSpec("trials"), PartitionSpec()
+        self._state_specs = jax.tree.map(
+            lambda axis: self._shared if axis is None else self._rows,
+            TRAIN_STATE_AXES,
+            is_leaf=lambda axis: axis is None,
+        )
+        inputs = self._rows, self._shared
+        self._init = self._compiled(init, (self._rows, *inputs), self._state_specs)
+        self._train_chunk = self._compiled(
+            train_chunk, (self._state_specs, *inputs), (self._state_specs, self._rows), donate_argnums=0
+        )
+        self._evaluate = self._compiled(evaluate, (self._rows, *inputs), self._rows)
+
+    def inputs(self, rows: Sequence[Row]) -> tuple[list[jax.Array], list[jax.Array]]:
+        """The varied inputs of a batch, each with a leading axis, and those that all trials share, on the devices."""
+        varied, shared = self._group.stacked(self.filled(rows))
+        return jax.device_put(varied, self._sharding(self._rows)), jax.device_put(shared, self._sharding(self._shared))
+
+    def init(self, rows: Sequence[Row], inputs: tuple[list[jax.Array], list[jax.Array]]) -> Any:
+        """The states of trainings that have not begun: leaves have a leading axis where TRAIN_STATE_AXES says so."""
+        keys = jax.vmap(jax.random.key)(np.array([row.seed for row in self.filled(rows)], np.uint32))
+        return self._init(jax.device_put(keys, self._sharding(self._rows)), *inputs)
+
+    def restored(self, states: Any) -> Any:
+        """States from elsewhere, of `size` trainings, on the devices."""
+        specs = jax.tree.broadcast(self._state_specs, states, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, self._sharding(spec)), states, specs)
+
+    def train_chunk(self, states: Any, inputs: tuple[list[jax.Array], list[jax.Array]]) -> Any:
+        """(states after `frames_per_chunk` frames, metrics of `Trainer` with a leading axis). Donates `states`."""
+        return self._train_chunk(states, *inputs)
+
+    def evaluate(self, states: Any, inputs: tuple[list[jax.Array], list[jax.Array]]) -> dict[str, jax.Array]:
+        """Metrics of the policies on fresh episodes, [size, evaluation.episodes]; the same episodes for all."""
+        return self._evaluate(states.learner.params, *inputs)
+
+    @cached_property
+    def state_shapes(self) -> Any:
+        """Shapes and dtypes of the states."""
+        rows = [Row(next(iter(self._group.inputs)), 0)] * self.size
+        varied, shared = self._group.stacked(rows)
+        return jax.eval_shape(self._init, jax.random.split(jax.random.key(0), self.size), varied, shared)
+
+    def bytes_needed(self) -> int:
+        """Of memory, on the device that needs most, while a chunk runs. Compiles the program.
+
+        On a CPU, whose devices share one memory, that of all of them, and of the copies that are saved.
+        """
+        rows = [Row(next(iter(self._group.inputs)), 0)]
+        specs = jax.tree.broadcast(self._state_specs, self.state_shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        states = jax.tree.map(
+            lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding(spec)),
+            self.state_shapes,
+            specs,
+        )
+        memory = self._train_chunk.lower(states, *self.inputs(rows)).compile().memory_analysis()
+        program = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        program -= memory.alias_size_in_bytes
+        if self._mesh.devices[0].platform != "cpu":
+            return program
+        return program * self._mesh.size + 2 * _bytes(self.state_shapes)
+
+    def _compiled(self, function: Any, in_specs: Any, out_specs: Any, **options: Any) -> Any:
+        # Checked for what varies, loops inside fail, as they begin with constants.
+        sharded = jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.jit(sharded, **options)
+
+    def _sharding(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self._mesh, spec)
+
+    def filled(self, rows: Sequence[Row]) -> list[Row]:
+        """`size` rows."""
+        return [*rows, *[rows[-1]] * (self.size - len(rows))]
+
+
+def trials_that_fit(group: Group, trainings: int, devices: Sequence[Any]) -> int:
+    """How many of a group's trainings to run at a time: as many as the memory takes, as the compiler measures it."""
+    free = _free_bytes(devices[0])
+    size = min(trainings, LARGEST_ON_CPU) if devices[0].platform == "cpu" else trainings
+    # The states alone are known before anything is compiled.
+    size = min(size, max(1, int(USABLE * free / _bytes(Program(group, 1, devices[:1]).state_shapes))))
+    while size > 1:
+        needed = Program(group, size, devices).bytes_needed()
+        if needed <= USABLE * free:
+            break
+        size = max(1, min(size - 1, int(size * USABLE * free / needed)))
+    return size
+
+
+def _bytes(shapes: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def _free_bytes(device: Any) -> int:
+    """Of the memory that a device computes in."""
+    statistics = None if device.platform == "cpu" else device.memory_stats()
+    if statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        return 1024 * int(available.split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,75 @@
+"""Which trials are best: by the QoS of their evaluation, over seeds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+from jaxroute.report.statistics import CONFIDENCE
+
+
+class Ranked(NamedTuple):
+    """A trial after the last rung that it reached."""
+
+    trial: int
+    rung: int
+    frames: int
+    qos: float  # mean over seeds
+    half_width: float  # of its 95 % interval (`SeedNoise`)
+
+
+class SeedNoise(NamedTuple):
+    """How QoS varies with the seed: the standard deviation within trials, pooled over those of one rung.
+
+    Pooled, since a trial has few seeds: two of them alone would give an interval wider than what QoS can be.
+    """
+
+    deviation: float
+    freedom: int  # degrees of it
+
+    def half_width(self, trainings: int) -> float:
+        """Half of the 95 % interval of a mean over `trainings`; NaN where every trial has one seed."""
+        if not self.freedom:
+            return math.nan
+        return float(stdtrit(self.freedom, (1 + CONFIDENCE) / 2) * self.deviation / math.sqrt(trainings))
+
+
+def seed_noise(rows: list[dict[str, Any]]) -> SeedNoise:
+    """Of rows of one rung; diverged ones are left out."""
+    groups = [np.array(values) for values in _qos(rows).values()]
+    squares, freedom = sum(len(qos) * qos.var() for qos in groups), sum(len(qos) - 1 for qos in groups)
+    return SeedNoise(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
+
+
+def ranking(rows: list[dict[str, Any]]) -> list[Ranked]:
+    """Trials from best to worst: those of a later rung first. Diverged ones are left out. `rows` are of the table."""
+    ranked: dict[int, Ranked] = {}
+    for rung in sorted({row["rung"] for row in rows}):
+        reached = [row for row in rows if row["rung"] == rung]
+        noise = seed_noise(reached)
+        for trial in {row["trial"] for row in reached}:
+            ranked.pop(trial, None)
+        for trial, qos in _qos(reached).items():
+            half_width = noise.half_width(len(qos))
+            ranked[trial] = Ranked(trial, rung, reached[0]["frames"], float(np.mean(qos)), half_width)
+    return sorted(ranked.values(), key=lambda trial: (-trial.rung, -trial.qos, trial.trial))
+
+
+def survivors(rows: list[dict[str, Any]], rung: int, keep: float) -> list[int]:
+    """The trials that go on after `rung`, in order: the best `keep` of those that reached it, rounded up."""
+    reached = [row for row in rows if row["rung"] == rung]
+    count = math.ceil(keep * len({row["trial"] for row in reached}))
+    return sorted(trial.trial for trial in ranking(reached)[:count])
+
+
+def _qos(rows: list[dict[str, Any]]) -> dict[int, list[float]]:
+    """Trial -> QoS of its seeds, without trials of which a seed diverged."""
+    diverged = {row["trial"] for row in rows if row["diverged"]}
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        if row["trial"] not in diverged:
+            values.setdefault(row["trial"], []).append(row["qos"])
+    return values

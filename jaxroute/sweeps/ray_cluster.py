@@ -1,0 +1,69 @@
+"""Batches of a sweep as tasks of a Ray cluster (extra `ray`)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxroute.compilation_cache import keep_compiled_programs
+from jaxroute.errors import UserError
+from jaxroute.stopping import Stop
+from jaxroute.sweeps.display import SweepDisplay
+from jaxroute.sweeps.driver import Execute
+from jaxroute.sweeps.plan import Batch, Group
+from jaxroute.sweeps.program import Program
+from jaxroute.sweeps.results import SweepFolder
+from jaxroute.sweeps.runner import run_batch
+from jaxroute.sweeps.spec import Spec
+
+RETRIES = 10  # starts of a task whose worker died; it goes on from its last saved state
+
+
+def execute_on_ray(spec: Spec, groups: list[Group], folder: SweepFolder, address: str, stop: Stop) -> Execute:
+    """Runs every batch as a task on one device of the cluster at `address` ("local": one on this machine).
+
+    The sweep's folder must be on a file system that the nodes share, as states are saved there.
+
+    Raises:
+        UserError: Ray is not installed, or no cluster answers.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("--ray: Ray is not installed; pip install 'jaxroute[ray]'")
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"--ray {address}: no cluster answers ({str(error).splitlines()[0]})") from None
+    device = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+    task = ray.remote(_task).options(max_retries=RETRIES, **device)
+
+    def execute(batches: Sequence[Batch], display: SweepDisplay) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        shared = {group.number: ray.put(group) for group in groups}
+        waiting = {task.remote(spec, shared[batch.group], batch, folder.work.absolute()): batch for batch in batches}
+        try:
+            while waiting:
+                done, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
+                if stop:
+                    raise stop.interrupted("stopped; the same command goes on")
+                for one in done:
+                    yield waiting.pop(one), ray.get(one)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        finally:
+            for left in waiting:
+                ray.cancel(left, force=True)
+
+    return execute
+
+
+def _task(spec: Spec, group: Group, batch: Batch, work: Path) -> dict[str, Any]:
+    keep_compiled_programs()
+    program = Program(group, batch.size, jax.local_devices()[:1])
+    return run_batch(spec, program, batch, work, Stop(), lambda share: None)

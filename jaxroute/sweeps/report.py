@@ -1,0 +1,138 @@
+"""The report of a sweep: best trials, the effect of each key, learning curves, a configuration to train with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from jaxroute.config.loader import config_text
+from jaxroute.report.files import whole_file, write_text
+from jaxroute.report.pictures import OTHER_COLOUR, STYLE, TRAINED_COLOUR
+from jaxroute.sweeps.display import BEST
+from jaxroute.sweeps.ranking import Ranked, SeedNoise, ranking, seed_noise
+from jaxroute.sweeps.results import SweepFolder
+from jaxroute.sweeps.spec import Spec
+
+CURVES = 5  # trials whose learning curves are drawn
+COLOURS = (TRAINED_COLOUR, "#d1495b", "#edae49", "#66a182", "#6a4c93")
+
+
+def write_report(spec: Spec, folder: SweepFolder) -> None:
+    """Writes report.md, best.yaml, effects.png and learning_curves.png; at least one trial is ranked."""
+    rows = folder.rows()
+    ranked = ranking(rows)
+    write_text(folder.path / "best.yaml", config_text(spec.trials[ranked[0].trial].config))
+    effects_picture(folder.path / "effects.png", spec, rows)
+    curves_picture(folder.path / "learning_curves.png", spec, ranked[:CURVES], folder.curves())
+    write_text(folder.path / "report.md", _report(spec, folder.path, rows, ranked))
+
+
+def _report(spec: Spec, path: Path, rows: list[dict[str, Any]], ranked: list[Ranked]) -> str:
+    diverged = sorted({row["trial"] for row in rows if row["diverged"]})
+    seeds, episodes = ", ".join(map(str, spec.seeds)), spec.trials[0].config.evaluation.episodes
+    lines = [
+        f"# Sweep {path.name}",
+        "",
+        f"{len(spec.trials)} trials, seeds {seeds}, {spec.rungs[-1]:,} frames. QoS per request on {episodes} fresh "
+        "episodes, the same for all; ± is half of a 95 % interval over seeds, whose noise is pooled over trials.",
+        "",
+        "| trial | QoS | frames | " + " | ".join(spec.keys) + " |",
+        "|---" * (3 + len(spec.keys)) + "|",
+    ]
+    for place in ranked[:BEST]:
+        interval = "" if math.isnan(place.half_width) else f" ± {place.half_width:.4f}"
+        values = " | ".join(map(str, spec.trials[place.trial].values.values()))
+        lines.append(f"| {place.trial} | {place.qos:.4f}{interval} | {place.frames:,} | {values} |")
+    if diverged:
+        lines += ["", f"Diverged, and not ranked: trials {', '.join(map(str, diverged))}."]
+    lines += [
+        "",
+        "![Effects](effects.png)",
+        "",
+        "![Learning curves of the best trials](learning_curves.png)",
+        "",
+        f"Train with the best: `python -m jaxroute.train --config {path / 'best.yaml'}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def effects_picture(path: Path, spec: Spec, rows: list[dict[str, Any]]) -> None:
+    """A PNG with a panel for each key: the trials' QoS, and its mean over the trials of each value with intervals.
+
+    Trials are compared after the first rung, which all of them reached.
+    """
+    rows = [row for row in rows if row["rung"] == 0 and not row["diverged"]]
+    noise = seed_noise(rows)
+    columns = min(3, len(spec.keys))
+    lines = -(-len(spec.keys) // columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
+        panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
+        for axes in panels.flat[len(spec.keys) :]:
+            axes.set_visible(False)
+        for axes, key in zip(panels.flat, spec.keys, strict=False):
+            _effect(axes, key, rows, noise)
+        for axes in panels[:, 0]:
+            axes.set_ylabel("QoS per request")
+        figure.suptitle(
+            f"Effect of each key after {spec.rungs[0]:,} frames: trials (dots), mean and 95 % over seeds", fontsize=10
+        )
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=140)
+
+
+def _effect(axes: Axes, key: str, rows: list[dict[str, Any]], noise: SeedNoise) -> None:
+    values = [row[key] for row in rows]
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    names = sorted(set(values)) if numbers else sorted({str(value) for value in values})
+    places = {name: name if numbers else index for index, name in enumerate(names)}
+    at = np.array([places[value if numbers else str(value)] for value in values], float)
+    qos = np.array([row["qos"] for row in rows])
+    axes.plot(at, qos, "o", color=OTHER_COLOUR, markersize=4, alpha=0.6, markeredgewidth=0)
+    # A mean at each value where values repeat, as in a grid; else over five parts of the range.
+    edges = np.unique(at) if len(names) <= 16 else np.quantile(at, np.linspace(0, 1, 6))[:-1]
+    part = np.searchsorted(edges, at, side="right") - 1
+    middle, mean = ([values[part == index].mean() for index in range(len(edges))] for values in (at, qos))
+    widths = np.nan_to_num([noise.half_width(int((part == index).sum())) for index in range(len(edges))])
+    axes.errorbar(middle, mean, widths, color=TRAINED_COLOUR, marker="o", capsize=3, linewidth=1.6)
+    if not numbers:
+        axes.set_xticks(range(len(names)), names)
+    elif at.min() > 0 and at.max() / at.min() > 20:
+        axes.set_xscale("log")
+    axes.set_title(key, fontsize=10)
+
+
+def curves_picture(
+    path: Path, spec: Spec, best: Sequence[Ranked], curves: dict[tuple[int, int], list[tuple[int, float]]]
+) -> None:
+    """A PNG of the training QoS of the best trials, mean and range over seeds."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for colour, place in zip(COLOURS, best, strict=False):
+            points = np.array([curves[place.trial, seed] for seed in spec.seeds])  # [seeds, chunks, 2]
+            frames, qos = points[0, :, 0], points[:, :, 1]
+            values = ", ".join(
+                f"{key.rpartition('.')[2]}={_short(value)}" for key, value in spec.trials[place.trial].values.items()
+            )
+            axes.plot(frames, qos.mean(axis=0), color=colour, linewidth=1.6, label=f"{place.trial}: {values}")
+            if len(qos) > 1:
+                axes.fill_between(frames, qos.min(axis=0), qos.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        axes.set(title="Training of the best trials", xlabel="frames (decisions)", ylabel="QoS per request")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.legend(loc="lower right", fontsize=8)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=140)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,128 @@
+"""Runs a batch of a sweep from one rung to the next, and goes on where a killed process stopped."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxroute.learner.trainer import TRAIN_STATE_AXES
+from jaxroute.report.checkpoint import save_arrays
+from jaxroute.report.run_folder import versions
+from jaxroute.report.training_state import TrainingStates, load_state, named_arrays, newest_state
+from jaxroute.stopping import Stop
+from jaxroute.sweeps.plan import Batch, Row
+from jaxroute.sweeps.program import Program
+from jaxroute.sweeps.results import make_part
+from jaxroute.sweeps.spec import Spec
+
+HISTORY = ("qos", "reward", "return", "entropy", "alpha", "mean_q", "critic_loss", "updates")
+"""Of each chunk: metrics of `Trainer`, and the number of updates so far."""
+
+
+class Progress(NamedTuple):
+    """What is saved of a batch on its way."""
+
+    states: Any
+    history: dict[str, np.ndarray]  # each float32 [chunks of the rung, size], NaN where still to come
+    seconds: np.ndarray  # float32 [], spent so far
+
+
+def run_batch(
+    spec: Spec, program: Program, batch: Batch, work: Path, stop: Stop, chunk_done: Callable[[float], None]
+) -> dict[str, Any]:
+    """Trains a batch to the end of its rung and evaluates it. Returns the part of the results (`results.make_part`).
+
+    States are saved under `work`: of the batch on its way, and where another rung follows of each training at the end.
+    `chunk_done` is called with the share of its chunks that is done.
+
+    Raises:
+        Interrupted: a signal came; the states are saved.
+        UserError: states of an earlier process cannot be used.
+    """
+    first = _chunks(spec.rungs[batch.rung - 1], program) if batch.rung else 0
+    length = _chunks(spec.rungs[batch.rung], program) - first
+    inputs = program.inputs(batch.rows)
+    folder = work / batch.name
+    folder.mkdir(exist_ok=True)
+    history = {name: np.full((length, program.size), np.nan, np.float32) for name in HISTORY}
+    done, progress, _ = newest_state(folder, Progress(program.state_shapes, history, np.zeros((), np.float32)))
+    if progress is None:
+        states, spent = _first_states(program, batch, inputs, work), 0.0
+    else:
+        states, spent = program.restored(progress.states), float(progress.seconds)
+        history = jax.tree.map(np.array, progress.history)
+    started = time.monotonic()
+
+    def seconds() -> np.ndarray:
+        return np.array(spent + time.monotonic() - started, np.float32)
+
+    checkpoint_seconds = spec.trials[batch.rows[0].trial].config.training.checkpoint_seconds
+    with TrainingStates(folder, checkpoint_seconds, kept=1) as saved:
+        for chunk in range(done, length):
+            states, metrics = program.train_chunk(states, inputs)
+            for name, value in {**metrics, "updates": states.learner.updates}.items():
+                if name in history:
+                    history[name][chunk] = value
+            chunk_done((chunk + 1) / length)
+            if stop:
+                saved.save(chunk + 1, Progress(states, history, seconds()))
+                raise stop.interrupted(f"stopped in {batch.name}; the same command goes on")
+            saved.offer(chunk + 1, Progress(states, history, seconds()))
+        saved.wait()
+    evaluation = jax.device_get(program.evaluate(states, inputs))
+    if batch.rung + 1 < len(spec.rungs):
+        for index, row in enumerate(batch.rows):
+            save_arrays(_end(work, batch.rung, row), named_arrays(_one(states, index)))
+    installed = versions()
+    origin = {
+        "seconds": float(seconds()) / len(batch.rows),
+        **{name: installed[name] for name in ("jaxroute", "jax", "python", "device")},
+    }
+    frames = [program.frames_per_chunk * (first + chunk + 1) for chunk in range(length)]
+    return make_part(spec, batch, frames, history, evaluation, origin)
+
+
+def forget_batch(batch: Batch, work: Path) -> None:
+    """Removes the states of a batch whose results are kept."""
+    shutil.rmtree(work / batch.name, ignore_errors=True)
+
+
+def forget_rung(rung: int, work: Path) -> None:
+    """Removes the states at the end of a rung, once the next one is done."""
+    shutil.rmtree(work / f"rung{rung}-ends", ignore_errors=True)
+
+
+def _chunks(frames: int, program: Program) -> int:
+    return -(-frames // program.frames_per_chunk)
+
+
+def _first_states(program: Program, batch: Batch, inputs: Any, work: Path) -> Any:
+    if batch.rung == 0:
+        return program.init(batch.rows, inputs)
+    example = jax.eval_shape(lambda states: _one(states, 0), program.state_shapes)
+    ends = [_end(work, batch.rung - 1, row) for row in program.filled(batch.rows)]
+    remedy = "start the sweep in a new folder"
+    trees = [load_state(end, example, remedy) for end in ends]
+    stacked = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *trees)
+    return program.restored(jax.tree.map(lambda axis, leaf: leaf if axis == 0 else leaf[0], _axes(stacked), stacked))
+
+
+def _one(states: Any, index: int) -> Any:
+    """The state of one training of a batch."""
+    return jax.tree.map(lambda axis, leaf: leaf[index] if axis == 0 else leaf, _axes(states), states)
+
+
+def _axes(states: Any) -> Any:
+    """TRAIN_STATE_AXES for each leaf; -1 where a leaf has no axis over trainings."""
+    axes = jax.tree.map(lambda axis: -1 if axis is None else axis, TRAIN_STATE_AXES, is_leaf=lambda axis: axis is None)
+    return jax.tree.broadcast(axes, states)
+
+
+def _end(work: Path, rung: int, row: Row) -> Path:
+    return work / f"rung{rung}-ends" / f"trial{row.trial}-seed{row.seed}"

@@ -1,0 +1,156 @@
+"""The file that describes a sweep, and the trials that it stands for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from jaxroute.config.loader import change_config, continuous_keys, dotted_keys, load_config, nearest_keys, read_yaml
+from jaxroute.config.schema import Config
+from jaxroute.errors import UserError
+
+KEYS = ("config", "fixed", "parameters", "samples", "sampling_seed", "seeds", "rungs", "keep")
+VALUES, RANGES = ("grid", "choice"), ("uniform", "log_uniform")
+OWN_KEYS = {"training.seed": "the spec's seeds", "training.loggers": "each trial's metrics are in the results"}
+
+
+class Trial(NamedTuple):
+    """One setting of the varied keys."""
+
+    number: int
+    values: dict[str, Any]  # key -> value
+    config: Config
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A sweep: every trial is trained with every seed."""
+
+    trials: tuple[Trial, ...]
+    seeds: tuple[int, ...]
+    rungs: tuple[int, ...]  # frames after which trials are evaluated; all but the last rung cut some off
+    keep: float  # share of the trials that goes on after a rung
+    text: str  # of the file and of the configuration it starts from: what the results belong to
+
+    @property
+    def keys(self) -> list[str]:
+        """The varied keys."""
+        return list(self.trials[0].values)
+
+
+def load_spec(path: Path) -> Spec:
+    """Reads and checks a spec (docs/sweeps.md has its keys).
+
+    Raises:
+        UserError: a file that cannot be read, an unknown key, a value that cannot be, nothing to try.
+    """
+    tree = read_yaml(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected keys and values: {', '.join(KEYS)}")
+    for key in tree:
+        if key not in KEYS:
+            raise UserError(f"{path}: unknown key {key}; a spec has {', '.join(KEYS)}")
+    given = tree.get("config")
+    if given is not None and not isinstance(given, str):
+        raise UserError(f"{path}: config: expected the path of a configuration, from the spec's folder; got {given!r}")
+    base = load_config(path.parent / given if given else None)
+    fixed = _section(tree.get("fixed") or {}, path, "fixed")
+    base = change_config(base, fixed, f"{path}: fixed")
+
+    parameters = _section(tree.get("parameters") or {}, path, "parameters")
+    if not parameters:
+        raise UserError(
+            f"{path}: parameters: nothing is varied; give at least one key, such as agent.gamma: {{grid: [0.9, 0.95]}}"
+        )
+    kinds = {key: _kind(path, key, value) for key, value in parameters.items()}
+    samples = _count(tree.get("samples", 1), path, "samples")
+    if samples > 1 and all(kind == "grid" for kind, _ in kinds.values()):
+        raise UserError(f"{path}: samples: every key has a grid, so that samples would be equal; leave it out")
+    chance = np.random.default_rng(_count(tree.get("sampling_seed", 0), path, "sampling_seed", least=0))
+    grids = [[(key, value) for value in values] for key, (kind, values) in kinds.items() if kind == "grid"]
+    trials = []
+    for point in itertools.product(*grids):
+        for _ in range(samples):
+            drawn = {key: _draw(chance, kind, values) for key, (kind, values) in kinds.items() if kind != "grid"}
+            values = {key: (dict(point) | drawn)[key] for key in parameters}
+            trials.append(Trial(len(trials), values, change_config(base, values, f"{path}: parameters")))
+
+    rungs = tree.get("rungs", [])
+    if not isinstance(rungs, list) or sorted(set(rungs)) != rungs:
+        raise UserError(f"{path}: rungs: expected frames in rising order, such as [40000, 100000]; got {rungs!r}")
+    rungs = [_count(rung, path, "rungs") for rung in rungs]
+    frames = {trial.config.training.frames for trial in trials}
+    if rungs and (len(frames) > 1 or rungs[-1] >= min(frames)):
+        raise UserError(f"{path}: rungs: the last is training.frames, one for all trials; give only smaller ones")
+    keep = tree.get("keep", 0.5)
+    if not isinstance(keep, float) or not 0 < keep < 1:
+        raise UserError(f"{path}: keep: expected a number between 0 and 1, the share that goes on; got {keep!r}")
+    return Spec(
+        trials=tuple(trials),
+        seeds=_seeds(tree.get("seeds", [0]), path),
+        rungs=(*rungs, max(frames)),
+        keep=keep,
+        text=yaml.safe_dump([tree, [repr(trial.config) for trial in trials]], sort_keys=True),
+    )
+
+
+def _section(section: Any, path: Path, name: str) -> dict[str, Any]:
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: {name}: expected keys of the configuration and values, got {section!r}")
+    for key in section:
+        if key in OWN_KEYS:
+            raise UserError(f"{path}: {name}: {key} is not varied in a sweep: {OWN_KEYS[key]}")
+        if key not in dotted_keys():
+            raise UserError(f"{path}: {name}: unknown key {key}; nearest: {', '.join(nearest_keys(str(key)))}")
+    return section
+
+
+def _kind(path: Path, key: str, value: Any) -> tuple[str, list[Any]]:
+    """How a key is varied, and its values or its range."""
+    where = f"{path}: parameters.{key}"
+    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in VALUES + RANGES:
+        raise UserError(f"{where}: expected one of grid, choice, uniform or log_uniform and a list, got {value!r}")
+    kind, values = next(iter(value.items()))
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{where}: {kind}: expected a list of one value or more, got {values!r}")
+    if kind in VALUES:
+        return kind, values
+    if key not in continuous_keys():
+        raise UserError(
+            f"{where}: {kind} draws any number, and this key is static or takes no number; list values under choice"
+        )
+    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in values)
+    if len(values) != 2 or not numbers or not values[0] < values[1] or (kind == "log_uniform" and values[0] <= 0):
+        above = " above 0" if kind == "log_uniform" else ""
+        raise UserError(f"{where}: {kind}: expected two numbers{above}, the smaller first; got {values!r}")
+    return kind, values
+
+
+def _draw(chance: np.random.Generator, kind: str, values: list[Any]) -> Any:
+    if kind == "choice":
+        return values[chance.integers(len(values))]
+    if kind == "uniform":
+        return float(chance.uniform(*values))
+    return float(math.exp(chance.uniform(math.log(values[0]), math.log(values[1]))))
+
+
+def _count(value: Any, path: Path, key: str, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{path}: {key}: expected a whole number of {least} or more, got {value!r}")
+    return value
+
+
+def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
+    """A list of seeds, or how many: 3 is [0, 1, 2]."""
+    if isinstance(seeds, list) and seeds:
+        seeds = [_count(seed, path, "seeds", least=0) for seed in seeds]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{path}: seeds: each one once, got {seeds}")
+        return tuple(seeds)
+    return tuple(range(_count(seeds, path, "seeds")))

@@ -1,0 +1,196 @@
+"""Sweeps from end to end: many trainings as one program are each the training alone, and a kill loses none of them."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxroute.config.build import build_trainer
+from jaxroute.config.loader import load_config
+from jaxroute.sweeps.plan import Row, make_groups
+from jaxroute.sweeps.program import Program, trials_that_fit
+from jaxroute.sweeps.spec import load_spec
+from tests.compiling import compile_fast
+from tests.sweeping import ROOT, SPEC, TIMES, start_sweep, table, write_spec
+
+KILLS = 10
+PARAMETERS = SPEC["parameters"]
+UPDATES_20 = {
+    "fixed": SPEC["fixed"] | {"training.frames": 164, "training.steps_per_chunk": 41, "training.buffer_capacity": 164}
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(cache):
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory) -> Path:
+    return write_spec(tmp_path_factory.mktemp("spec") / "small.yaml")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache, spec) -> Path:
+    folder = tmp_path_factory.mktemp("sweeps") / "whole"
+    assert start_sweep(folder, cache, str(spec), "--trials-per-batch", "3").wait() == 0, folder.with_suffix(
+        ".log"
+    ).read_text()
+    return folder
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_a_table_a_report_and_the_best_configuration(whole):
+    rows = table(whole)
+    assert len({(row["trial"], row["seed"], row["rung"]) for row in rows}) == len(rows) == 12 + 6
+    assert {row["trial"] for row in rows if row["diverged"] == "True"} == {"2", "3"}
+    assert all(row["qos"] == "" for row in rows if row["diverged"] == "True")
+    assert {row["frames"] for row in rows if row["rung"] == "1"} == {"600"}
+    assert not {"2", "3"} & {row["trial"] for row in rows if row["rung"] == "1"}
+    assert {path.name for path in whole.iterdir() if path.name != "results.parquet"} == {
+        *("best.yaml", "effects.png", "learning_curves.png", "parts", "report.md"),
+        *("results.csv", "sizes.json", "spec.yaml", "sweep.json"),
+    }
+    best = (whole / "report.md").read_text().split("|---|---|---|---|---|\n")[1].split("|")[1].strip()
+    chosen = next(row for row in rows if row["trial"] == best)
+    assert load_config(whole / "best.yaml").workload.arrivals.rate == float(chosen["workload.arrivals.rate"])
+    assert "trials 2, 3" in (whole / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_parquet_and_csv_hold_the_same(whole):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is of the extra sweep")
+    rows = parquet.read_table(whole / "results.parquet").to_pylist()
+    assert [
+        {name: "" if value is None else str(value) for name, value in row.items() if name not in TIMES} for row in rows
+    ] == table(whole)
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_ends_with_the_same_table(whole, spec, cache, tmp_path):
+    chance, kills, number = random.Random(1), 0, 0
+    while kills < KILLS:
+        folder, number = tmp_path / f"sweep{number}", number + 1
+        while True:
+            process = start_sweep(folder, cache, str(spec), "--trials-per-batch", "3")
+            log = folder.with_suffix(".log")
+            if kills < KILLS:
+                while "trainings of" not in log.read_text() and process.poll() is None:
+                    time.sleep(0.01)
+                time.sleep(chance.uniform(0.0, 8.0))
+                process.kill()
+            code = process.wait()
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, log.read_text()
+            kills += 1
+        assert table(folder) == table(whole)
+
+
+@pytest.mark.slow
+def test_a_signal_stops_it_and_the_same_command_goes_on(whole, spec, cache, tmp_path):
+    folder = tmp_path / "sweep"
+    process = start_sweep(folder, cache, str(spec), "--trials-per-batch", "3")
+    while "trainings of" not in folder.with_suffix(".log").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert folder.with_suffix(".log").read_text().splitlines()[-1].endswith("the same command goes on")
+    assert start_sweep(folder, cache, str(spec)).wait() == 0  # at as many at a time as it began with
+    assert table(folder) == table(whole)
+    finished = start_sweep(folder, cache, str(spec))
+    assert finished.wait() == 0 and table(folder) == table(whole)
+
+
+@pytest.mark.slow
+def test_a_trial_is_the_training_alone(tmp_path):
+    """Parameters after 20 updates, beside one that diverges; `init` and a chunk of each on its own."""
+    spec = load_spec(write_spec(tmp_path / "spec.yaml", rungs=None, **UPDATES_20))
+    (group,), _ = make_groups(spec)
+    rows = [Row(0, 0), Row(2, 0), Row(5, 5), Row(4, 0)]
+    program = Program(group, len(rows), jax.devices()[:1])
+    inputs = program.inputs(rows)
+    states, metrics = program.train_chunk(program.init(rows, inputs), inputs)
+    evaluation = program.evaluate(states, inputs)["qos"]
+    assert states.learner.updates.tolist() == [20] * 4 and np.isnan(metrics["mean_q"]).tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    trainer = build_trainer(group.config, group.experiment)
+    for index, (trial, seed) in enumerate(rows):
+        alone = group.inputs[trial]
+        state = trainer.init(jax.random.key(seed), alone.training_params, alone.hyperparameters)
+        state, own = trainer.train_chunk(state, alone.training_params, alone.hyperparameters)
+        np.testing.assert_allclose(own["reward"], metrics["reward"][index], rtol=1e-4)
+        if trial != 2:
+            ours = jax.tree.map(lambda leaf, index=index: leaf[index], states.learner.params)
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), ours, state.learner.params)
+    assert len(set(evaluation.mean(axis=1).tolist())) > 1
+    states_alone = sum(leaf.nbytes for leaf in jax.tree.leaves(states))
+    assert 3 * states_alone < program.bytes_needed() < 30 * states_alone
+
+
+def test_rows_to_fill_a_batch_change_nothing(tmp_path):
+    spec = load_spec(write_spec(tmp_path / "spec.yaml", rungs=None))
+    (group,), _ = make_groups(spec)
+    varied, shared = group.stacked([Row(0, 0), Row(5, 0)])
+    assert all(leaf.shape[0] == 2 for leaf in varied) and len(varied) == sum(group.varied) == 3
+    again = group.inputs_of([leaf[1] for leaf in varied], shared)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, group.inputs[5]))
+
+
+@pytest.mark.slow
+def test_several_devices_share_a_batch(tmp_path, cache):
+    """Four simulated CPU devices: 6 trainings are 8 with those that fill up, two a device."""
+    write_spec(tmp_path / "spec.yaml", rungs=None, **UPDATES_20)
+    program = (
+        "import sys, pathlib, jax, numpy as np\n"
+        "from jaxroute.sweeps.plan import Row, make_groups\n"
+        "from jaxroute.sweeps.program import Program\n"
+        "from jaxroute.sweeps.spec import load_spec\n"
+        "(group,), _ = make_groups(load_spec(pathlib.Path(sys.argv[1])))\n"
+        "rows = [Row(trial, seed) for trial in (0, 1, 5) for seed in (0, 5)]\n"
+        "results = []\n"
+        "for devices in (jax.devices(), jax.devices()[:1]):\n"
+        "    program = Program(group, 6, devices)\n"
+        "    inputs = program.inputs(rows)\n"
+        "    states, metrics = program.train_chunk(program.init(rows, inputs), inputs)\n"
+        "    shards = {shard.device for shard in states.returns.addressable_shards}\n"
+        "    assert shards == set(devices) and states.returns.shape[0] == program.size\n"
+        "    results.append([np.asarray(leaf)[:6] for leaf in jax.tree.leaves(states.learner.params)])\n"
+        "assert len(jax.devices()) == 4\n"
+        "for ours, theirs in zip(*results):\n"
+        "    np.testing.assert_allclose(ours, theirs, atol=1e-4)\n"
+    )
+    settings = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program, str(tmp_path / "spec.yaml")]
+    done = subprocess.run(command, cwd=ROOT, env=compile_fast() | settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_batches_are_as_large_as_the_memory_takes(tmp_path, monkeypatch):
+    spec = load_spec(write_spec(tmp_path / "spec.yaml", rungs=None))
+    (group,), _ = make_groups(spec)
+    monkeypatch.setattr(Program, "bytes_needed", lambda program: 10**8 * program.size)
+    for free, size in ((10**10, 12), (3.2e8, 2), (1, 1)):
+        monkeypatch.setattr("jaxroute.sweeps.program._free_bytes", lambda device, free=free: free)
+        assert trials_that_fit(group, 12, jax.devices()[:1]) == size
