@@ -1,0 +1,131 @@
+"""gymnasium: one environment as `Env`, many in one program as `VectorEnv`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import jax
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+from jaxroute.adapters.host import HostBatch
+from jaxroute.environment.spaces import Box, Discrete, Space
+
+
+def gymnasium_space(own: Space) -> gymnasium.Space[Any]:
+    """gymnasium's own class for a space; masks are `MultiBinary`, so int8."""
+    if isinstance(own, Discrete):
+        return gymnasium.spaces.Discrete(own.n)
+    if isinstance(own, Box):
+        if own.dtype == bool:
+            return gymnasium.spaces.MultiBinary(own.shape)
+        return gymnasium.spaces.Box(own.low, own.high, own.shape, own.dtype.type)
+    return gymnasium.spaces.Dict({name: gymnasium_space(part) for name, part in own.spaces.items()})
+
+
+class GymnasiumEnv(gymnasium.Env):
+    """`env` as `gymnasium.Env`: an episode's end returns its last observation, and `reset` begins the next.
+
+    info has "action_mask" (int8 [N + 1]), "qos", "penalty" and "elapsed" as docs/environment.md says, and at an
+    episode's end "metrics", as `summarize` gives them.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}
+
+    def __init__(self, env: Any, params: Any) -> None:
+        self._batch = HostBatch(env, params, 1)
+        self._next: Any = None  # the next episode's first observation and info, at an episode's end
+        self.observation_space = gymnasium_space(env.observation_space())
+        self.action_space = gymnasium_space(env.action_space())
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """(observation, info) of a fresh episode; `seed` begins a new sequence of them, `options` are none."""
+        super().reset(seed=seed)
+        first = self._next
+        if seed is not None or first is None:
+            first = self._batch.reset([int(self.np_random.integers(2**32)) if seed is None else seed])
+        self._next = None
+        return _row(first)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if not self._batch.started or self._next is not None:
+            raise gymnasium.error.ResetNeeded("call reset before step")
+        step = self._batch.step([action])
+        last = step.observation, step.info
+        if step.final_info is not None:
+            last, self._next = (step.final_observation, step.final_info), _first(last)
+        observation, info = _row(last)
+        return observation, float(step.reward[0]), bool(step.terminated[0]), bool(step.truncated[0]), info
+
+
+class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
+    """`num_envs` environments in one program. Environment i with seed s is `GymnasiumEnv` with seed s + i.
+
+    An episode's last observation and info are in info["final_obs"] and info["final_info"], as gymnasium's
+    `SyncVectorEnv` has them; every entry of info has its mask, under its name after an underscore.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(self, env: Any, params: Any, num_envs: int) -> None:
+        self._batch, self.num_envs = HostBatch(env, params, num_envs), num_envs
+        self.single_observation_space = gymnasium_space(env.observation_space())
+        self.single_action_space = gymnasium_space(env.action_space())
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """(observations, info) of fresh episodes in all environments; `options` are none.
+
+        `seed`: the first environment's, the others count up from there; or one for each.
+        """
+        if isinstance(seed, int):
+            super().reset(seed=seed)
+            seeds: Sequence[int] = range(seed, seed + self.num_envs)
+        else:
+            seeds = self.np_random.integers(2**32, size=self.num_envs).tolist() if seed is None else seed
+        observation, info = self._batch.reset(seeds)
+        return observation, _masked(info, np.ones(self.num_envs, bool))
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        if not self._batch.started:
+            raise gymnasium.error.ResetNeeded("call reset before step")
+        step = self._batch.step(actions)
+        everywhere, ended = np.ones(self.num_envs, bool), step.terminated | step.truncated
+        # What a step gives belongs to the episode that ended; the new one has its mask alone, as after a reset.
+        infos = {name: (value, everywhere if name == "action_mask" else ~ended) for name, value in step.info.items()}
+        info = {key: value for name, pair in infos.items() for key, value in _masked({name: pair[0]}, pair[1]).items()}
+        if step.final_info is not None:
+            final = np.full(self.num_envs, None, object)
+            for index in np.flatnonzero(ended):
+                final[index] = jax.tree.map(lambda leaf, index=index: leaf[index], step.final_observation)
+            info |= _masked({"final_obs": final, "final_info": step.final_info}, ended)
+        return step.observation, step.reward, step.terminated, step.truncated, info
+
+
+def _first(seen: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    """What a reset returns, of what a step that reset returned."""
+    observation, info = seen
+    return observation, {name: value for name, value in info.items() if name == "action_mask"}
+
+
+def _row(seen: Any) -> Any:
+    """The only environment's: arrays without their first axis, numbers."""
+    return jax.tree.map(lambda leaf: leaf[0] if leaf.ndim > 1 else leaf[0].item(), seen)
+
+
+def _masked(info: dict[str, Any], present: np.ndarray) -> dict[str, Any]:
+    """gymnasium's layout of the info of several environments: each entry, zero elsewhere, and where it is."""
+    masked: dict[str, Any] = {}
+    for name, value in info.items():
+        if isinstance(value, dict):
+            value = _masked(value, present)
+        elif value.dtype != object:
+            value = np.where(present.reshape(-1, *[1] * (value.ndim - 1)), value, np.zeros_like(value))
+        masked |= {name: value, f"_{name}": present.copy()}
+    return masked

@@ -1,0 +1,109 @@
+"""gymnax: a real subclass of its `Environment`, with its spaces, for gymnax 0.0.9 and 1.x alike."""
+
+# pyright: basic, reportMissingImports=false
+# The library is not there when types are checked.
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from gymnax.environments import environment, spaces
+
+from jaxroute.environment.spaces import Dict as DictSpace
+from jaxroute.environment.spaces import Discrete, Space
+from jaxroute.environment.views import FiveValues
+
+# 1.0 reports truncation, and its step returns six values; before, five.
+SIX_VALUES = hasattr(environment.Environment, "is_truncated")
+
+
+@struct.dataclass
+class GymnaxParams(environment.EnvParams):
+    """The environment's own parameters, traced, beside the one that every gymnax environment has."""
+
+    max_steps_in_episode: int = struct.field(pytree_node=False, default=1)  # libraries read it; it changes nothing
+    params: Any = None
+
+
+class GymnaxEnvironment(environment.Environment):
+    """`env` behind gymnax's interface. `reset` and `step` are the environment's own, which resets by itself once.
+
+    info is the environment's, with "terminated", "truncated" (bool []) and "final_observation", as gymnax 1.x has them,
+    and "discount" (float [], 0 where terminated, else 1) as gymnax before 1.0.
+    """
+
+    def __init__(self, env: Any, params: GymnaxParams, five_values: bool) -> None:
+        self.env, self._params, self.five_values = env, params, five_values
+
+    @property
+    def default_params(self) -> GymnaxParams:
+        return self._params
+
+    @property
+    def num_actions(self) -> int:
+        return self.env.num_actions
+
+    def reset(self, key: jax.Array, params: GymnaxParams | None = None) -> tuple[Any, Any]:
+        """(observation, state) of a fresh episode."""
+        return _reset(self.env, key, (params or self._params).params)
+
+    reset_env = reset
+
+    def step(self, key: jax.Array, state: Any, action: Any, params: GymnaxParams | None = None) -> tuple[Any, ...]:
+        """Six values or five (see `five_values`), after the reset where an episode ends."""
+        values = _step(FiveValues(self.env), key, state, action, (params or self._params).params)
+        observation, state, reward, done, info = values
+        if self.five_values:
+            return observation, state, reward, done, info
+        return observation, state, reward, info["terminated"], info["truncated"], info
+
+    def step_env(self, *_: Any) -> Any:
+        raise NotImplementedError("jaxroute environments reset by themselves; call step, which does not reset again")
+
+    def get_obs(self, state: Any, params: GymnaxParams | None = None, key: jax.Array | None = None) -> Any:
+        """The observation of a state that `reset` or `step` returned."""
+        return self.env.observe((params or self._params).params, state)
+
+    def is_terminal(self, state: Any, params: GymnaxParams) -> jax.Array:
+        """False, bool []: no state that `reset` or `step` returns is at an episode's end."""
+        return jnp.bool_(False)
+
+    is_terminated = is_truncated = is_terminal
+
+    def action_space(self, params: GymnaxParams | None = None) -> spaces.Discrete:
+        return _space(self.env.action_space())
+
+    def observation_space(self, params: GymnaxParams | None = None) -> spaces.Box | spaces.Dict:
+        return _space(self.env.observation_space())
+
+
+# As gymnax's own reset and step, compiled; never with the default parameters as constants, which round otherwise.
+@partial(jax.jit, static_argnums=0)
+def _reset(env: Any, key: jax.Array, params: Any) -> tuple[Any, Any]:
+    return env.reset(key, params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(env: FiveValues, key: jax.Array, state: Any, action: Any, params: Any) -> tuple[Any, ...]:
+    return env.step(key, state, action, params)
+
+
+def to_gymnax(env: Any, params: Any, five_values: bool | None) -> tuple[GymnaxEnvironment, GymnaxParams]:
+    """As `jaxroute.adapters.to_gymnax`."""
+    own = GymnaxParams(max_steps_in_episode=env.episode_length, params=params)
+    return GymnaxEnvironment(env, own, not SIX_VALUES if five_values is None else five_values), own
+
+
+def _space(own: Space) -> Any:
+    if isinstance(own, Discrete):
+        return spaces.Discrete(own.n)
+    if isinstance(own, DictSpace):
+        space = spaces.Dict({name: _space(part) for name, part in own.spaces.items()})
+    else:
+        space = spaces.Box(own.low, own.high, own.shape, own.dtype)
+    # gymnax's own draw NaN between infinite bounds, and dictionaries for observations that are none.
+    space.sample, space.contains = own.sample, own.contains
+    return space

@@ -1,0 +1,114 @@
+"""Several environments stepped as one program, for libraries that live outside of JAX: numpy arrays in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.environment.metrics import EpisodeTotals, Level, summarize
+from jaxroute.environment.spaces import Dict, observation_space
+
+Info = dict[str, Any]
+"""Name -> [B, ...]: "action_mask" (int8 [B, N + 1], as gymnasium has it); after a step "qos", "penalty", "elapsed"."""
+
+
+class Step(NamedTuple):
+    """One step of B environments; those that ended have been reset."""
+
+    observation: Any  # array [B, ...], or a dict of them
+    info: Info
+    reward: np.ndarray  # float [B]
+    terminated: np.ndarray  # bool [B]
+    truncated: np.ndarray  # bool [B]
+    final_observation: Any  # before the resets; None where no environment ended, as is final_info
+    final_info: Info | None  # with "metrics", a dict of [B, ...], unless the environment has none
+
+
+class HostBatch:
+    """`num_envs` environments of one kind, with their state. Can be pickled and copied at any time.
+
+    Every environment's randomness comes from its own seed, so it does not depend on `num_envs`.
+    """
+
+    def __init__(self, env: Any, params: Any, num_envs: int) -> None:
+        self.env, self.params, self.num_envs = env, params, num_envs
+        self._state: Any = None
+
+    @property
+    def started(self) -> bool:
+        """Whether there was a reset."""
+        return self._state is not None
+
+    def reset(self, seeds: Sequence[int]) -> tuple[Any, Info]:
+        """(observation, info) of fresh episodes; `seeds` count modulo 2^32."""
+        self._seeds = np.asarray([seed % 2**32 for seed in seeds], np.uint32)
+        self._steps = 0
+        (observation, info), self._state = _reset(self.env, self._seeds, self.params)
+        return _numpy(observation), _numpy(info)
+
+    def step(self, actions: Any) -> Step:
+        """All environments' next step, `actions` whole numbers [B]."""
+        self._steps += 1
+        actions = np.asarray(actions, np.int32).reshape(self.num_envs)
+        seen, final, totals, self._state = _step(
+            self.env, self._seeds, np.uint32(self._steps), self._state, actions, self.params
+        )
+        observation, info, reward, terminated, truncated = _numpy(seen)
+        final_observation = final_info = None
+        if (terminated | truncated).any():
+            final_observation, final_info = _numpy(final)
+            if totals is not None:
+                final_info["metrics"] = _numpy(_summaries(totals, self.env.metrics))
+        return Step(observation, info, reward, terminated, truncated, final_observation, final_info)
+
+
+@partial(jax.jit, static_argnums=0)
+def _reset(env: Any, seeds: jax.Array, params: Any) -> tuple[Any, Any]:
+    observation, state = jax.vmap(env.reset, (0, None))(_keys(seeds, jnp.uint32(0)), params)
+    return _seen(env, observation), state
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(env: Any, seeds: jax.Array, count: jax.Array, state: Any, actions: jax.Array, params: Any) -> Any:
+    values = jax.vmap(env.step, (0, 0, 0, None))(_keys(seeds, count), state, actions, params)
+    observation, state, reward, terminated, truncated, info = values
+    own = {name: info[name] for name in ("qos", "penalty", "elapsed")}
+    observation, shown = _seen(env, observation)
+    final, final_shown = _seen(env, info["final_observation"])
+    seen = (observation, {**shown, **own}, reward, terminated, truncated)
+    return seen, (final, {**final_shown, **own}), info["episode"], state
+
+
+def _keys(seeds: jax.Array, count: jax.Array) -> jax.Array:
+    """Of a reset at 0, of its n-th step at n: children of the seed's key alike, since `split` and `fold_in` of one key
+    can give the same."""
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), count))(seeds)
+
+
+@partial(jax.jit, static_argnums=1)
+def _summaries(totals: EpisodeTotals, level: Level) -> dict[str, jax.Array]:
+    return jax.vmap(partial(summarize, level=level))(totals)
+
+
+def _seen(env: Any, observation: Any) -> tuple[Any, dict[str, jax.Array]]:
+    """An observation [B, ...] as an array or a dict of arrays, masks int8; and its action mask by name, if it has one.
+
+    The mask of an observation that a wrapper changed is not known.
+    """
+    space, mask = env.observation_space(), None
+    if space == observation_space(env):
+        mask = observation[:, -env.num_actions :] if env.obs == "flat" else observation.action_mask
+    if isinstance(space, Dict):
+        parts = observation if isinstance(observation, Mapping) else vars(observation)
+        observation = {name: part.astype(jnp.int8) if part.dtype == bool else part for name, part in parts.items()}
+    return observation, {} if mask is None else {"action_mask": mask.astype(jnp.int8)}
+
+
+def _numpy(tree: Any) -> Any:
+    """Arrays of their own, which may be written to."""
+    return jax.tree.map(np.array, jax.device_get(tree))

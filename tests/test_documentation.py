@@ -1,0 +1,73 @@
+"""What the Markdown says exists: links, commands, names; and the quickstart runs.
+
+README.md's own block of Python is run from the wheel (`tests/package.py`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.compiling import compile_fast
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    *(page for folder in ("docs", "examples", "benchmarks") for page in (ROOT / folder).rglob("*.md")),
+]
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    module, attributes = name, []
+    while not is_module(module):
+        module, _, attribute = module.rpartition(".")
+        attributes.insert(0, attribute)
+    value = importlib.import_module(module) if attributes else None
+    for attribute in attributes:
+        if not hasattr(value, attribute):
+            return False
+        value = getattr(value, attribute)
+    return True
+
+
+def is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_exists(page: Path):
+    text = page.read_text()
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    names = re.findall(r"(?:`|python -m )((?:jaxroute|benchmarks)(?:\.[A-Za-z_]\w*)+)(?!\w*[./]\w*\.md)", text)
+    assert [name for name in names if not exists(name)] == []
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert [target for target in re.findall(r"`make ([\w-]+)", text) if target not in targets] == []
+    for block in python_blocks(page):
+        compile(block, str(page), "exec")
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs():
+    program = "\n".join(python_blocks(ROOT / "docs" / "quickstart.md"))
+    run = subprocess.run([sys.executable, "-c", program], env=compile_fast(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"balanced +QoS 0\.6", run.stdout), run.stdout
+
+
+def test_readme_has_the_one_block_that_is_run_from_the_wheel():
+    assert len(python_blocks(ROOT / "README.md")) == 1
