@@ -26,7 +26,7 @@ from jaxroute.report.files import whole_file
 from jaxroute.report.pictures import INK, STYLE, TRAINED_COLOUR
 from jaxroute.sweeps.plan import Group, make_groups
 from jaxroute.sweeps.plan import Row as Training
-from jaxroute.sweeps.program import Program
+from jaxroute.sweeps.program import Program, use_all_cores
 from jaxroute.sweeps.spec import load_spec
 
 COLUMNS = (
@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, metavar="PATH", help="write a PNG of the ratios to this file")
     parser.add_measuring()
     arguments = parser.read(argv)
+    use_all_cores()
     spec = load_spec(arguments.spec or config_folder() / "sweep.yaml")
     groups, _ = make_groups(spec)
     if len(groups) > 1:

@@ -17,6 +17,7 @@ from jaxroute.stopping import Stop
 from jaxroute.sweeps.display import best_table
 from jaxroute.sweeps.driver import carry_out, choose_sizes, execute_here
 from jaxroute.sweeps.plan import make_groups
+from jaxroute.sweeps.program import use_all_cores
 from jaxroute.sweeps.ranking import ranking
 from jaxroute.sweeps.report import write_report
 from jaxroute.sweeps.results import SweepFolder
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.trials_per_batch is not None and arguments.trials_per_batch < 1:
         raise UserError(f"--trials-per-batch {arguments.trials_per_batch}: expected a whole number of 1 or more")
     spec = load_spec(arguments.spec)
+    if not arguments.ray:
+        use_all_cores()
     console = report_console()
     groups, notes = make_groups(spec)
     print_notes(console, notes)

@@ -30,8 +30,8 @@ def main(path: Path) -> None:
         alone.append((jax.device_get(state.learner.params), metrics))
 
     assert len(jax.devices()) == 4
-    for devices, size in ((jax.devices(), 8), (jax.devices()[:1], 6)):
-        program = Program(group, len(ROWS), devices)
+    for devices, size, vmapped in ((jax.devices(), 8, True), (jax.devices()[:1], 6, False)):
+        program = Program(group, len(ROWS), devices, vmapped)
         inputs = program.inputs(ROWS)
         states, metrics = program.train_chunk(program.init(ROWS, inputs), inputs)
         assert program.size == size and {shard.device for shard in states.returns.addressable_shards} == set(devices)

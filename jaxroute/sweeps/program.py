@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,19 @@ LARGEST_ON_CPU = 16  # trainings of a batch: more of them are no faster there (b
 class Program:
     """Trains and evaluates batches of `size` trainings of a group.
 
-    Every training is by itself: the batch is `jax.vmap` over seeds and varied inputs, shared out to the devices in
-    equal parts by `jax.shard_map`, so that nothing goes from one to another.
+    Every training is by itself: the batch is shared out to the devices in equal parts by `jax.shard_map`, and a
+    device's part is `jax.vmap` over seeds and varied inputs, so that nothing goes from one to another. On a CPU core,
+    where that is slower than one training after the other (benchmarks/results.md), it is `jax.lax.map`.
     """
 
-    def __init__(self, group: Group, size: int, devices: Sequence[Any]):
-        """`size` is rounded up to a multiple of the number of `devices`; spare rows repeat the last one."""
+    def __init__(self, group: Group, size: int, devices: Sequence[Any], vmapped: bool | None = None):
+        """`size` is rounded up to a multiple of the number of `devices`; spare rows repeat the last one.
+
+        `vmapped` overrides what suits the devices.
+        """
+        vmapped = devices[0].platform != "cpu" if vmapped is None else vmapped
+        # Of the states' leaves: counters have no axis where a batch is vmapped (see TRAIN_STATE_AXES).
+        self.state_axes = TRAIN_STATE_AXES if vmapped else jax.tree.map(lambda _: 0, TRAIN_STATE_AXES, is_leaf=_is_none)
         self.size = -(-size // len(devices)) * len(devices)
         self._group, self._mesh = group, Mesh(np.array(devices), ("trials",))
         config, experiment = group.config, group.experiment
@@ -47,33 +55,37 @@ class Program:
                 return trainer.init(row[0], inputs.training_params, inputs.hyperparameters)
 
             states = jax.lax.map(one, (keys, varied))
+            if not vmapped:
+                return states
             buffer = dataclasses.replace(states.buffer, rows_added=states.buffer.rows_added[0])
             return dataclasses.replace(states, buffer=buffer, steps=states.steps[0])
 
         def train_chunk(states: Any, varied: list[jax.Array], shared: list[jax.Array]) -> Any:
-            def one(state: Any, varied: list[jax.Array]) -> Any:
+            def one(row: tuple[Any, list[jax.Array]]) -> Any:
+                state, varied = row
                 inputs = group.inputs_of(varied, shared)
                 state, metrics = trainer.train_chunk(state, inputs.training_params, inputs.hyperparameters)
                 return state, {name: value for name, value in metrics.items() if name != "episode"}
 
-            return jax.vmap(one, (TRAIN_STATE_AXES, 0), (TRAIN_STATE_AXES, 0))(states, varied)
+            if not vmapped:
+                return jax.lax.map(one, (states, varied))
+            return jax.vmap(one, ((self.state_axes, 0),), (self.state_axes, 0))((states, varied))
 
         env = dataclasses.replace(experiment.env, penalty="off")  # part of the reward alone, which is not reported
 
         def evaluate(params: Any, varied: list[jax.Array], shared: list[jax.Array]) -> dict[str, jax.Array]:
             keys = jax.random.split(jax.random.key(config.evaluation.seed), config.evaluation.episodes)
 
-            def one(params: Any, varied: list[jax.Array]) -> dict[str, jax.Array]:
+            def one(row: tuple[Any, list[jax.Array]]) -> dict[str, jax.Array]:
+                params, varied = row
                 router = policy_router(experiment.network, params)
                 return run_episodes(env, [router], jnp.int32(0), keys, group.inputs_of(varied, shared).params)
 
-            return jax.vmap(one)(params, varied)
+            return jax.vmap(one)((params, varied)) if vmapped else jax.lax.map(one, (params, varied))
 
         self._rows, self._shared = PartitionSpec("trials"), PartitionSpec()
         self._state_specs = jax.tree.map(
-            lambda axis: self._shared if axis is None else self._rows,
-            TRAIN_STATE_AXES,
-            is_leaf=lambda axis: axis is None,
+            lambda axis: self._shared if axis is None else self._rows, self.state_axes, is_leaf=_is_none
         )
         inputs = self._rows, self._shared
         self._init = self._compiled(init, (self._rows, *inputs), self._state_specs)
@@ -88,7 +100,7 @@ class Program:
         return jax.device_put(varied, self._sharding(self._rows)), jax.device_put(shared, self._sharding(self._shared))
 
     def init(self, rows: Sequence[Row], inputs: tuple[list[jax.Array], list[jax.Array]]) -> Any:
-        """The states of trainings that have not begun: leaves have a leading axis where TRAIN_STATE_AXES says so."""
+        """The states of trainings that have not begun: leaves have a leading axis where `state_axes` says so."""
         keys = jax.vmap(jax.random.key)(np.array([row.seed for row in self.filled(rows)], np.uint32))
         return self._init(jax.device_put(keys, self._sharding(self._rows)), *inputs)
 
@@ -144,6 +156,16 @@ class Program:
         return [*rows, *[rows[-1]] * (self.size - len(rows))]
 
 
+def use_all_cores() -> None:
+    """Makes each core a device where JAX computes on the CPU and nothing else was asked for; before JAX's first use.
+
+    A training alone uses little more than one core.
+    """
+    if jax.config.values["jax_num_cpu_devices"] == -1 and hasattr(os, "sched_getaffinity"):
+        with suppress(RuntimeError):  # JAX has begun
+            jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+
 def trials_that_fit(group: Group, trainings: int, devices: Sequence[Any]) -> int:
     """How many of a group's trainings to run at a time: as many as the memory takes, as the compiler measures it."""
     free = _free_bytes(devices[0])
@@ -156,6 +178,10 @@ def trials_that_fit(group: Group, trainings: int, devices: Sequence[Any]) -> int
             break
         size = max(1, min(size - 1, int(size * USABLE * free / needed)))
     return size
+
+
+def _is_none(axis: Any) -> bool:
+    return axis is None
 
 
 def _bytes(shapes: Any) -> int:

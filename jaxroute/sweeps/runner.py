@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxroute.learner.trainer import TRAIN_STATE_AXES
 from jaxroute.report.checkpoint import save_arrays
 from jaxroute.report.run_folder import versions
 from jaxroute.report.training_state import TrainingStates, load_state, named_arrays, newest_state
@@ -78,7 +77,7 @@ def run_batch(
     evaluation = jax.device_get(program.evaluate(states, inputs))
     if batch.rung + 1 < len(spec.rungs):
         for index, row in enumerate(batch.rows):
-            save_arrays(_end(work, batch.rung, row), named_arrays(_one(states, index)))
+            save_arrays(_end(work, batch.rung, row), named_arrays(_one(program, states, index)))
     installed = versions()
     origin = {
         "seconds": float(seconds()) / len(batch.rows),
@@ -105,22 +104,25 @@ def _chunks(frames: int, program: Program) -> int:
 def _first_states(program: Program, batch: Batch, inputs: Any, work: Path) -> Any:
     if batch.rung == 0:
         return program.init(batch.rows, inputs)
-    example = jax.eval_shape(lambda states: _one(states, 0), program.state_shapes)
+    example = jax.eval_shape(lambda states: _one(program, states, 0), program.state_shapes)
     ends = [_end(work, batch.rung - 1, row) for row in program.filled(batch.rows)]
     remedy = "start the sweep in a new folder"
     trees = [load_state(end, example, remedy) for end in ends]
     stacked = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *trees)
-    return program.restored(jax.tree.map(lambda axis, leaf: leaf if axis == 0 else leaf[0], _axes(stacked), stacked))
+    axes = _axes(program, stacked)
+    return program.restored(jax.tree.map(lambda axis, leaf: leaf if axis == 0 else leaf[0], axes, stacked))
 
 
-def _one(states: Any, index: int) -> Any:
+def _one(program: Program, states: Any, index: int) -> Any:
     """The state of one training of a batch."""
-    return jax.tree.map(lambda axis, leaf: leaf[index] if axis == 0 else leaf, _axes(states), states)
+    return jax.tree.map(lambda axis, leaf: leaf[index] if axis == 0 else leaf, _axes(program, states), states)
 
 
-def _axes(states: Any) -> Any:
-    """TRAIN_STATE_AXES for each leaf; -1 where a leaf has no axis over trainings."""
-    axes = jax.tree.map(lambda axis: -1 if axis is None else axis, TRAIN_STATE_AXES, is_leaf=lambda axis: axis is None)
+def _axes(program: Program, states: Any) -> Any:
+    """`state_axes` for each leaf; -1 where a leaf has no axis over trainings."""
+    axes = jax.tree.map(
+        lambda axis: -1 if axis is None else axis, program.state_axes, is_leaf=lambda axis: axis is None
+    )
     return jax.tree.broadcast(axes, states)
 
 
