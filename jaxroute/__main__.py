@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a router and evaluate it",
     "sweep": "many trainings at once, over settings and seeds",
     "evaluate": "a trained router and others on the same episodes",
+    "calibrate": "the engine of a real server from its request log",
     "predict": "train and apply predictors of output lengths and scores",
     "timeline": "one episode as a picture, a trace and a page",
     "replay": "one engine on a recorded list of requests",

@@ -31,7 +31,7 @@ def known(name: Any, names: Iterable[str], what: str) -> str:
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Wraps a command's `main(argv) -> exit code`: a line on stderr for a `UserError` (code 2) and signals (130, 143)."""
+    """Wraps a command's `main(argv) -> exit code`: a line on stderr for a `UserError` (2) and signals (130, 143)."""
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:

@@ -236,6 +236,13 @@ _scenario(
     profile=("rtx3090", "a40", "a100"),
     slots=96,
 )
+_scenario(
+    "measured-3",
+    "servers calibrated from logs, 40 requests/s, 30 ms a token: the best model is the slow one, and serves few",
+    arrivals=lambda: PoissonArrivals.create(40.0),
+    profile=("rtxpro6000x2-qwen3-32b", "rtx4090-llama-3.1-8b", "rtxpro6000-llama-3.1-8b"),
+    slots=96,
+)
 SCENARIOS["azure"] = THREE
 register("azure", _azure, 'the arrivals of a recorded trace, path="...csv": hours with their own bursts and lulls')
 register("cluster", _cluster, 'experts of your own from a YAML file, path="experts.yaml"')

@@ -33,13 +33,15 @@ class Program:
     """
 
     def __init__(self, group: Group, size: int, devices: Sequence[Any], vmapped: bool | None = None):
-        """`size` is rounded up to a multiple of the number of `devices`; spare rows repeat the last one.
+        """`size` is rounded up to a multiple of the number of `devices`, of which no more than `size` are used; spare
+        rows repeat the last one.
 
         `vmapped` overrides what suits the devices.
         """
         vmapped = devices[0].platform != "cpu" if vmapped is None else vmapped
         # Of the states' leaves: counters have no axis where a batch is vmapped (see TRAIN_STATE_AXES).
         self.state_axes = TRAIN_STATE_AXES if vmapped else jax.tree.map(lambda _: 0, TRAIN_STATE_AXES, is_leaf=_is_none)
+        devices = devices[:size]
         self.size = -(-size // len(devices)) * len(devices)
         self._group, self._mesh = group, Mesh(np.array(devices), ("trials",))
         config, experiment = group.config, group.experiment

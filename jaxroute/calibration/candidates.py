@@ -1,0 +1,243 @@
+"""Many candidate servers on one log at once, each with the exact scheduler.
+
+A server is D engines behind vLLM's rule for data-parallel engines; usually D is 1. Candidates are the last axis,
+engines the one before: arrays of queues are [S, D, K]. Candidates do not wait for each other: each has its own place in
+the log.
+
+A queue has few slots, whatever the log's length. Requests behind the first few of `waiting` change nothing in an
+iteration, so they stay in a list of numbers until a slot is free. That is exact as long as one slot is left for a
+waiting request; where it was not, the candidate is marked `overflowed`, and the caller gives more slots.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxroute.simulator.advance import Progress, run_decodes, run_iteration
+from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, empty_engine, target_tokens, total
+from jaxroute.simulator.slots import append, remove
+
+WAITING_WEIGHT = 4
+"""What a waiting request counts to vLLM's data-parallel balancing; a running one counts 1."""
+
+
+class Requests(struct.PyTreeNode):
+    """R requests in order of arrival."""
+
+    arrival: jax.Array  # float [R], s, the first at 0
+    prompt_tokens: jax.Array  # int32 [R]
+    output_tokens: jax.Array  # int32 [R]
+    shared_tokens: jax.Array  # int32 [R], of the prompt, those that a prefix cache could have had
+
+
+class Candidates(struct.PyTreeNode):
+    """K servers, each of equal engines."""
+
+    engine: EngineParams  # each field [K]
+    prefix_hits: jax.Array  # float [K], share of `shared_tokens` that a prefix cache saves
+
+
+def prompt_left(
+    prompt_tokens: jax.Array, shared_tokens: jax.Array, prefix_hits: jax.Array | float, block_size: jax.Array | int
+) -> jax.Array:
+    """int32 [...]: tokens of a prompt that are left to do after the whole blocks that a prefix cache has."""
+    blocks = jnp.floor(prefix_hits * shared_tokens / block_size + 1e-4).astype(jnp.int32)
+    return jnp.maximum(prompt_tokens - blocks * block_size, 1)
+
+
+class Simulated(struct.PyTreeNode):
+    """What became of the requests under K candidates. Times in seconds since the log's beginning."""
+
+    first_token: jax.Array  # float [R, K], NEVER where none came
+    finish: jax.Array  # float [R, K], NEVER where it did not finish
+    overflowed: jax.Array  # bool [K], there were too few slots: the result is not exact
+    preemptions: jax.Array  # int32 [K], of the requests that finished
+    rounds: jax.Array  # int32 [K], until a candidate was done
+    series: tuple[jax.Array, jax.Array, jax.Array] | None  # [M, D, K]: start of a round, s; then running and waiting
+
+
+class _Run(struct.PyTreeNode):
+    state: EngineState  # [S, D, K], times since the log's beginning
+    progress: Progress
+    number: jax.Array  # int32 [S, D, K], of the request in the slot
+    routed: jax.Array  # int32 [K], requests that have an engine
+    order: jax.Array  # int32 [R, D, K], requests of an engine in order of arrival
+    given: jax.Array  # int32 [D, K], how many of them there are
+    joined: jax.Array  # int32 [D, K], how many of those have had a slot
+    first_token: jax.Array
+    finish: jax.Array
+    done: jax.Array  # int32 [K], requests that finished
+    preemptions: jax.Array
+    failed: jax.Array  # bool [K]: stalled, or later than it may be
+    overflowed: jax.Array
+    rounds: jax.Array  # int32 [K]
+    series: tuple[jax.Array, jax.Array, jax.Array] | None
+
+
+def _next_arrival(requests: Requests, run: _Run) -> jax.Array:
+    """float [K], NEVER after the last."""
+    last = requests.arrival.shape[0] - 1
+    return jnp.where(run.routed <= last, requests.arrival[jnp.minimum(run.routed, last)], NEVER)
+
+
+def _ready(requests: Requests, run: _Run) -> jax.Array:
+    """bool [K]: every engine has come to the next arrival."""
+    idle = (run.state.num_requests == 0) & (run.given == run.joined)
+    reached = idle | (run.state.clock >= _next_arrival(requests, run))
+    return jnp.all(reached, axis=0) & (run.routed < requests.arrival.shape[0]) & ~run.failed
+
+
+def _route(requests: Requests, run: _Run) -> _Run:
+    """The next request of every candidate that is ready gets an engine."""
+    ready = _ready(requests, run)
+    running = run.state.num_running
+    waiting = run.state.num_requests - running + run.given - run.joined
+    engine = jnp.argmin(WAITING_WEIGHT * waiting + running, axis=0)  # [K]
+    count, lanes = requests.arrival.shape[0], jnp.arange(engine.shape[0])
+    place = jnp.where(ready, run.given[engine, lanes], count)
+    chosen = ready & (jnp.arange(running.shape[0])[:, None] == engine)
+    return run.replace(
+        order=run.order.at[place, engine, lanes].set(run.routed, mode="drop"),
+        given=run.given + chosen,
+        routed=run.routed + ready,
+    )
+
+
+def _has_room(run: _Run) -> jax.Array:
+    return (run.joined < run.given) & (run.state.num_requests < run.state.num_slots) & ~run.failed
+
+
+def _join(servers: Candidates, requests: Requests, run: _Run) -> _Run:
+    """The next request of every engine that has one and a free slot joins its queue."""
+    joins = _has_room(run)
+    number = jnp.take_along_axis(run.order, jnp.minimum(run.joined, run.order.shape[0] - 1)[None], axis=0)[0]
+    params = servers.engine
+    prompt = prompt_left(
+        requests.prompt_tokens[number], requests.shared_tokens[number], servers.prefix_hits, params.block_size
+    )
+    target = target_tokens(prompt, requests.output_tokens[number], params.max_model_len)
+    here = joins & (run.state.position == run.state.num_requests)
+    return run.replace(
+        number=jnp.where(here, number, run.number),
+        state=append(run.state, joins, prompt, target, requests.arrival[number]),
+        joined=run.joined + joins,
+    )
+
+
+def _collect(run: _Run) -> _Run:
+    """Notes what finished, and frees its slots."""
+    state = run.state
+    left = (state.position < state.num_requests) & (state.finish_time < NEVER)
+    lanes = jnp.broadcast_to(jnp.arange(left.shape[-1]), left.shape[1:])
+
+    def note(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        left, first, finish, done, preemptions = carry
+        slot = jnp.min(jnp.where(left, state.position, LARGE), axis=0)
+        here = state.position == slot
+
+        def value(values: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(here, values, 0), axis=0, dtype=values.dtype)
+
+        found = slot < LARGE
+        row = jnp.where(found, value(run.number), first.shape[0])
+        first = first.at[row, lanes].set(value(state.first_token_time), mode="drop")
+        finish = finish.at[row, lanes].set(value(state.finish_time), mode="drop")
+        done += jnp.sum(found, axis=0, dtype=jnp.int32)
+        preemptions += jnp.sum(value(state.preemptions), axis=0, dtype=jnp.int32)
+        return left & ~here, first, finish, done, preemptions
+
+    carry = left, run.first_token, run.finish, run.done, run.preemptions
+    _, first, finish, done, preemptions = jax.lax.while_loop(lambda carry: jnp.any(carry[0]), note, carry)
+    state, number = remove(state, run.number, left)
+    return run.replace(state=state, number=number, first_token=first, finish=finish, done=done, preemptions=preemptions)
+
+
+def _round(servers: Candidates, requests: Requests, latest: jax.Array, most_rounds: jax.Array, run: _Run) -> _Run:
+    """Arrivals, then one iteration of every engine and the plain decodes after it."""
+    params = servers.engine
+    run = jax.lax.while_loop(lambda run: jnp.any(_ready(requests, run)), lambda run: _route(requests, run), run)
+    run = jax.lax.while_loop(lambda run: jnp.any(_has_room(run)), lambda run: _join(servers, requests, run), run)
+    state, progress = run.state, run.progress
+    more = run.routed < requests.arrival.shape[0]
+    # Several engines meet at every arrival, for its choice among them; one alone goes on while its slots are full.
+    goes_on = (state.num_requests == state.num_slots) & (state.clock.shape[0] == 1)
+    until = jnp.where(goes_on, NEVER, _next_arrival(requests, run))
+    runs = (state.num_requests > 0) & (state.clock < until) & ~run.failed
+    after, progress_after, decision = run_iteration(params, state, progress)
+    stalled = total((decision.tokens > 0) | decision.preempted) == 0
+    after, progress_after = run_decodes(params, after, progress_after, stalled, until, LARGE, LARGE)
+    state, progress = jax.tree.map(
+        lambda new, old: jnp.where(runs, new, old), (after, progress_after), (state, progress)
+    )
+    series = run.series
+    if series is not None:
+        lanes = jnp.arange(runs.shape[-1])
+        waiting = run.state.num_requests - decision.num_running + run.given - run.joined
+        row = jnp.where(jnp.any(runs, axis=0), run.rounds, series[0].shape[0])
+        now = (run.state.clock, decision.num_running, waiting)
+        series = tuple(
+            all_.at[row, :, lanes].set(jnp.where(runs, new, -1).T, mode="drop")
+            for all_, new in zip(series, now, strict=True)
+        )
+    full = runs & (decision.num_running == state.num_slots) & ((run.given > run.joined) | more)
+    failed = run.failed | jnp.any((runs & stalled) | (state.clock > latest), axis=0) | (run.rounds >= most_rounds)
+    run = run.replace(
+        state=state,
+        progress=progress,
+        failed=failed,
+        overflowed=run.overflowed | jnp.any(full, axis=0),
+        rounds=run.rounds + jnp.any(runs, axis=0),
+        series=series,
+    )
+    return _collect(run)
+
+
+@partial(jax.jit, static_argnames=("num_slots", "engines", "num_rounds"))
+def simulate(
+    servers: Candidates,
+    requests: Requests,
+    latest: jax.Array,
+    most_rounds: jax.Array,
+    num_slots: int,
+    engines: int = 1,
+    num_rounds: int = 0,
+) -> Simulated:
+    """Runs the whole log under K candidates.
+
+    A candidate ends early, with NEVER for what is not done, where it stalls, its clock passes `latest` (s) or it takes
+    `most_rounds` rounds. `num_slots`, the number of `engines` of a server, and of how many rounds the series are kept,
+    `num_rounds`, are static.
+    """
+    count, lanes = requests.arrival.shape[0], servers.prefix_hits.shape[0]
+    shape = (engines, lanes)
+    never = jnp.full((count, lanes), NEVER, float)
+    start = _Run(
+        state=empty_engine(num_slots, shape),
+        progress=Progress.none(shape),
+        number=jnp.zeros((num_slots, *shape), jnp.int32),
+        routed=jnp.zeros(lanes, jnp.int32),
+        order=jnp.zeros((count, *shape), jnp.int32),
+        given=jnp.zeros(shape, jnp.int32),
+        joined=jnp.zeros(shape, jnp.int32),
+        first_token=never,
+        finish=never,
+        done=jnp.zeros(lanes, jnp.int32),
+        preemptions=jnp.zeros(lanes, jnp.int32),
+        failed=jnp.zeros(lanes, bool),
+        overflowed=jnp.zeros(lanes, bool),
+        rounds=jnp.zeros(lanes, jnp.int32),
+        series=None,
+    )
+    if num_rounds:
+        counts = jnp.full((num_rounds, *shape), -1, jnp.int32)
+        start = start.replace(series=(jnp.full(counts.shape, -1, float), counts, counts))
+
+    def goes_on(run: _Run) -> jax.Array:
+        return jnp.any((run.done < count) & ~run.failed)
+
+    run = jax.lax.while_loop(goes_on, lambda run: _round(servers, requests, latest, most_rounds, run), start)
+    return Simulated(run.first_token, run.finish, run.overflowed, run.preemptions, run.rounds, run.series)

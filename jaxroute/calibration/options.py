@@ -1,0 +1,125 @@
+"""What is known of the server: its engine's options, from YAML or the JSON of a recorded run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxroute.calibration.logs import ServerLog
+from jaxroute.errors import UserError, known
+from jaxroute.simulator.engine_config import DEFAULTS
+
+SEARCHED = ("num_gpu_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
+"""Options that are looked for where they are not given."""
+
+_SERVER = {
+    "data_parallel_size": 1,
+    "tensor_parallel_size": 1,
+    "enable_prefix_caching": False,
+    "model": None,
+    "gpu": None,
+}
+_ALIASES = {"scheduler_reserve_full_isl": "reserve_full_isl", "device_name": "gpu"}
+"""Other names, in vLLM's own dumps."""
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Options by vLLM's names; those of `SEARCHED` that are not in `engine` are not known."""
+
+    source: str
+    engine: dict[str, Any] = field(default_factory=dict)
+    data_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    enable_prefix_caching: bool = False
+    model: str | None = None
+    gpu: str | None = None
+
+    @property
+    def unknown(self) -> list[str]:
+        return [key for key in SEARCHED if key not in self.engine]
+
+
+def load_options(path: str | Path | None) -> ServerOptions:
+    """Reads a YAML mapping of options, or the `*_config.json` of a recorded run, whose sections may repeat them.
+
+    Without a file nothing is known. Null means unknown. Raises `UserError`.
+    """
+    if path is None:
+        return ServerOptions("no engine file")
+    path = Path(path)
+    tree = _load(path)
+    if path.suffix.lower() == ".json":
+        given = {}
+        for key, value in _leaves(tree):
+            key = _ALIASES.get(key, key)
+            if value is not None and (key in DEFAULTS or key in _SERVER):
+                given.setdefault(key, value)
+    else:
+        for key in tree:
+            try:
+                known(key, [*DEFAULTS, *_SERVER], "engine option")
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+        given = {key: value for key, value in tree.items() if value is not None}
+    given.pop("latency", None)  # what is looked for
+    server = {key: given.pop(key, default) for key, default in _SERVER.items()}
+    for key in ("data_parallel_size", "tensor_parallel_size"):
+        if isinstance(server[key], bool) or not isinstance(server[key], int) or not 1 <= server[key] <= 64:
+            raise UserError(f"{path}: {key} must be a whole number from 1 to 64, not {server[key]!r}")
+    for key, kind, what in (
+        ("enable_prefix_caching", bool, "true or false"),
+        ("model", str, "a name"),
+        ("gpu", str, "a name"),
+    ):
+        if server[key] is not None and not isinstance(server[key], kind):
+            raise UserError(f"{path}: {key} must be {what}, not {server[key]!r}")
+    return ServerOptions(str(path), given, **server)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
+    try:
+        tree = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not {path.suffix[1:].upper() or 'YAML'} ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must be a mapping of engine options")
+    return tree
+
+
+def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values, those of a section before those of the sections in it."""
+    for key, value in tree.items():
+        if not isinstance(value, dict):
+            yield key, value
+    for value in tree.values():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+
+
+def check_fits(log: ServerLog, options: ServerOptions) -> None:
+    """Raises `UserError` where the engine as given could never have served a request of the log."""
+    engine = options.engine
+    longest = engine.get("max_model_len")
+    blocks, size = engine.get("num_gpu_blocks"), engine.get("block_size", DEFAULTS["block_size"])
+    budget = engine.get("max_num_batched_tokens")
+    for position in range(len(log)):
+        prompt, output = int(log.prompt_tokens[position]), int(log.output_tokens[position])
+        what = f"{options.source}: cannot hold request {log.ids[position]} of {log.path}, {prompt} + {output} tokens: "
+        if longest is not None and prompt + output > longest:
+            raise UserError(f"{what}max_model_len is {longest}; correct it, or set it to null")
+        if blocks is not None and -(-(prompt + output - 1) // size) > blocks - 1:
+            raise UserError(
+                f"{what}num_gpu_blocks is {blocks} of {size} tokens, one not usable; correct it, or set it to null"
+            )
+        if budget is not None and not engine.get("enable_chunked_prefill", True) and prompt > budget:
+            raise UserError(f"{what}max_num_batched_tokens is {budget} and prefill is not chunked; correct it")

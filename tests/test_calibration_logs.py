@@ -1,0 +1,178 @@
+"""Logs and engine options from files: every format that there is, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxroute.calibrate import main
+from jaxroute.calibration.judgement import load_at_arrival, splits
+from jaxroute.calibration.logs import load_log
+from jaxroute.calibration.options import check_fits, load_options
+from jaxroute.calibration.space import peak_running, search_space
+from jaxroute.errors import UserError
+
+ROWS = [
+    {
+        "arrival_time": 0.5 * i,
+        "prompt_len": 20 + i,
+        "output_len": 3,
+        "first_token_time": 0.5 * i + 0.1,
+        "finish_time": 0.5 * i + 0.2,
+    }
+    for i in range(24)
+]
+
+
+def jsonl(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_project_formats_and_the_recorded_one_agree(tmp_path):
+    names = {"arrival_time": "arrival_s", "prompt_len": "prompt_tokens", "output_len": "output_tokens"}
+    names |= {"first_token_time": "first_token_s", "finish_time": "last_token_s"}
+    own = load_log(jsonl(tmp_path / "a.jsonl", ROWS))
+    # There the engine's clock says when a request came, and times need not begin at 0.
+    recorded = [
+        {"request_id": 7 + i, **{names[key]: value + ("len" not in key) for key, value in row.items()}}
+        for i, row in enumerate(ROWS)
+    ]
+    for row in recorded:
+        row |= {"queued_s": row["arrival_s"] + 0.01, "shared_prefix_tokens": 16, "arrival_s": row["arrival_s"] - 0.3}
+    other = load_log(jsonl(tmp_path / "b.jsonl", recorded))
+    lines = [",".join(ROWS[0]), *(",".join(map(str, row.values())) for row in ROWS)]
+    (tmp_path / "c.csv").write_text("\n".join(lines))
+    table = load_log(tmp_path / "c.csv")
+    for field in ("arrival", "first_token", "finish", "prompt_tokens", "output_tokens"):
+        assert np.array_equal(getattr(own, field), getattr(table, field))
+        late = -0.01 if field in ("first_token", "finish") else 0.0
+        assert np.allclose(getattr(own, field) + late, getattr(other, field))
+    assert other.ids[0] == 7 and other.shared_tokens is not None and own.shared_tokens is None
+    assert np.allclose(own.measured["tpot"], 0.05)
+    (tmp_path / "a_timeseries.csv").write_text("t,running,waiting\n1,2,3\n")
+    series = load_log(tmp_path / "a.jsonl").series
+    assert series is not None and series["waiting"].tolist() == [3]
+
+
+def benchmark_result(**changes):
+    count = 24
+    return {
+        "input_lens": [20] * count,
+        "output_lens": [3] * count,
+        "ttfts": [0.1] * count,
+        "itls": [[0.05, 0.05]] * count,
+        "start_times": [100.0 + i for i in reversed(range(count))],
+        "errors": ["", "timed out", *[""] * (count - 2)],
+        **changes,
+    }
+
+
+def test_result_of_vllms_benchmark(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(benchmark_result()))
+    log = load_log(path)
+    assert len(log) == 23 and log.notes == ("1 requests that failed were left out",)
+    assert log.arrival[0] == 0 and (np.diff(log.arrival) > 0).all()
+    assert np.allclose(log.measured["e2e"], 0.2)
+    for changes, problem in (
+        ({"itls": None}, "no list itls; run vLLM's benchmark with --save-result --save-detailed"),
+        ({"start_times": None}, "no list start_times"),
+        ({"ttfts": [0.1]}, "ttfts has 1 entries, input_lens 24"),
+    ):
+        path.write_text(json.dumps(benchmark_result(**changes)))
+        with pytest.raises(UserError, match=problem):
+            load_log(path)
+    path.write_text(json.dumps(benchmark_result(start_times=None, request_rate="inf")))
+    assert not load_log(path).arrival.any()
+
+
+def changed(index, **values):
+    return [{**row, **(values if i == index else {})} for i, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize(
+    "rows, problem",
+    [
+        (
+            [{k: v for k, v in row.items() if k != "finish_time"} for row in ROWS],
+            "line 1: no column finish_time or last_token_s",
+        ),
+        (changed(5, arrival_time=0.1), "line 6: arrival_time 0.1 is before the line above's 2; sort by arrival"),
+        (changed(5, first_token_time=2.4), "line 6: first_token_time 2.4 is before arrival_time 2.5"),
+        (changed(5, finish_time=2.55), "line 6: finish_time 2.55 is before first_token_time 2.6"),
+        (changed(5, output_len=0), "line 6: output_len must be a whole number of tokens from 1"),
+        (changed(5, arrival_time="soon"), "line 6: arrival_time must be a finite number"),
+        (ROWS[:19], "19 requests are too few to calibrate on; give 20 or more"),
+        ([], "there is no request in it"),
+    ],
+)
+def test_bad_logs_are_one_line_and_leave_nothing_behind(tmp_path, capsys, rows, problem):
+    path = jsonl(tmp_path / "log.jsonl", rows)
+    assert main([str(path), "--out", str(tmp_path / "p.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert problem in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("num_gpu_blocks: 3", "cannot hold request 11 of"),
+        ("max_model_len: 40", "cannot hold request 18 of"),
+        ("{max_num_batched_tokens: 25, enable_chunked_prefill: false}", "cannot hold request 6 of"),
+        ("num_gpu_block: 2", "unknown engine option 'num_gpu_block'; the nearest are num_gpu_blocks"),
+        ("data_parallel_size: 0", "data_parallel_size must be a whole number from 1 to 64"),
+        ("max_num_seqs: many", "max_num_seqs must be a whole number"),
+        ("[1, 2]", "must be a mapping of engine options"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_bad_engine_files(tmp_path, capsys, text, problem):
+    path, engine = jsonl(tmp_path / "log.jsonl", ROWS), tmp_path / "engine.yaml"
+    engine.write_text(text)
+    assert main([str(path), "--engine", str(engine), "--out", str(tmp_path / "p.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert problem in error and error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == [engine, path]
+
+
+def test_bad_outputs_are_found_before_the_search(tmp_path, capsys):
+    path = str(jsonl(tmp_path / "log.jsonl", ROWS))
+    for out, problem in (("p.json", "ends in .yaml"), ("none/p.yaml", "cannot be written")):
+        assert main([path, "--out", str(tmp_path / out)]) == 2
+        assert problem in capsys.readouterr().err
+
+
+def test_options_from_the_sections_of_a_recorded_run(tmp_path):
+    tree = {
+        "model": "meta-llama/Llama-3.1-8B",
+        "engine_kwargs": {"max_num_seqs": 128, "max_model_len": None, "data_parallel_size": 2},
+        "cache_config": {"num_gpu_blocks": None, "enable_prefix_caching": True},
+        "scheduler_config": {"scheduler_reserve_full_isl": False},
+        "hardware": {"device_name": "NVIDIA GeForce RTX 4090"},
+    }
+    path = tmp_path / "x_config.json"
+    path.write_text(json.dumps(tree))
+    options = load_options(path)
+    assert options.engine == {"max_num_seqs": 128, "reserve_full_isl": False}
+    assert options.unknown == ["num_gpu_blocks", "max_num_batched_tokens", "max_model_len"]
+    assert (options.data_parallel_size, options.enable_prefix_caching) == (2, True)
+    assert options.gpu == "NVIDIA GeForce RTX 4090"
+    log = load_log(jsonl(tmp_path / "log.jsonl", ROWS))
+    check_fits(log, options)
+    names = search_space(log, options).names
+    assert names[6:] == ["num_gpu_blocks", "max_num_batched_tokens", "request_overhead"]
+
+
+def test_splits_and_loads(tmp_path):
+    slow = range(8, 14)
+    rows = [{**row, "finish_time": row["finish_time"] + (5 if i in slow else 0)} for i, row in enumerate(ROWS)]
+    log = load_log(jsonl(tmp_path / "log.jsonl", rows))
+    assert load_at_arrival(log)[8:16].tolist() == [*range(7), 6] and peak_running(log) == 7
+    by_parity, by_time, *by_load = splits(log)
+    assert by_parity.fitted[:4].tolist() == [True, False, True, False]
+    assert by_time.fitted.sum() == 12
+    assert [split.name for split in by_load] == ["lower loads fitted, higher loads judged"]
