@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import jax
@@ -121,13 +122,13 @@ def test_evaluate_repeats_the_evaluation(run, capsys, monkeypatch):
 @pytest.mark.slow
 def test_an_interrupted_run_can_be_evaluated(tmp_path, capsys, monkeypatch):
     def interrupt(*_):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     folder = tmp_path / "run"
     monkeypatch.setattr(TrainingProgress, "update", interrupt)
     assert train.main([*TINY, "--out", str(folder)]) == 130
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "after frame 100; evaluate what" in error and str(folder) in error
+    assert error.count("\n") == 1 and "stopped after frame 100; go on" in error and str(folder) in error
     assert len(records(folder)) == 1
     assert evaluate.main([str(folder)]) == 0
 
