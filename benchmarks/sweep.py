@@ -21,12 +21,13 @@ from matplotlib.figure import Figure
 from benchmarks.harness import Column, Parser, Row, count, machine, report, table
 from jaxroute.config.build import build_trainer
 from jaxroute.config.loader import config_folder
+from jaxroute.devices import use_all_cores
 from jaxroute.errors import UserError, command
 from jaxroute.report.files import whole_file
 from jaxroute.report.pictures import INK, STYLE, TRAINED_COLOUR
 from jaxroute.sweeps.plan import Group, make_groups
 from jaxroute.sweeps.plan import Row as Training
-from jaxroute.sweeps.program import Program, use_all_cores
+from jaxroute.sweeps.program import Program
 from jaxroute.sweeps.spec import load_spec
 
 COLUMNS = (
@@ -92,7 +93,7 @@ def picture(path: Path, device: str, rows: Sequence[Row]) -> None:
         axes.axhline(1, color=INK, linewidth=1, linestyle="--", label="the training alone")
         axes.plot(x, y, color=TRAINED_COLOUR, marker="o", linewidth=1.8)
         for at, ratio in zip(x, y, strict=True):
-            axes.annotate(f"{ratio:.2f}", (at, ratio), (0, 8), textcoords="offset points", ha="center", fontsize=9)
+            axes.annotate(f"{ratio:.2f}", (at, ratio), (0, -15), textcoords="offset points", ha="center", fontsize=9)
         axes.set(xscale="log", xlabel="trainings at a time", ylabel="time per training, over alone", title=device)
         axes.set_xticks(x, [str(number) for number in x])
         axes.minorticks_off()
@@ -118,11 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainings = [Training(trial.number, seed) for trial in spec.trials for seed in spec.seeds]
     sizes = arguments.at_a_time[:2] if arguments.quick else arguments.at_a_time
     rows = measure_sweep(groups[0], trainings, sizes, arguments.repeats)
-    if arguments.picture:
-        picture(arguments.picture, jax.devices()[0].device_kind, rows)
     frames = spec.trials[0].config.training
     chunk = f"chunks of {frames.num_envs} environments x {frames.steps_per_chunk} steps"
-    record = {"entry": "sweep", "machine": machine(argv, "sweep"), "rows": rows}
+    record: dict[str, Any] = {"entry": "sweep", "machine": machine(argv, "sweep"), "rows": rows}
+    if arguments.picture:
+        picture(arguments.picture, f"{record['machine']['device']}, {jax.device_count()} devices", rows)
     report([table("sweep: seconds of a training", COLUMNS, rows, chunk)], record, arguments.json)
     return 0
 

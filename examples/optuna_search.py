@@ -1,6 +1,6 @@
 """Optuna chooses the settings, jaxroute trains them: a batch of trials at a time, as one program.
 
-    pip install optuna
+    pip install 'jaxroute[optuna]'
     python examples/optuna_search.py
 
 Each round asks the study for a batch, trains and evaluates it as a sweep of its own, and tells the study the QoS. The

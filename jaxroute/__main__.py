@@ -21,7 +21,11 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the list; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jaxroute", description="Lists the commands and the environments.")
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxroute",
+        description="Lists the commands and the environments.",
+        epilog="A command is a module: python -m jaxroute.train",
+    )
     parser.add_argument("--version", action="version", version=jaxroute.__version__)
     parser.parse_args(argv)
     print(listing())

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from jaxroute.calibration.search import Fit, Simulator, search
 from jaxroute.calibration.space import LATENCY, OVERHEAD, PREFIX_HITS, Space, max_model_len, peak_running, search_space
 from jaxroute.calibration.uncertainty import IDENTIFIED, Interval, intervals
 from jaxroute.compilation_cache import keep_compiled_programs
+from jaxroute.devices import use_all_cores
 from jaxroute.errors import UserError, command
 from jaxroute.report.files import write_text
 from jaxroute.simulator.roofline import GPUS, MODELS, known_in, roofline_by_name
@@ -164,19 +164,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="profile to write (default: the log's name with .yaml, here)")
     parser.add_argument("--deadline", type=float, default=280.0, metavar="S", help="seconds in all (default 280)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the search and the bootstrap (default 0)")
     arguments = parser.parse_args(argv)
     begin = time.monotonic()
     if not 10 <= arguments.deadline < math.inf:
         raise UserError(f"--deadline {arguments.deadline:g}: must be 10 seconds or more")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: must be 0 or more")
     out: Path = arguments.out or Path(f"{arguments.log.stem}.yaml")
     if out.suffix.lower() not in (".yaml", ".yml"):
         raise UserError(f"--out {out}: a profile ends in .yaml")
     _writable(out, "--out")
     log, options = load_log(arguments.log), load_options(arguments.engine)
     check_fits(log, options)
-    with suppress(RuntimeError):  # unless JAX has started already
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    use_all_cores()
     keep_compiled_programs()
     console = Console(stderr=True)
     for note in log.notes:

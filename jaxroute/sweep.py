@@ -11,14 +11,15 @@ from pathlib import Path
 import jax
 
 from jaxroute.compilation_cache import keep_compiled_programs
+from jaxroute.devices import use_all_cores
 from jaxroute.errors import UserError, command
 from jaxroute.report.tables import print_notes, report_console
 from jaxroute.stopping import Stop
 from jaxroute.sweeps.display import best_table
 from jaxroute.sweeps.driver import carry_out, choose_sizes, execute_here
 from jaxroute.sweeps.plan import make_groups
-from jaxroute.sweeps.program import use_all_cores
 from jaxroute.sweeps.ranking import ranking
+from jaxroute.sweeps.ray_cluster import check_ray, execute_on_ray
 from jaxroute.sweeps.report import write_report
 from jaxroute.sweeps.results import SweepFolder
 from jaxroute.sweeps.spec import load_spec
@@ -46,17 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.trials_per_batch is not None and arguments.trials_per_batch < 1:
         raise UserError(f"--trials-per-batch {arguments.trials_per_batch}: expected a whole number of 1 or more")
     spec = load_spec(arguments.spec)
-    if not arguments.ray:
+    if arguments.ray:
+        check_ray()
+    else:
         use_all_cores()
     console = report_console()
     groups, notes = make_groups(spec)
     print_notes(console, notes)
     path = arguments.out or Path("runs") / f"sweep-{arguments.spec.stem}"
     folder = SweepFolder(path, spec)
-    shutil.copyfile(arguments.spec, path / "spec.yaml")
+    if not (path / "spec.yaml").is_file():
+        shutil.copyfile(arguments.spec, path / "spec.yaml")
 
+    begun = (path / "sizes.json").is_file()
     devices = jax.local_devices()[:1] if arguments.ray else jax.local_devices()
     sizes = folder.sizes(lambda: choose_sizes(spec, groups, arguments.trials_per_batch, devices))
+    if arguments.trials_per_batch and begun:
+        print_notes(console, [f"{path} goes on with the batches that it was begun with (sizes.json)"])
     if sizes["devices"] > len(jax.local_devices()):
         raise UserError(
             f"{path}: was begun on {sizes['devices']} devices, and there are {len(jax.local_devices())} here"
@@ -71,8 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with Stop() as stop:
         if arguments.ray:
-            from jaxroute.sweeps.ray_cluster import execute_on_ray
-
             execute = execute_on_ray(spec, groups, folder, arguments.ray, stop)
         else:
             execute = execute_here(spec, groups, sizes, folder, stop)

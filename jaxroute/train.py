@@ -103,15 +103,12 @@ def _old_run(arguments: argparse.Namespace, console: Console) -> tuple[Path, Con
         raise UserError(f"--resume {run}: has no config.yaml; give a folder that python -m jaxroute.train wrote")
     config = load_saved_config(run / "config.yaml")
     check_loggers(config.training.loggers)
-    begun = json.loads((run / VERSIONS).read_text(encoding="utf-8"))
-    print_notes(
-        console,
-        [
-            f"begun with {name} {begun.get(name)}, goes on with {now}"
-            for name, now in versions().items()
-            if now != begun.get(name)
-        ],
-    )
+    try:
+        begun = dict(json.loads((run / VERSIONS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{run / VERSIONS}: missing or damaged; copy the run again or train anew") from None
+    changed = {name: (begun.get(name), now) for name, now in versions().items() if now != begun.get(name)}
+    print_notes(console, [f"begun with {name} {old}, goes on with {new}" for name, (old, new) in changed.items()])
     return run, config
 
 

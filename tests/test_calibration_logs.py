@@ -105,7 +105,7 @@ def changed(index, **values):
         (changed(5, finish_time=2.55), "line 6: finish_time 2.55 is before first_token_time 2.6"),
         (changed(5, output_len=0), "line 6: output_len must be a whole number of tokens from 1"),
         (changed(5, arrival_time="soon"), "line 6: arrival_time must be a finite number"),
-        (ROWS[:19], "19 requests are too few to calibrate on; give 20 or more"),
+        (ROWS[:19], "too few requests to calibrate on, 19; give 20 or more"),
         ([], "there is no request in it"),
     ],
 )

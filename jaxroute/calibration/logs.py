@@ -78,7 +78,7 @@ def load_log(path: str | Path) -> ServerLog:
     else:
         raise UserError(f"{path}: a log ends in .jsonl, .csv or .json; rename it after its format")
     if len(log) < FEWEST:
-        raise UserError(f"{path}: {len(log)} requests are too few to calibrate on; give {FEWEST} or more")
+        raise UserError(f"{path}: too few requests to calibrate on, {len(log)}; give {FEWEST} or more")
     return log
 
 

@@ -82,7 +82,10 @@ def change_config(config: Config, changes: Mapping[str, Any], source: str) -> Co
     for key, value in changes.items():
         tree = _merged(tree, _check_section(_nested(key, value), Config, source, ""))
     changed = _build(Config, tree, Path(source), "")
-    _cross_check(changed)
+    try:
+        _cross_check(changed)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     return changed
 
 
@@ -91,8 +94,8 @@ def config_text(config: Config) -> str:
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
-def nearest_keys(word: str) -> list[str]:
-    """The one to three keys of the configuration that are most like `word`, the most similar first."""
+def nearest_keys(word: str, sections: bool = True) -> list[str]:
+    """The one to three keys (and `sections`) of the configuration that are most like `word`, the most similar first."""
     word_section, _, word_key = word.rpartition(".")
 
     def similarity(name: str) -> float:
@@ -101,7 +104,7 @@ def nearest_keys(word: str) -> list[str]:
         likeness = max(SequenceMatcher(None, word_key, part).ratio() for part in parts)
         return likeness + 0.3 * SequenceMatcher(None, word_section, section).ratio()
 
-    names = sorted([*dotted_keys(), *get_type_hints(Config)], key=similarity, reverse=True)[:3]
+    names = sorted([*dotted_keys(), *(get_type_hints(Config) if sections else ())], key=similarity, reverse=True)[:3]
     return [name for name in names if similarity(name) > 0.7 * similarity(names[0])]
 
 

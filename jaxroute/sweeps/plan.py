@@ -11,6 +11,7 @@ import numpy as np
 from jaxroute.config.build import Experiment, build
 from jaxroute.config.schema import Config
 from jaxroute.environment.state import EnvParams
+from jaxroute.errors import UserError
 from jaxroute.learner.sac import Hyperparameters
 from jaxroute.sweeps.spec import Spec, Trial
 
@@ -72,7 +73,10 @@ def make_groups(spec: Spec) -> tuple[list[Group], list[str]]:
     members: dict[Any, list[tuple[Trial, Experiment]]] = {}
     notes: dict[str, None] = {}
     for trial in spec.trials:
-        experiment = build(trial.config)
+        try:
+            experiment = build(trial.config)
+        except UserError as error:
+            raise UserError(f"trial {trial.number}, {trial.values}: {error}") from None
         notes.update(dict.fromkeys(experiment.notes))
         members.setdefault(_static(trial.config, experiment), []).append((trial, experiment))
     groups = []

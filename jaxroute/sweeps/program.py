@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -156,16 +155,6 @@ class Program:
     def filled(self, rows: Sequence[Row]) -> list[Row]:
         """`size` rows."""
         return [*rows, *[rows[-1]] * (self.size - len(rows))]
-
-
-def use_all_cores() -> None:
-    """Makes each core a device where JAX computes on the CPU and nothing else was asked for; before JAX's first use.
-
-    A training alone uses little more than one core.
-    """
-    if jax.config.values["jax_num_cpu_devices"] == -1 and hasattr(os, "sched_getaffinity"):
-        with suppress(RuntimeError):  # JAX has begun
-            jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 
 def trials_that_fit(group: Group, trainings: int, devices: Sequence[Any]) -> int:

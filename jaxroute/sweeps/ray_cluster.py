@@ -23,16 +23,20 @@ from jaxroute.sweeps.spec import Spec
 RETRIES = 10  # starts of a task whose worker died; it goes on from its last saved state
 
 
+def check_ray() -> None:
+    """Raises `UserError` where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("--ray: Ray is not installed; pip install 'jaxroute[ray]'")
+
+
 def execute_on_ray(spec: Spec, groups: list[Group], folder: SweepFolder, address: str, stop: Stop) -> Execute:
     """Runs every batch as a task on one device of the cluster at `address` ("local": one on this machine).
 
     The sweep's folder must be on a file system that the nodes share, as states are saved there.
 
     Raises:
-        UserError: Ray is not installed, or no cluster answers.
+        UserError: no cluster answers.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise UserError("--ray: Ray is not installed; pip install 'jaxroute[ray]'")
     import ray
 
     try:

@@ -59,7 +59,7 @@ class SweepFolder:
             if any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
                 raise UserError(f"--out {path}: holds something else; name a new folder, or empty this one")
             write_text(stamp, json.dumps({"spec": digest}) + "\n")
-        elif _read_json(stamp).get("spec") != digest:
+        elif _read_json(stamp) != {"spec": digest}:
             raise UserError(f"--out {path}: holds the results of another spec; name a new folder, or restore that spec")
         self._parts.mkdir(exist_ok=True)
         self.work.mkdir(exist_ok=True)

@@ -82,9 +82,11 @@ def load_spec(path: Path) -> Spec:
             trials.append(Trial(len(trials), values, change_config(base, values, f"{path}: parameters")))
 
     rungs = tree.get("rungs", [])
-    if not isinstance(rungs, list) or sorted(set(rungs)) != rungs:
+    if not isinstance(rungs, list):
         raise UserError(f"{path}: rungs: expected frames in rising order, such as [40000, 100000]; got {rungs!r}")
     rungs = [_count(rung, path, "rungs") for rung in rungs]
+    if sorted(set(rungs)) != rungs:
+        raise UserError(f"{path}: rungs: expected frames in rising order, each once; got {rungs}")
     frames = {trial.config.training.frames for trial in trials}
     if rungs and (len(frames) > 1 or rungs[-1] >= min(frames)):
         raise UserError(f"{path}: rungs: the last is training.frames, one for all trials; give only smaller ones")
@@ -107,7 +109,9 @@ def _section(section: Any, path: Path, name: str) -> dict[str, Any]:
         if key in OWN_KEYS:
             raise UserError(f"{path}: {name}: {key} is not varied in a sweep: {OWN_KEYS[key]}")
         if key not in dotted_keys():
-            raise UserError(f"{path}: {name}: unknown key {key}; nearest: {', '.join(nearest_keys(str(key)))}")
+            raise UserError(
+                f"{path}: {name}: unknown key {key}; nearest: {', '.join(nearest_keys(str(key), sections=False))}"
+            )
     return section
 
 
@@ -120,6 +124,8 @@ def _kind(path: Path, key: str, value: Any) -> tuple[str, list[Any]]:
     if not isinstance(values, list) or not values:
         raise UserError(f"{where}: {kind}: expected a list of one value or more, got {values!r}")
     if kind in VALUES:
+        if any(value in values[:place] for place, value in enumerate(values)):
+            raise UserError(f"{where}: {kind}: each value once, got {values!r}")
         return kind, values
     if key not in continuous_keys():
         raise UserError(
