@@ -14,6 +14,14 @@ from tests.sweeping import start_sweep, table, write_spec
 pytest.importorskip("ray", reason="Ray is of the extra ray; tests/compat.sh ray runs this")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """As each task has; another number would change the last bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_NUM_CPU_DEVICES", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compiled")
