@@ -13,7 +13,6 @@ episodes of training are short, those of the comparison have 1,000 requests. On 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,13 @@ import jaxroute
 from jaxroute.adapters import to_gymnax
 from jaxroute.report.evaluation import evaluate_routers
 
+OWN = {
+    "ent_coef": 0.003,
+    "num_epochs": 4,
+    "num_minibatches": 8,
+    "max_grad_norm": 0.5,
+    "normalize_observations": True,
+}
 LONG = {"num_envs": 64, "num_steps": 64, "total_timesteps": 1_048_576, "eval_freq": 131_072}
 SHORT = {"num_envs": 8, "num_steps": 16, "total_timesteps": 256, "eval_freq": 128}
 
@@ -84,32 +90,27 @@ def report(algorithm: str, qos: dict[Any, float], picture: Path | None) -> None:
     figure.savefig(picture, dpi=150)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(name: str, algorithm: Any, description: str | None, long: dict[str, Any], short: dict[str, Any]) -> None:
+    """Trains an algorithm of rejax, as the command line says, compares it and draws it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a few steps on a small cluster")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, help="where to draw the learning curve, a PNG file")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
 
     env, params = environment(options.short)
     gymnax_env, gymnax_params = to_gymnax(env, params, five_values=True)
-    algorithm = rejax.PPO.create(
+    agent = algorithm.create(
         env=gymnax_env,
         env_params=gymnax_params,
         gamma=0.97,
         learning_rate=5e-4,
-        ent_coef=0.003,
-        num_epochs=4,
-        num_minibatches=8,
-        max_grad_norm=0.5,
-        normalize_observations=True,
         skip_initial_evaluation=True,
-        **(SHORT if options.short else LONG),
+        **(short if options.short else long),
     ).replace(eval_callback=snapshot)
-    state, snapshots = jax.jit(algorithm.train)(jax.random.PRNGKey(options.seed))
-    qos = compare(env, params, algorithm, state, snapshots, options.short)
-    report("PPO of rejax", qos, options.picture)
+    state, snapshots = jax.jit(agent.train)(jax.random.PRNGKey(options.seed))
+    report(name, compare(env, params, agent, state, snapshots, options.short), options.picture)
 
 
 if __name__ == "__main__":
-    main()
+    run("PPO of rejax", rejax.PPO, __doc__, OWN | LONG, OWN | SHORT)

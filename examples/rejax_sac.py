@@ -12,16 +12,10 @@ two-core CPU that was busy with other work (rejax 0.1.3, JAX 0.10.2, seed 0). Pi
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-
-import jax
 import rejax
-from rejax_ppo import compare, environment, report, snapshot
+from rejax_ppo import run
 
-from jaxroute.adapters import to_gymnax
-
+OWN = {"target_entropy_ratio": 0.2}
 LONG = {"num_envs": 16, "total_timesteps": 262_144, "eval_freq": 32_768, "fill_buffer": 4096, "buffer_size": 32_768}
 SHORT = {
     "num_envs": 8,
@@ -33,28 +27,5 @@ SHORT = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a few steps on a small cluster")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, help="where to draw the learning curve, a PNG file")
-    options = parser.parse_args(argv)
-
-    env, params = environment(options.short)
-    gymnax_env, gymnax_params = to_gymnax(env, params, five_values=True)
-    algorithm = rejax.SAC.create(
-        env=gymnax_env,
-        env_params=gymnax_params,
-        gamma=0.97,
-        learning_rate=5e-4,
-        target_entropy_ratio=0.2,
-        skip_initial_evaluation=True,
-        **(SHORT if options.short else LONG),
-    ).replace(eval_callback=snapshot)
-    state, snapshots = jax.jit(algorithm.train)(jax.random.PRNGKey(options.seed))
-    qos = compare(env, params, algorithm, state, snapshots, options.short)
-    report("SAC of rejax", qos, options.picture)
-
-
 if __name__ == "__main__":
-    main()
+    run("SAC of rejax", rejax.SAC, __doc__, OWN | LONG, OWN | SHORT)
