@@ -49,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec = load_spec(arguments.spec)
     if arguments.ray:
         check_ray()
-    else:
-        use_all_cores()
+    use_all_cores()
     console = report_console()
     groups, notes = make_groups(spec)
     print_notes(console, notes)
@@ -60,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.copyfile(arguments.spec, path / "spec.yaml")
 
     begun = (path / "sizes.json").is_file()
-    devices = jax.local_devices()[:1] if arguments.ray else jax.local_devices()
+    devices = jax.local_devices()
+    if arguments.ray and devices[0].platform != "cpu":
+        devices = devices[:1]  # as each task has
     sizes = folder.sizes(lambda: choose_sizes(spec, groups, arguments.trials_per_batch, devices))
     if arguments.trials_per_batch and begun:
         print_notes(console, [f"{path} goes on with the batches that it was begun with (sizes.json)"])
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with Stop() as stop:
         if arguments.ray:
-            execute = execute_on_ray(spec, groups, folder, arguments.ray, stop)
+            execute = execute_on_ray(spec, groups, sizes["devices"], folder, arguments.ray, stop)
         else:
             execute = execute_here(spec, groups, sizes, folder, stop)
         carry_out(spec, groups, folder, sizes, execute, console)

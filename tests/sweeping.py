@@ -56,6 +56,13 @@ def start_sweep(folder: Path, cache: Path, *arguments: str) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, env=compile_fast() | settings, stdout=log, stderr=subprocess.STDOUT)
 
 
+def finished_sweep(folder: Path, cache: Path, spec: Path) -> Path:
+    """`folder`, once a sweep of batches of three has ended there undisturbed."""
+    process = start_sweep(folder, cache, str(spec), "--trials-per-batch", "3")
+    assert process.wait() == 0, folder.with_suffix(".log").read_text()
+    return folder
+
+
 def table(folder: Path) -> list[dict[str, str]]:
     """`results.csv` without times."""
     with (folder / "results.csv").open(encoding="utf-8") as lines:

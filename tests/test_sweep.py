@@ -18,7 +18,7 @@ from jaxroute.sweeps.plan import Row, make_groups
 from jaxroute.sweeps.program import Program, trials_that_fit
 from jaxroute.sweeps.spec import load_spec
 from tests.compiling import compile_fast
-from tests.sweeping import ROOT, SPEC, TIMES, start_sweep, table, write_spec
+from tests.sweeping import ROOT, SPEC, TIMES, finished_sweep, start_sweep, table, write_spec
 
 KILLS = 10
 PARAMETERS = SPEC["parameters"]
@@ -40,10 +40,7 @@ def spec(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache, spec) -> Path:
     folder = tmp_path_factory.mktemp("sweeps") / "whole"
-    assert start_sweep(folder, cache, str(spec), "--trials-per-batch", "3").wait() == 0, folder.with_suffix(
-        ".log"
-    ).read_text()
-    return folder
+    return finished_sweep(folder, cache, spec)
 
 
 @pytest.mark.slow

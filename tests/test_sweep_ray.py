@@ -9,17 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.sweeping import start_sweep, table, write_spec
+from tests.sweeping import finished_sweep, start_sweep, table, write_spec
 
 pytest.importorskip("ray", reason="Ray is of the extra ray; tests/compat.sh ray runs this")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """As each task has; another number would change the last bits."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_NUM_CPU_DEVICES", "1")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +27,7 @@ def spec(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache, spec) -> Path:
     folder = tmp_path_factory.mktemp("sweeps") / "whole"
-    process = start_sweep(folder, cache, str(spec), "--trials-per-batch", "3")
-    assert process.wait() == 0, folder.with_suffix(".log").read_text()
-    return folder
+    return finished_sweep(folder, cache, spec)
 
 
 def workers() -> list[int]:

@@ -29,8 +29,12 @@ def check_ray() -> None:
         raise UserError("--ray: Ray is not installed; pip install 'jaxroute[ray]'")
 
 
-def execute_on_ray(spec: Spec, groups: list[Group], folder: SweepFolder, address: str, stop: Stop) -> Execute:
-    """Runs every batch as a task on one device of the cluster at `address` ("local": one on this machine).
+def execute_on_ray(
+    spec: Spec, groups: list[Group], devices: int, folder: SweepFolder, address: str, stop: Stop
+) -> Execute:
+    """Runs every batch as a task of the cluster at `address` ("local": one on this machine).
+
+    A task has one GPU, or as many CPU `devices` as the sweep has here, so that its numbers are the same.
 
     The sweep's folder must be on a file system that the nodes share, as states are saved there.
 
@@ -43,12 +47,14 @@ def execute_on_ray(spec: Spec, groups: list[Group], folder: SweepFolder, address
         ray.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"--ray {address}: no cluster answers ({str(error).splitlines()[0]})") from None
-    device = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
-    task = ray.remote(_task).options(max_retries=RETRIES, **device)
+    needs = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+    settings = {"env_vars": {"JAX_NUM_CPU_DEVICES": str(devices)}}
+    task = ray.remote(_task).options(max_retries=RETRIES, runtime_env=settings, **needs)
 
     def execute(batches: Sequence[Batch], display: SweepDisplay) -> Iterator[tuple[Batch, dict[str, Any]]]:
         shared = {group.number: ray.put(group) for group in groups}
-        waiting = {task.remote(spec, shared[batch.group], batch, folder.work.absolute()): batch for batch in batches}
+        work = folder.work.absolute()
+        waiting = {task.remote(spec, shared[batch.group], devices, batch, work): batch for batch in batches}
         try:
             while waiting:
                 done, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
@@ -67,7 +73,7 @@ def execute_on_ray(spec: Spec, groups: list[Group], folder: SweepFolder, address
     return execute
 
 
-def _task(spec: Spec, group: Group, batch: Batch, work: Path) -> dict[str, Any]:
+def _task(spec: Spec, group: Group, devices: int, batch: Batch, work: Path) -> dict[str, Any]:
     keep_compiled_programs()
-    program = Program(group, batch.size, jax.local_devices()[:1])
+    program = Program(group, batch.size, jax.local_devices()[:devices])
     return run_batch(spec, program, batch, work, Stop(), lambda share: None)
