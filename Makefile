@@ -17,7 +17,7 @@ ARGS ?=
 .PHONY: help install train test coverage lint package docs loggers fuzz bench bench-device compat clean
 
 help:
-	@echo "make train            train and evaluate a router (ARGS=\"--seed 1\": options of python -m jaxroute.train)"
+	@echo "make train            train and evaluate a router (ARGS=\"--seed 1\": options of jaxroute train)"
 	@echo "make test             run the test suite (ARGS=\"-m 'not slow'\" for the fast tests)"
 	@echo "make coverage         the same, and the share of lines that ran, by file in coverage.md"
 	@echo "make lint             check style (ruff) and types (pyright)"
@@ -43,7 +43,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 train: $(READY)
-	$(BIN)/python -m jaxroute.train $(ARGS)
+	$(BIN)/jaxroute train $(ARGS)
 
 # A file's tests stay with one worker, so that they share what is compiled.
 test: $(READY)
@@ -77,7 +77,7 @@ docs: $(DOCS_READY)
 loggers:
 	$(MAKE) install VENV=.venv-loggers
 	.venv-loggers/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[wandb,mlflow]"
-	.venv-loggers/bin/python -m pytest -q tests/test_report_metrics_log.py $(ARGS)
+	.venv-loggers/bin/python -m pytest -q tests/test_runs_metrics_log.py $(ARGS)
 
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz $(CASES)

@@ -24,9 +24,9 @@ from jaxroute.calibration.options import ServerOptions
 from jaxroute.calibration.search import Simulator, search
 from jaxroute.calibration.space import LATENCY, search_space
 from jaxroute.calibration.uncertainty import IDENTIFIED, intervals
-from jaxroute.compilation_cache import keep_compiled_programs
 from jaxroute.errors import command
-from jaxroute.report.files import write_text
+from jaxroute.files import write_text
+from jaxroute.runs.compilation_cache import keep_compiled_programs
 
 LOADS = (0.3, 0.8, 1.5)
 NOISE = 0.02

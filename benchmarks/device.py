@@ -20,10 +20,10 @@ from benchmarks.decisions import Rollout, Setting, measure_setting
 from benchmarks.engine import load_schedules
 from benchmarks.harness import Column, Parser, Row, count, machine, report, table
 from benchmarks.training import measure_training
+from jaxroute.agent.trainer import make_trainer
 from jaxroute.config.build import build
 from jaxroute.config.loader import config_folder, load_config
 from jaxroute.errors import command
-from jaxroute.learner.trainer import make_trainer
 
 ROLLOUTS: dict[str, Rollout] = {
     "advance": advance.rollout,

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from benchmarks import event_kernels as kernels
-from jaxroute.replay import engine_and_recording
 from jaxroute.simulator.engine import EngineParams
+from jaxroute.simulator.replay import engine_and_recording
 
 
 class Arrivals(NamedTuple):

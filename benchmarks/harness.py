@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxroute.errors import UserError
-from jaxroute.report.files import write_text
+from jaxroute.files import write_text
 
 Row = dict[str, Any]
 

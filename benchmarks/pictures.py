@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from benchmarks.harness import Row
-from jaxroute.report.files import whole_file
-from jaxroute.report.pictures import STYLE
+from jaxroute.drawing import STYLE
+from jaxroute.files import whole_file
 
 COLOURS = {"advance": "#0b6e8a", "environment": "#c2571a", "event simulator": "#9aa5ad"}
 

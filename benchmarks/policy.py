@@ -13,11 +13,11 @@ import jax
 from benchmarks import decisions
 from benchmarks.decisions import Scan, Setting
 from benchmarks.environment import rollout_by
+from jaxroute.agent.router_network import RouterNetwork
+from jaxroute.agent.sac import policy_logits
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import command
-from jaxroute.learner.sac import policy_logits
-from jaxroute.network.router_network import RouterNetwork
 
 
 def rollout(setting: Setting, params: EnvParams) -> Scan:

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from benchmarks.harness import Column, Parser, Row, count, machine, report, table
 from jaxroute.config.build import build_trainer
 from jaxroute.config.loader import config_folder
-from jaxroute.devices import use_all_cores
+from jaxroute.drawing import INK, STYLE, TRAINED_COLOUR
 from jaxroute.errors import UserError, command
-from jaxroute.report.files import whole_file
-from jaxroute.report.pictures import INK, STYLE, TRAINED_COLOUR
+from jaxroute.files import whole_file
+from jaxroute.runs.devices import use_all_cores
 from jaxroute.sweeps.plan import Group, make_groups
 from jaxroute.sweeps.plan import Row as Training
 from jaxroute.sweeps.program import Program

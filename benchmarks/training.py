@@ -1,4 +1,4 @@
-"""Frames a second of full training: environments, replay buffer and updates, as `python -m jaxroute.train` runs them.
+"""Frames a second of full training: environments, replay buffer and updates, as `jaxroute train` runs them.
 
 The settings are those of configs/default.yaml, or --config, changed by key=value. Without warm-up: every timed chunk
 learns. A frame is one decision.
@@ -16,10 +16,10 @@ from rich.table import Table
 
 from benchmarks.baselines import Baselines, event_note
 from benchmarks.harness import Column, Parser, Row, machine, measure, report, table, tree_bytes
+from jaxroute.agent.trainer import make_trainer
 from jaxroute.config.build import build
 from jaxroute.config.loader import load_config
 from jaxroute.errors import command
-from jaxroute.learner.trainer import make_trainer
 
 COLUMNS = (
     Column("config", "config", ""),

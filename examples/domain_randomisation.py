@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from ppo import SHORT, Config, copies, route, train
 
 import jaxroute
-from jaxroute.report.evaluation import evaluate_routers
+from jaxroute.evaluation.episodes import evaluate_routers
 
 
 def sample(key: jax.Array, params: Any) -> Any:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 import jaxroute
 from jaxroute.environment.observation import EXPERT_FEATURES
-from jaxroute.report.evaluation import evaluate_routers
+from jaxroute.evaluation.episodes import evaluate_routers
 
 SCORE, LATENCY = EXPERT_FEATURES.index("predicted_score"), EXPERT_FEATURES.index("predicted_latency")
 MARGIN = 0.85  # of the latency limit

@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import optuna
 
-from jaxroute.compilation_cache import keep_compiled_programs
 from jaxroute.config.loader import change_config, load_config
-from jaxroute.report.tables import report_console
-from jaxroute.stopping import Stop
+from jaxroute.console import report_console
+from jaxroute.runs.compilation_cache import keep_compiled_programs
+from jaxroute.runs.stopping import Stop
 from jaxroute.sweeps.driver import carry_out, execute_here
 from jaxroute.sweeps.plan import make_groups
 from jaxroute.sweeps.ranking import ranking

@@ -23,12 +23,12 @@ import jax.numpy as jnp
 from flax import struct
 
 import jaxroute
+from jaxroute.agent.router_network import ActorCritic
+from jaxroute.agent.trainer import make_trainer, policy_router
 from jaxroute.config.build import build
 from jaxroute.config.loader import load_config
 from jaxroute.environment.observation import GraphObservation
-from jaxroute.learner.trainer import make_trainer, policy_router
-from jaxroute.network.router_network import ActorCritic
-from jaxroute.report.evaluation import evaluate_routers
+from jaxroute.evaluation.episodes import evaluate_routers
 
 
 class Features(struct.PyTreeNode):

@@ -23,7 +23,7 @@ import numpy as np
 from ppo import SHORT, Config, copies, route, train
 
 import jaxroute
-from jaxroute.report.evaluation import evaluate_routers
+from jaxroute.evaluation.episodes import evaluate_routers
 
 PRICES = (0.25, 0.05, 0.05)  # of a request, in units of QoS, by expert; to drop is free
 

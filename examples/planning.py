@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 import jaxroute
 from jaxroute.environment.impact import predicted_engine
-from jaxroute.report.evaluation import evaluate_routers
+from jaxroute.evaluation.episodes import evaluate_routers
 
 
 def believed(state: Any, params: Any) -> Any:

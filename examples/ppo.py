@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxroute
-from jaxroute.report.evaluation import evaluate_routers
+from jaxroute.evaluation.episodes import evaluate_routers
 
 
 class Config(NamedTuple):

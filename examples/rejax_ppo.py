@@ -22,7 +22,7 @@ import rejax
 
 import jaxroute
 from jaxroute.adapters import to_gymnax
-from jaxroute.report.evaluation import evaluate_routers
+from jaxroute.evaluation.episodes import evaluate_routers
 
 OWN = {
     "ent_coef": 0.003,

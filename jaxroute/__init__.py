@@ -2,11 +2,11 @@
 
 # Imported for what it does: it registers the package's own environments.
 import jaxroute.environment.scenarios  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from jaxroute.environment.disturbances import Schedule
 from jaxroute.environment.environment import DYNAMICS_VERSION
 from jaxroute.environment.registry import environments, make, register
-from jaxroute.environment.routers import make_router
-from jaxroute.environment.schedule import Schedule
-from jaxroute.environment.views import FiveValues, Wrapper
+from jaxroute.environment.wrappers import FiveValues, Wrapper
+from jaxroute.routers import make_router
 
 __all__ = [
     "DYNAMICS_VERSION",

@@ -1,4 +1,4 @@
-"""`python -m jaxroute`: the commands and the environments."""
+"""The console script `jaxroute`, and `python -m jaxroute`: runs a command, or lists commands and environments."""
 
 from __future__ import annotations
 
@@ -7,27 +7,24 @@ import sys
 from collections.abc import Sequence
 
 import jaxroute
-
-COMMANDS = {
-    "train": "train a router and evaluate it",
-    "sweep": "many trainings at once, over settings and seeds",
-    "evaluate": "a trained router and others on the same episodes",
-    "calibrate": "the engine of a real server from its request log",
-    "predict": "train and apply predictors of output lengths and scores",
-    "timeline": "one episode as a picture, a trace and a page",
-    "replay": "one engine on a recorded list of requests",
-}
+from jaxroute.commands import COMMANDS, run
+from jaxroute.errors import command, known
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the list; returns the exit code."""
+    """Hands the arguments behind a command's name to it; without one, prints the list. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and not arguments[0].startswith("-"):
+        run(known(arguments[0], COMMANDS, "command"), arguments[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m jaxroute",
+        prog="jaxroute",
+        usage="jaxroute [-h] [--version] [COMMAND ...]",
         description="Lists the commands and the environments.",
-        epilog="A command is a module: python -m jaxroute.train",
+        epilog="Options of a command: jaxroute COMMAND --help. python -m jaxroute.COMMAND is the same.",
     )
     parser.add_argument("--version", action="version", version=jaxroute.__version__)
-    parser.parse_args(argv)
+    parser.parse_args(arguments)
     print(listing())
     return 0
 
@@ -41,10 +38,10 @@ def listing() -> str:
         [
             f"jaxroute {jaxroute.__version__}, dynamics {jaxroute.DYNAMICS_VERSION}",
             "",
-            "Commands: python -m jaxroute.NAME --help",
+            "Commands: jaxroute NAME --help",
             *commands,
             "",
-            'Environments: jaxroute.make("NAME"), or python -m jaxroute.train environment.id=NAME',
+            'Environments: jaxroute.make("NAME"), or jaxroute train environment.id=NAME',
             *environments,
         ]
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxroute.learner.sac import Hyperparameters
-from jaxroute.learner.trainer import SACConfig
+from jaxroute.agent.sac import Hyperparameters
+from jaxroute.agent.trainer import SACConfig
 
 
 def hyperparameters(**changes: Any) -> Hyperparameters:

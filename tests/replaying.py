@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxroute.replay import engine_and_recording, result
 from jaxroute.simulator.recorded import Recording, replay_by_iterations, replay_by_jumps
+from jaxroute.simulator.replay import engine_and_recording, result
 
 _by_jumps = jax.jit(jax.vmap(replay_by_jumps))
 _by_iterations = jax.jit(jax.vmap(replay_by_iterations, in_axes=(0, 0, None)), static_argnums=2)

@@ -13,7 +13,7 @@ from benchmarks.paper import claims, jobs, plan, tables
 from benchmarks.paper.plan import FULL, QUICK, Question, Setting, Training, questions
 from jaxroute.config.build import build
 from jaxroute.config.loader import load_config
-from jaxroute.environment.routers import ROUTERS
+from jaxroute.routers import ROUTERS
 
 TINY = (
     "training.frames=64",

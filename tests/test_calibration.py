@@ -14,7 +14,6 @@ import yaml
 import jaxroute
 from benchmarks.calibration import random_log
 from jaxroute import replay as replay_command
-from jaxroute.calibrate import main, profile_text
 from jaxroute.calibration.candidates import Candidates, Requests, Simulated, simulate
 from jaxroute.calibration.judgement import Server, judge, run, series, splits
 from jaxroute.calibration.linear import information, linear
@@ -23,6 +22,7 @@ from jaxroute.calibration.options import ServerOptions, load_options
 from jaxroute.calibration.search import Simulator, relative_errors, search
 from jaxroute.calibration.space import search_space
 from jaxroute.calibration.uncertainty import Interval, intervals
+from jaxroute.commands.calibrate import main, profile_text
 from jaxroute.errors import UserError
 from jaxroute.simulator.catalogue import load_profile, shipped
 from jaxroute.simulator.engine_config import engine_from_config
@@ -208,7 +208,7 @@ def test_roofline_of_a_data_sheet():
 
 
 def test_command_writes_profile_picture_and_page(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("jaxroute.calibrate.LANES", 32)  # as above, so that a program is compiled once
+    monkeypatch.setattr("jaxroute.commands.calibrate.LANES", 32)  # as above, so that a program is compiled once
     path, out = tmp_path / "log.csv", tmp_path / "p.yaml"
     columns = (LOG.arrival, LOG.prompt_tokens, LOG.output_tokens, LOG.first_token, LOG.finish)
     rows = [",".join(map(str, row)) for row in zip(*columns, strict=True)]

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from jaxroute.calibrate import main
 from jaxroute.calibration.judgement import load_at_arrival, splits
 from jaxroute.calibration.logs import load_log
 from jaxroute.calibration.options import check_fits, load_options
 from jaxroute.calibration.space import peak_running, search_space
+from jaxroute.commands.calibrate import main
 from jaxroute.errors import UserError
 
 ROWS = [

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxroute.agent.flat_network import FlatNetwork
+from jaxroute.agent.router_network import RouterNetwork
+from jaxroute.agent.sac import Hyperparameters
+from jaxroute.agent.trainer import SACConfig
 from jaxroute.config.build import build
 from jaxroute.config.loader import config_folder, config_text, dotted_keys, load_config, load_saved_config, nearest_keys
 from jaxroute.errors import UserError
-from jaxroute.learner.sac import Hyperparameters
-from jaxroute.learner.trainer import SACConfig
-from jaxroute.network.flat_network import FlatNetwork
-from jaxroute.network.router_network import RouterNetwork
 
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,374,44\n2023-11-16 18:17:05.5,396,109\n"
 RECORD = (

@@ -17,7 +17,7 @@ import jaxroute
 from jaxroute.environment.environment import DYNAMICS_VERSION
 from jaxroute.environment.observation import GraphObservation
 from jaxroute.environment.spaces import Box, Dict, Discrete
-from jaxroute.environment.views import FiveValues
+from jaxroute.environment.wrappers import FiveValues
 from jaxroute.testing import check_env
 from tests.rollouts import CHEAP_COMPILE
 

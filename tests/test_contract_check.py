@@ -15,7 +15,7 @@ from flax import struct
 from jaxroute.environment.registry import make_params
 from jaxroute.environment.spaces import Box, Dict, Discrete
 from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
-from jaxroute.environment.views import FiveValues, Wrapper
+from jaxroute.environment.wrappers import FiveValues, Wrapper
 from jaxroute.simulator.engine import empty_engine
 from jaxroute.testing import ContractError, check_env
 from jaxroute.workload import PoissonArrivals, RequestTable, TableRequests, Workload

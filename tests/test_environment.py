@@ -12,7 +12,7 @@ import pytest
 
 import jaxroute
 from jaxroute.environment.metrics import TIMINGS, summarize
-from jaxroute.replay import replay
+from jaxroute.simulator.replay import replay
 from jaxroute.workload.arrivals import TraceArrivals
 from jaxroute.workload.workload import Workload
 from tests.reference import impact

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute.environment import transition
+from jaxroute.environment import step as step_module
 from jaxroute.environment.metrics import summarize
 from jaxroute.environment.observation import flatten
 from jaxroute.environment.registry import make_params
@@ -285,7 +285,7 @@ def test_working_on_few_slots_changes_nothing(monkeypatch):
 
     results = []
     for few in (6, 24):
-        monkeypatch.setattr(transition, "FEW_SLOTS", few)
+        monkeypatch.setattr(step_module, "FEW_SLOTS", few)
         results.append(jax.jit(rollout)())
     longest = results[0][1].max(axis=(1, 2))
     assert (longest < 6).sum() > 20 and (longest >= 6).sum() > 20

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxroute
-from jaxroute.replay import replay
+from jaxroute.simulator.replay import replay
 from jaxroute.workload.arrivals import TraceArrivals
 from jaxroute.workload.requests import TraceRequests
 from jaxroute.workload.workload import Workload

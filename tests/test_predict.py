@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxroute import predict
+from jaxroute.commands import predict
 from jaxroute.errors import UserError
 from jaxroute.predictor.buckets import BUCKETS, Buckets
 from jaxroute.predictor.features import FeatureMap, hashed_ngrams, sentence_encoder, surface
 from jaxroute.predictor.metrics import _spearman
 from jaxroute.predictor.model import holdout_split, prompt_keys
-from jaxroute.report.predictor_store import load_predictor
+from jaxroute.predictor.store import load_predictor
 from jaxroute.workload import load_mixinstruct
 
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "alpacaeval_mix_train.jsonl"

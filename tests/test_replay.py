@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from jaxroute.replay import main, replay
+from jaxroute.commands.replay import main
+from jaxroute.simulator.replay import replay
 from tests.reference.engine import simulate
 
 GOOD = {"config": {}, "requests": [{"arrival_time": 0.0, "prompt_len": 3, "output_len": 2}]}

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute.environment.routers import ROUTERS, make_router
 from jaxroute.errors import UserError
-from jaxroute.report import tuning
-from jaxroute.report.names import ROUTER_LABELS
-from jaxroute.report.tuning import TUNED, tune
+from jaxroute.evaluation import tuning
+from jaxroute.evaluation.names import ROUTER_LABELS
+from jaxroute.evaluation.tuning import TUNED, tune
+from jaxroute.routers import ROUTERS, make_router
 from tests.rollouts import CHEAP_COMPILE
 
 SLOTS, STATES, KEYS, EXPERTS = 6, 60, 80, 3

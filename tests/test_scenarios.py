@@ -14,9 +14,9 @@ import pytest
 import jaxroute
 from jaxroute.__main__ import main
 from jaxroute.environment import registry
+from jaxroute.environment.disturbances import FAILED, Schedule
 from jaxroute.environment.observation import ARRIVED_FEATURES, EXPERT_FEATURES, REQUEST_FEATURES
 from jaxroute.environment.registry import make_params
-from jaxroute.environment.schedule import FAILED, Schedule
 from jaxroute.errors import UserError
 from jaxroute.simulator.profiles import EXPERTS
 from jaxroute.workload import MarkovArrivals, TraceArrivals

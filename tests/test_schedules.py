@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxroute.replay import main
+from jaxroute.commands.replay import main
 from tests.replaying import Batch
 
 FOLDER = Path(__file__).parent / "data" / "vllm_schedules"

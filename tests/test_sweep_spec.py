@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxroute import sweep
+from jaxroute.commands import sweep
 from jaxroute.errors import UserError
 from jaxroute.sweeps.plan import make_batches, make_groups
 from jaxroute.sweeps.ranking import ranking, survivors

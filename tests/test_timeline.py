@@ -15,21 +15,22 @@ import jax
 import numpy as np
 import pytest
 
-from jaxroute import timeline
+from jaxroute import timelines
+from jaxroute.commands import timeline
 from jaxroute.config.build import build
 from jaxroute.config.loader import config_text, load_config
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import SCENARIOS, make_params
-from jaxroute.environment.routers import make_router
-from jaxroute.environment.routers.choice import Router
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError
-from jaxroute.report import timeline_perfetto
-from jaxroute.report.checkpoint import save_checkpoint
-from jaxroute.report.timeline_collect import DROPPED, MET, MISSED, REJECTED, Episode, Pieces, collect
-from jaxroute.report.timeline_layout import merged, of_expert, queues, rows, single
-from jaxroute.report.timeline_perfetto import trace_text
+from jaxroute.routers import make_router
+from jaxroute.routers.choice import Router
+from jaxroute.runs.checkpoint import save_checkpoint
 from jaxroute.simulator.latency import iteration_time
+from jaxroute.timelines.collect import DROPPED, MET, MISSED, REJECTED, Episode, Pieces, collect
+from jaxroute.timelines.layout import merged, of_expert, queues, rows, single
+from jaxroute.timelines.perfetto import trace_text
+from jaxroute.timelines.write import FILES, write_timeline
 from jaxroute.workload import FrozenRequests, PoissonArrivals, Workload
 
 LENGTH, EXPERTS, LABELS = 150, ("alpaca-native", "chatglm-6b"), ("Round-Robin", "Drops <some>")
@@ -61,7 +62,7 @@ def overload(discipline: str) -> tuple[RoutingEnvironment, EnvParams, dict[str, 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> tuple[Path, list[Episode]]:
     out = tmp_path_factory.mktemp("timeline")
-    return out, timeline.write_timeline(out, *overload("vllm_v1"), EXPERTS, seed=3, title="Overload")
+    return out, write_timeline(out, *overload("vllm_v1"), EXPERTS, seed=3, title="Overload")
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,7 @@ def test_trace_keeps_to_the_format_and_holds_every_iteration_and_request(written
 
 
 def test_trace_of_many_iterations_merges_decodes_and_says_so(written, trace, monkeypatch):
-    monkeypatch.setattr(timeline_perfetto, "MOST_ITERATIONS", 10)
+    monkeypatch.setattr(timelines.perfetto, "MOST_ITERATIONS", 10)
     few = json.loads(trace_text(written[1]))
     check_trace_format(few)
     assert len(few["traceEvents"]) < len(trace["traceEvents"])
@@ -215,7 +216,7 @@ def test_trace_of_many_iterations_merges_decodes_and_says_so(written, trace, mon
     assert max(counts) > 1 and sum(counts) == sum(e.get("cat") == "iteration" for e in trace["traceEvents"])
     assert "one slice" in few["otherData"]["iterations"] and "every" in trace["otherData"]["iterations"]
 
-    monkeypatch.setattr(timeline_perfetto, "MOST_CHARACTERS", 10_000)
+    monkeypatch.setattr(timelines.perfetto, "MOST_CHARACTERS", 10_000)
     coarse = json.loads(trace_text(written[1]))
     check_trace_format(coarse)
     counters = [sum(event["ph"] == "C" for event in one["traceEvents"]) for one in (coarse, few)]
@@ -300,7 +301,7 @@ def test_command_runs_routers_and_a_run_on_its_configuration(written, tmp_path, 
     assert (env.episode_length, env.slots, params.workload.arrivals.rate) == (20, 9, 7)
     assert list(routers) == ["Round-Robin", "Trained"] and experts == SCENARIOS["paper-3"]
     assert key == jax.random.split(jax.random.key(5), 20)[0]  # the first episode of the run's evaluation
-    assert sorted(file.name for file in out.iterdir()) == sorted(timeline.FILES)
+    assert sorted(file.name for file in out.iterdir()) == sorted(FILES)
     said = capsys.readouterr().out
     assert "Round-Robin: QoS 0." in said and "timeline.html (0." in said
 

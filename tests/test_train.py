@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxroute import evaluate, train
+from jaxroute.commands import evaluate, train
 from jaxroute.config.build import build
 from jaxroute.config.loader import load_saved_config
-from jaxroute.report.progress import TrainingProgress
+from jaxroute.runs.progress import TrainingProgress
 
 TINY = [
     "training.frames=200",

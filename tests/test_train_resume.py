@@ -15,9 +15,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxroute import train
+from jaxroute.commands import train
 from jaxroute.errors import UserError
-from jaxroute.report.training_state import TrainingStates, newest_state
+from jaxroute.runs.training_state import TrainingStates, newest_state
 from tests.compiling import compile_fast
 from tests.test_train import TINY, records, refused
 
@@ -98,7 +98,7 @@ def test_a_signal_stops_it_after_a_chunk(number, whole, cache, tmp_path, capsys)
     process.send_signal(number)
     assert process.wait() == 128 + number
     last = output(run).read_text().splitlines()[-1]
-    assert "go on: python -m jaxroute.train --resume" in last and "python -m jaxroute.evaluate" in last
+    assert "go on: jaxroute train --resume" in last and "jaxroute evaluate" in last
     assert 0 < len(records(run)) < 6
     assert start(run, cache, str(run), command="evaluate").wait() == 0, output(run).read_text()
     assert start(run, cache, "--resume", str(run)).wait() == 0, output(run).read_text()
@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxroute.report.training_state.save_arrays", full)
+    monkeypatch.setattr("jaxroute.runs.training_state.save_arrays", full)
     with TrainingStates(tmp_path, seconds=0, kept=1) as states:
         states.offer(10, tree(10))
         with pytest.raises(UserError, match="cannot be written .*No space left.*--resume"):

@@ -24,7 +24,7 @@ from benchmarks.paper.plan import FULL, QUICK, Question, questions
 from benchmarks.paper.prepare import missing_data, prepare
 from benchmarks.paper.tables import ablation_table, qos_table, write_csv
 from jaxroute.errors import UserError, command, known
-from jaxroute.report.files import write_text
+from jaxroute.files import write_text
 
 
 @command

@@ -15,18 +15,17 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.paper.plan import Setting, Training
-from jaxroute.compilation_cache import keep_compiled_programs
+from jaxroute.agent.trainer import policy_router
+from jaxroute.commands.train import train
 from jaxroute.config.build import Experiment, build
 from jaxroute.config.loader import config_text, load_config, load_saved_config
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.environment.routers import Router, make_router
-from jaxroute.evaluate import load_params
-from jaxroute.learner.trainer import policy_router
-from jaxroute.report.checkpoint import save_checkpoint
-from jaxroute.report.evaluation import evaluate_routers
-from jaxroute.report.files import write_text
-from jaxroute.report.tuning import tune
-from jaxroute.train import train
+from jaxroute.evaluation.episodes import evaluate_routers
+from jaxroute.evaluation.tuning import tune
+from jaxroute.files import write_text
+from jaxroute.routers import Router, make_router
+from jaxroute.runs.checkpoint import load_params, save_checkpoint
+from jaxroute.runs.compilation_cache import keep_compiled_programs
 
 EVALUATION_SEED = 1_000_000
 

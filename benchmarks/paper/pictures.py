@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from benchmarks.paper.jobs import read_evaluation
 from benchmarks.paper.plan import PLANNING, Question
 from benchmarks.paper.tables import Results, interval, label_of
-from jaxroute.report.files import whole_file
-from jaxroute.report.pictures import INK, OTHER_COLOUR, STYLE, TRAINED_COLOUR
+from jaxroute.drawing import INK, OTHER_COLOUR, STYLE, TRAINED_COLOUR
+from jaxroute.files import whole_file
 
 COLOURS = {
     "round_robin": "#b5892c",

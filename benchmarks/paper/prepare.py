@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 from benchmarks.paper.plan import TEXT_CLUSTER, TEXT_MODELS
-from jaxroute import predict
+from jaxroute.commands import predict
 from jaxroute.config.build import build
 from jaxroute.config.loader import load_config
-from jaxroute.environment.routers import make_router
 from jaxroute.errors import UserError
-from jaxroute.report.evaluation import run_episodes
-from jaxroute.report.files import write_text
+from jaxroute.evaluation.episodes import run_episodes
+from jaxroute.files import write_text
+from jaxroute.routers import make_router
 from jaxroute.workload import load_trace
 
 VIOLATIONS = 0.30
@@ -76,7 +76,7 @@ def _text(folder: Path, path: Path) -> dict[str, str]:
 
 def _predict(arguments: list[str]) -> None:
     if predict.main(arguments):
-        raise UserError(f"python -m jaxroute.predict {' '.join(arguments)}: failed")
+        raise UserError(f"jaxroute predict {' '.join(arguments)}: failed")
 
 
 def load_of(violations: float, router: str, overrides: list[str], key: str) -> float:

@@ -14,7 +14,7 @@ from gymnax.environments import environment, spaces
 
 from jaxroute.environment.spaces import Dict as DictSpace
 from jaxroute.environment.spaces import Discrete, Space
-from jaxroute.environment.views import FiveValues
+from jaxroute.environment.wrappers import FiveValues
 
 # 1.0 reports truncation, and its step returns six values; before, five.
 SIX_VALUES = hasattr(environment.Environment, "is_truncated")

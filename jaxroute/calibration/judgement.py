@@ -11,8 +11,8 @@ import numpy as np
 from jaxroute.calibration.candidates import Candidates, Requests, prompt_left, simulate
 from jaxroute.calibration.logs import ServerLog
 from jaxroute.calibration.search import METRICS
-from jaxroute.replay import replay
 from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.simulator.replay import replay
 
 STATISTICS = ("mean", "p50", "p95", "p99")
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.status import Status
 
 from jaxroute.calibration.search import Simulator
-from jaxroute.report.progress import SECONDS_BETWEEN_LINES
+from jaxroute.runs.progress import SECONDS_BETWEEN_LINES
 
 
 class SearchProgress:

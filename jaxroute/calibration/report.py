@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from jaxroute.calibration.judgement import STATISTICS, Times, load_at_arrival
 from jaxroute.calibration.logs import ServerLog
 from jaxroute.calibration.search import METRICS
-from jaxroute.report.files import whole_file
-from jaxroute.report.pictures import INK, STYLE
+from jaxroute.drawing import INK, STYLE
+from jaxroute.files import whole_file
 
 LABELS = {"ttft": "TTFT", "tpot": "time per output token", "e2e": "end to end"}
 MEASURED, SIMULATED, GUESSED = INK, "#c8553d", "#8a9aa4"

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxroute.agent.flat_network import FlatNetwork
+from jaxroute.agent.router_network import RouterNetwork
+from jaxroute.agent.sac import Hyperparameters
+from jaxroute.agent.trainer import SACConfig, Trainer, make_trainer
 from jaxroute.config.schema import ArrivalsConfig, Config, NetworkConfig, TrainingConfig, WorkloadConfig
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import SCENARIOS, make
-from jaxroute.environment.routers import make_router
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError
-from jaxroute.learner.sac import Hyperparameters
-from jaxroute.learner.trainer import SACConfig, Trainer, make_trainer
-from jaxroute.network.flat_network import FlatNetwork
-from jaxroute.network.router_network import RouterNetwork
+from jaxroute.routers import make_router
 from jaxroute.workload import (
     PiecewiseArrivals,
     PoissonArrivals,

@@ -15,8 +15,8 @@ import yaml
 
 import jaxroute
 from jaxroute.config.schema import Config
-from jaxroute.environment.routers import ROUTERS
 from jaxroute.errors import UserError, known
+from jaxroute.routers import ROUTERS
 
 Tree = dict[str, Any]
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

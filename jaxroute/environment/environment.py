@@ -12,7 +12,7 @@ from jaxroute.environment.batching import batch_first, batch_last, keep_batch_la
 from jaxroute.environment.metrics import LEVELS, Level, empty_totals, totals_first, totals_last
 from jaxroute.environment.spaces import Discrete, Space, observation_space
 from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
-from jaxroute.environment.transition import Arrival, Observation, observe_batch, transition
+from jaxroute.environment.step import Arrival, Observation, observe_batch, transition
 from jaxroute.errors import UserError, known
 from jaxroute.simulator.engine import empty_engine
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
+from jaxroute.environment.disturbances import FAILED, Schedule
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import (
     SCENARIOS,
@@ -20,7 +21,6 @@ from jaxroute.environment.registry import (
     params_of,
     register,
 )
-from jaxroute.environment.schedule import FAILED, Schedule
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError, known
 from jaxroute.simulator.catalogue import load_profile

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 from flax import struct
 
+from jaxroute.environment.disturbances import Schedule
 from jaxroute.environment.metrics import EpisodeTotals
-from jaxroute.environment.schedule import Schedule
 from jaxroute.simulator.engine import EngineParams, EngineState
 from jaxroute.workload.arrivals import WorkloadState
 from jaxroute.workload.request import Request

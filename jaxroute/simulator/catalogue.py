@@ -1,7 +1,7 @@
 """Profiles as YAML files: those that come with the package, one's own, and roofline guesses.
 
 A file has the engine's options under `engine`, as `jaxroute.replay` takes them; the rest says where they come from.
-`python -m jaxroute.calibrate` writes such files.
+`jaxroute calibrate` writes such files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One engine on a recorded list of requests: by jumps, or iteration by iteration with every decision.
 
 Pure functions of arrays: `jax.vmap` runs many engines and lists of one shape. A request's slot is its position in the
-list, so there are as many slots as requests and nothing is ever rejected. The command is `python -m jaxroute.replay`.
+list, so there are as many slots as requests and nothing is ever rejected. The command is `jaxroute replay`.
 """
 
 from __future__ import annotations

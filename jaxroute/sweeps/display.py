@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from jaxroute.report.progress import SECONDS_BETWEEN_LINES
+from jaxroute.runs.progress import SECONDS_BETWEEN_LINES
 from jaxroute.sweeps.plan import Batch
 from jaxroute.sweeps.ranking import ranking
 from jaxroute.sweeps.spec import Spec

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxroute.stopping import Stop
+from jaxroute.runs.stopping import Stop
 from jaxroute.sweeps.display import SweepDisplay
 from jaxroute.sweeps.plan import Batch, Group, make_batches
 from jaxroute.sweeps.program import Program, trials_that_fit

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxroute.agent.sac import Hyperparameters
 from jaxroute.config.build import Experiment, build
 from jaxroute.config.schema import Config
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError
-from jaxroute.learner.sac import Hyperparameters
 from jaxroute.sweeps.spec import Spec, Trial
 
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxroute.agent.trainer import TRAIN_STATE_AXES, policy_router
 from jaxroute.config.build import build_trainer
-from jaxroute.learner.trainer import TRAIN_STATE_AXES, policy_router
-from jaxroute.report.evaluation import run_episodes
+from jaxroute.evaluation.episodes import run_episodes
 from jaxroute.sweeps.plan import Group, Row
 
 USABLE = 0.8  # of the memory that is free

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from jaxroute.report.statistics import CONFIDENCE
+from jaxroute.evaluation.statistics import CONFIDENCE
 
 
 class Ranked(NamedTuple):

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from jaxroute.compilation_cache import keep_compiled_programs
 from jaxroute.errors import UserError
-from jaxroute.stopping import Stop
+from jaxroute.runs.compilation_cache import keep_compiled_programs
+from jaxroute.runs.stopping import Stop
 from jaxroute.sweeps.display import SweepDisplay
 from jaxroute.sweeps.driver import Execute
 from jaxroute.sweeps.plan import Batch, Group

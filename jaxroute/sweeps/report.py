@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from jaxroute.config.loader import config_text
-from jaxroute.report.files import whole_file, write_text
-from jaxroute.report.pictures import OTHER_COLOUR, STYLE, TRAINED_COLOUR
+from jaxroute.drawing import OTHER_COLOUR, STYLE, TRAINED_COLOUR
+from jaxroute.files import whole_file, write_text
 from jaxroute.sweeps.display import BEST
 from jaxroute.sweeps.ranking import Ranked, SeedNoise, ranking, seed_noise
 from jaxroute.sweeps.results import SweepFolder
@@ -59,7 +59,7 @@ def _report(spec: Spec, path: Path, rows: list[dict[str, Any]], ranked: list[Ran
         "",
         "![Learning curves of the best trials](learning_curves.png)",
         "",
-        f"Train with the best: `python -m jaxroute.train --config {path / 'best.yaml'}`",
+        f"Train with the best: `jaxroute train --config {path / 'best.yaml'}`",
         "",
     ]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxroute.errors import UserError
-from jaxroute.report.files import whole_file, write_text
+from jaxroute.files import whole_file, write_text
 from jaxroute.sweeps.plan import Batch
 from jaxroute.sweeps.spec import Spec
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxroute.report.checkpoint import save_arrays
-from jaxroute.report.run_folder import versions
-from jaxroute.report.training_state import TrainingStates, load_state, named_arrays, newest_state
-from jaxroute.stopping import Stop
+from jaxroute.runs.checkpoint import save_arrays
+from jaxroute.runs.run_folder import versions
+from jaxroute.runs.stopping import Stop
+from jaxroute.runs.training_state import TrainingStates, load_state, named_arrays, newest_state
 from jaxroute.sweeps.plan import Batch, Row
 from jaxroute.sweeps.program import Program
 from jaxroute.sweeps.results import make_part

@@ -1,0 +1,1 @@
+"""The router that learns: graph, network, soft actor-critic."""

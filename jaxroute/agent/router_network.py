@@ -1,0 +1,151 @@
+"""The network of the soft actor-critic router: one HAN encoder, a policy head and twin critics, for any number of
+experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxroute.agent.han import HAN, project
+from jaxroute.environment.observation import GraphObservation
+
+NEAR_ZERO = nn.initializers.variance_scaling(1e-4, "fan_in", "truncated_normal", batch_axis=0)
+"""Of the last layer of a head: it starts with values near 0 and a policy near uniform."""
+
+
+class Embedding(flax.struct.PyTreeNode):
+    """What the heads read, features first and the B graphs last. All traced; N experts, Fe raw expert features."""
+
+    arrived: jax.Array  # float32 [hidden, B]
+    expert: jax.Array  # float32 [hidden, N, B]
+    expert_features: jax.Array  # float32 [Fe, N, B], as observed
+    action_mask: jax.Array  # bool [..., N + 1], as observed; B is the product of its other axes
+
+    @property
+    def pooled(self) -> jax.Array:
+        """float32 [2 hidden, 1, B]: mean and largest of the experts' embeddings."""
+        return jnp.concatenate([self.expert.mean(1, keepdims=True), self.expert.max(1, keepdims=True)])
+
+    def by_action(self, values: jax.Array) -> jax.Array:
+        """`values` [copies, actions, B] as [..., copies, actions], with the observations' batch axes."""
+        return jnp.moveaxis(values, -1, 0).reshape(*self.action_mask.shape[:-1], *values.shape[:-1])
+
+
+class ActorCritic(nn.Module):
+    """What the learner calls: `encode` of a subclass gives an embedding with `action_mask`, and its submodule `actor`
+    maps that to logits [..., 1, N + 1]."""
+
+    def __call__(self, obs: GraphObservation) -> tuple[jax.Array, jax.Array]:
+        """The policy's logits float32 [..., N + 1] and the critics' values float32 [..., 2, N + 1]."""
+        embedding = self.encode(obs)
+        return self.policy(embedding), self.critics(embedding)
+
+    def encode(self, obs: GraphObservation) -> Any:
+        """The embedding that the heads read."""
+        raise NotImplementedError
+
+    def policy(self, embedding: Any) -> jax.Array:
+        """Logits float32 [..., N + 1]; finfo.min where an action is not allowed: its probability is exactly 0."""
+        logits = self.actor(embedding).squeeze(-2)
+        return jnp.where(embedding.action_mask, logits, jnp.finfo(logits.dtype).min)
+
+    def critics(self, embedding: Any) -> jax.Array:
+        """Q values float32 [..., 2, N + 1] of the two critics, of actions that are not allowed too."""
+        raise NotImplementedError
+
+
+class RouterNetwork(ActorCritic):
+    """Policy logits and twin Q values of every action: N experts, then drop.
+
+    Every head gives each expert a value from the same weights, so one set of parameters routes over any N, and
+    permuting the experts permutes the outputs. Observations may have any leading batch axes.
+    """
+
+    hidden: int = 64
+    heads: int = 8
+    layers: int = 2
+    residual: bool = True
+    mlp: tuple[int, ...] = (64, 64)
+
+    def setup(self):
+        self.encoder = HAN(self.hidden, self.heads, self.layers, self.residual)
+        self.actor = ActionValues(self.mlp, copies=1)
+        self.critic = ActionValues(self.mlp, copies=2)
+        self.state_critic = MLP(self.mlp, copies=2)
+
+    def encode(self, obs: GraphObservation) -> Embedding:
+        raw, *_, last = self.encoder.states(obs)
+        return Embedding(last.arrived, last.expert, raw.expert, obs.action_mask)
+
+    def critics(self, embedding: Embedding) -> jax.Array:
+        """As `ActorCritic.critics`: a value of the state, and what each action has over the mean action.
+
+        Dueling (Wang et al. 2016, arXiv 1511.06581): most of a value is the QoS of requests that are open whatever is
+        done now.
+        """
+        advantage = self.critic(embedding)
+        value = embedding.by_action(self.state_critic(embedding.pooled, embedding.arrived[:, None]))
+        return value + advantage - advantage.mean(axis=-1, keepdims=True)
+
+
+class ActionValues(nn.Module):
+    """One value for each action, float32 [..., copies, N + 1], from `copies` independent sets of weights."""
+
+    mlp: tuple[int, ...]
+    copies: int
+
+    def setup(self):
+        self.of_expert = MLP(self.mlp, self.copies)
+        self.of_drop = MLP(self.mlp, self.copies)
+
+    def __call__(self, embedding: Embedding) -> jax.Array:
+        expert, arrived = embedding.expert, embedding.arrived[:, None]
+        own = jnp.concatenate([expert, embedding.expert_features])
+        values = [self.of_expert(own, arrived), self.of_drop(embedding.pooled, arrived)]
+        return embedding.by_action(jnp.concatenate(values, axis=1))
+
+
+class MLP(nn.Module):
+    """Perceptrons from `own` [F, rows, B] and `shared` [G, 1, B], joined, to one number: float32 [copies, rows, B].
+
+    The first layer is written as a sum, so that the part of it that all rows share is computed once. The last layer
+    starts near zero: values near 0 and a policy near uniform.
+    """
+
+    widths: tuple[int, ...]
+    copies: int
+
+    @nn.compact
+    def __call__(self, own: jax.Array, shared: jax.Array) -> jax.Array:
+        first, *others = self.widths
+        of_own = Dense(first, self.copies)([own] * self.copies)
+        of_shared = Dense(first, self.copies, use_bias=False)([shared] * self.copies)
+        x = [nn.relu(a + b) for a, b in zip(of_own, of_shared, strict=True)]
+        for width in others:
+            x = [nn.relu(one) for one in Dense(width, self.copies)(x)]
+        return jnp.concatenate(Dense(1, self.copies, kernel_init=NEAR_ZERO)(x))
+
+
+class Dense(nn.Module):
+    """Affine maps of features, one for each copy: [F, ...] to [width, ...].
+
+    One by one, not as a batch: on a CPU that is twice as fast.
+    """
+
+    width: int
+    copies: int
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal(batch_axis=0)
+
+    @nn.compact
+    def __call__(self, inputs: list[jax.Array]) -> list[jax.Array]:
+        kernels = self.param("kernel", self.kernel_init, (self.copies, len(inputs[0]), self.width))
+        outputs = [project(kernel, x) for kernel, x in zip(kernels, inputs, strict=True)]
+        if not self.use_bias:
+            return outputs
+        biases = self.param("bias", nn.initializers.zeros_init(), (self.copies, self.width))
+        return [x + bias[:, None, None] for x, bias in zip(outputs, biases, strict=True)]

@@ -1,0 +1,220 @@
+"""Collection and learning as one compiled program: environments, replay buffer and updates inside one scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxroute.agent import replay_buffer, sac
+from jaxroute.agent.replay_buffer import ReplayBuffer
+from jaxroute.agent.sac import Hyperparameters, LearnerState, Transition, UpdateMetrics
+
+
+@dataclass(frozen=True)
+class SACConfig:
+    """What the shapes of the program depend on; everything else is in `Hyperparameters`."""
+
+    num_envs: int  # environments stepped together
+    buffer_capacity: int  # transitions, a multiple of num_envs
+    batch_size: int
+    updates_per_step: int  # gradient updates after each collection step, which makes num_envs transitions
+    steps_per_chunk: int  # collection steps of one call of train_chunk
+
+
+@struct.dataclass
+class TrainState:
+    """All that training carries on, traced."""
+
+    learner: LearnerState
+    buffer: ReplayBuffer
+    env_state: Any  # each leaf [num_envs, ...]
+    observation: Any  # of env_state, each leaf [num_envs, ...]
+    returns: jax.Array  # float32 [num_envs], sums of the rewards of the episodes so far
+    key: jax.Array
+    steps: jax.Array  # int32 []: collection steps so far; frames are num_envs times as many
+
+
+# in_axes and out_axes of a TrainState when seeds, hyperparameters or environment parameters are vmapped. The counters
+# are the same for all and stay unbatched: then a write to the buffer stays a slice update, and, where warmup_frames is
+# unbatched too, warm-up stays a branch.
+TRAIN_STATE_AXES = TrainState(
+    learner=0,  # pyright: ignore[reportArgumentType]
+    buffer=ReplayBuffer(observations=0, outcomes=0, rows_added=None),  # pyright: ignore[reportArgumentType]
+    env_state=0,
+    observation=0,
+    returns=0,  # pyright: ignore[reportArgumentType]
+    key=0,  # pyright: ignore[reportArgumentType]
+    steps=None,  # pyright: ignore[reportArgumentType]
+)
+
+
+class Outcome(NamedTuple):
+    """What the buffer keeps of a transition beside its observations: fields of `sac.Transition`."""
+
+    action: jax.Array
+    reward: jax.Array
+    terminated: jax.Array
+    truncated: jax.Array
+    elapsed: jax.Array
+
+
+class Trainer(NamedTuple):
+    """Two compiled functions. Both may be vmapped, see TRAIN_STATE_AXES; jit that again with the state donated.
+
+    `init(key, env_params, hyper) -> TrainState`.
+    `train_chunk(train_state, env_params, hyper) -> (TrainState, metrics)`: `steps_per_chunk` collection steps, each
+    followed by `updates_per_step` updates once warm-up is over. The state passed in is donated: use it no more.
+    Metrics are float32 [] means over the chunk, in a dict:
+
+    - reward, qos, penalty: per decision. qos is thus the running QoS per request
+    - drop_rate: of decisions
+    - the fields of sac.UpdateMetrics: per update, NaN where there was none
+    - episodes: number that ended
+    - return: sum of an episode's rewards, averaged over those episodes; NaN where there was none
+    - episode: the environment's info["episode"] averaged over those episodes (a pytree; NaN where there was none)
+    """
+
+    init: Callable[[jax.Array, Any, Hyperparameters], TrainState]
+    train_chunk: Callable[[TrainState, Any, Hyperparameters], tuple[TrainState, dict[str, Any]]]
+
+
+def make_trainer(
+    env: Any,
+    network: nn.Module,
+    config: SACConfig,
+    params_axes: Any = None,
+    warm_start: Callable[..., jax.Array] | None = None,
+) -> Trainer:
+    """The training program of a routing environment (or one of the same interface) and a network (see `sac`).
+
+    `params_axes`: `in_axes` of the environment's parameters over environments, where these differ. `warm_start`: a
+    router that makes every other decision of the warm-up, `router(observation, env_state, env_params, key) -> action`.
+    """
+
+    def init(key: jax.Array, env_params: Any, hyper: Hyperparameters) -> TrainState:
+        key, env_key, network_key = jax.random.split(key, 3)
+        observation, env_state = jax.vmap(env.reset, (0, params_axes))(
+            jax.random.split(env_key, config.num_envs), env_params
+        )
+        zeros = jnp.zeros(config.num_envs)
+        reals, flags = zeros.astype(jnp.float32), zeros.astype(bool)
+        outcome = Outcome(zeros.astype(jnp.int32), reals, flags, flags, reals)
+        return TrainState(
+            learner=sac.init(network_key, network, jax.tree.map(lambda x: x[0], observation), hyper),
+            buffer=replay_buffer.init(observation, outcome, config.buffer_capacity),
+            env_state=env_state,
+            observation=observation,
+            returns=jnp.zeros(config.num_envs, jnp.float32),
+            key=key,
+            steps=jnp.zeros((), jnp.int32),
+        )
+
+    def learn(
+        learner: LearnerState, buffer: ReplayBuffer, key: jax.Array, updates: jax.Array, hyper: Hyperparameters
+    ) -> tuple[LearnerState, UpdateMetrics]:
+        """So many updates on batches from the buffer; also the sums of their metrics."""
+
+        def one(index: jax.Array, carry: tuple[LearnerState, UpdateMetrics]) -> tuple[LearnerState, UpdateMetrics]:
+            learner, sums = carry
+            observation, outcome, following = replay_buffer.sample(
+                buffer, jax.random.fold_in(key, index), config.batch_size
+            )
+            batch = Transition(observation, **outcome._asdict(), next_observation=following)
+            learner, metrics = sac.update(network, learner, batch, hyper)
+            return learner, jax.tree.map(lambda total, new: total + new.astype(total.dtype), sums, metrics)
+
+        zero = UpdateMetrics(**{name: jnp.zeros((), jnp.float32) for name in UpdateMetrics.__dataclass_fields__})
+        return jax.lax.fori_loop(0, updates, one, (learner, zero))
+
+    def guided(action: jax.Array, state: TrainState, env_params: Any) -> jax.Array:
+        """int32 [num_envs]: half of the actions are those of `warm_start`."""
+        choice_key, router_key = jax.random.split(jax.random.fold_in(state.key, 0))
+        keys = jax.random.split(router_key, config.num_envs)
+        routed = jax.vmap(warm_start, (0, 0, params_axes, 0))(state.observation, state.env_state, env_params, keys)  # pyright: ignore
+        return jnp.where(jax.random.bernoulli(choice_key, shape=action.shape), routed, action)
+
+    def step(state: TrainState, env_params: Any, hyper: Hyperparameters) -> tuple[TrainState, dict[str, Any]]:
+        """One transition in each environment, then the updates; its metrics are sums to be divided over the chunk."""
+        key, action_key, env_key, sample_key = jax.random.split(state.key, 4)
+        # Compared in steps, as frames could pass the int32 range.
+        warming_up = state.steps < (hyper.warmup_frames + config.num_envs - 1) // config.num_envs
+
+        logits = sac.policy_logits(network, state.learner.params, state.observation)
+        logits = jnp.where(warming_up & sac.allowed_actions(logits), 0.0, logits)
+        action = jax.random.categorical(action_key, logits).astype(jnp.int32)
+        if warm_start is not None:
+            action = jax.lax.cond(warming_up, guided, lambda action, *_: action, action, state, env_params)
+        observation, env_state, reward, terminated, truncated, info = jax.vmap(env.step, (0, 0, 0, params_axes))(
+            jax.random.split(env_key, config.num_envs), state.env_state, action, env_params
+        )
+        reward = reward.astype(jnp.float32)  # as the buffer's, with 64-bit environments too
+        elapsed = jnp.asarray(info.get("elapsed", jnp.ones_like(reward)), jnp.float32)
+        outcome = Outcome(action, reward, terminated, truncated, elapsed)
+        buffer = replay_buffer.add(state.buffer, outcome, observation)
+        # A loop of no turns and not a branch, which would copy the learner.
+        updates = jnp.where(warming_up, 0, config.updates_per_step)
+        learner, update_metrics = learn(state.learner, buffer, sample_key, updates, hyper)
+
+        ended = terminated | truncated
+        returns = state.returns + reward
+
+        def sum_over_ended(x: jax.Array) -> jax.Array:
+            return jnp.where(ended.reshape(-1, *[1] * (x.ndim - 1)), x, 0).sum(axis=0)
+
+        metrics = {
+            "decision": {
+                "reward": reward.mean(),
+                "qos": info["qos"].mean(),
+                "penalty": info["penalty"].mean(),
+                "drop_rate": (action == env.num_actions - 1).mean(),
+            },
+            "update": update_metrics,
+            "updates": updates,
+            "episode": jax.tree.map(sum_over_ended, info["episode"]),
+            "return": sum_over_ended(returns),
+            "episodes": ended.sum(),
+        }
+        returns = jnp.where(ended, 0.0, returns)
+        return TrainState(learner, buffer, env_state, observation, returns, key, state.steps + 1), metrics
+
+    def train_chunk(state: TrainState, env_params: Any, hyper: Hyperparameters) -> tuple[TrainState, dict[str, Any]]:
+        state, steps = jax.lax.scan(lambda s, _: step(s, env_params, hyper), state, length=config.steps_per_chunk)
+        updates, episodes = steps["updates"].sum(), steps["episodes"].sum()
+        update_metrics = jax.tree.map(lambda x: x.sum(axis=0) / updates, steps["update"])
+        metrics = {
+            **jax.tree.map(jnp.mean, steps["decision"]),
+            **{name: getattr(update_metrics, name) for name in UpdateMetrics.__dataclass_fields__},
+            "episodes": episodes.astype(jnp.float32),
+            "return": steps["return"].sum() / episodes,
+            "episode": jax.tree.map(lambda x: x.sum(axis=0) / episodes, steps["episode"]),
+        }
+        return state, metrics
+
+    return Trainer(init=jax.jit(init), train_chunk=jax.jit(train_chunk, donate_argnums=0))
+
+
+def policy_router(network: nn.Module, params: Any) -> Callable[..., jax.Array]:
+    """The policy's likeliest allowed action: router(observation, env_state, env_params, key) -> action int32 [].
+
+    `params` are the network's variables (`TrainState.learner.params`); the router is a pytree that holds them, so that
+    they are arguments of a program it is passed to. It is for one environment, and of the observation alone.
+    """
+
+    return jax.tree_util.Partial(_greedy(network), params)
+
+
+@cache
+def _greedy(network: nn.Module) -> Callable[..., jax.Array]:
+    """The same function at each call, so that policies of one network share a program."""
+
+    def route(params: Any, observation: Any, env_state: Any, env_params: Any, key: jax.Array) -> jax.Array:
+        return jnp.argmax(sac.policy_logits(network, params, observation)).astype(jnp.int32)
+
+    return route

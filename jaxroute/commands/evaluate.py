@@ -1,0 +1,69 @@
+"""`jaxroute evaluate RUN`: evaluates a trained router again, on as many episodes and from any seed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jaxroute.agent.trainer import policy_router
+from jaxroute.config.build import Experiment, build
+from jaxroute.config.loader import load_saved_config
+from jaxroute.config.schema import Config
+from jaxroute.console import print_notes, report_console
+from jaxroute.errors import UserError, command
+from jaxroute.evaluation.episodes import EpisodeValues, evaluate_routers
+from jaxroute.evaluation.tables import print_evaluation
+from jaxroute.evaluation.tuning import tune
+from jaxroute.routers import ROUTERS, make_router
+from jaxroute.runs.checkpoint import load_params
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="jaxroute evaluate",
+        description="Evaluate a run's trained router against others, on the same requests for each.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder that jaxroute train wrote")
+    parser.add_argument("--episodes", type=int, help="fresh episodes, 2 or more (default: as in the run)")
+    parser.add_argument("--seed", type=int, help="seed of the request streams (default: as in the run)")
+    parser.add_argument("--routers", metavar="NAMES", help="all, or names with commas between (default: as in the run)")
+    arguments = parser.parse_args(argv)
+    if not (arguments.run / "config.yaml").is_file():
+        raise UserError(f"{arguments.run}: has no config.yaml; give a folder that jaxroute train wrote")
+
+    names = ",".join(["trained", *ROUTERS]) if arguments.routers == "all" else arguments.routers
+    routers = None if names is None else f"[{names}]"
+    given = {"episodes": arguments.episodes, "seed": arguments.seed, "routers": routers}
+    overrides = [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
+    config = load_saved_config(arguments.run / "config.yaml", overrides)
+    experiment = build(config)
+    params = load_params(arguments.run, experiment.network, experiment.env, experiment.params)
+    console = report_console()
+    print_notes(console, experiment.notes)
+    print_evaluation(console, compare(config, experiment, params, console))
+    return 0
+
+
+def compare(config: Config, experiment: Experiment, params: Any, console: Console) -> dict[str, EpisodeValues]:
+    """Metrics of the routers in `evaluation.routers`, in that order; `params` are the trained network's variables.
+
+    Prints a line for each router that is done, and the numbers of those that are tuned to the scenario first.
+    """
+    env, env_params, evaluation = experiment.env, experiment.params, config.evaluation
+    routers = {}
+    for name in evaluation.routers:
+        numbers = tune(name, env, env_params)
+        if numbers:
+            console.print(f"tuned {name}:", *(f"{key}={value}" for key, value in numbers.items()), highlight=False)
+        trained = name == "trained"
+        routers[name] = policy_router(experiment.network, params) if trained else make_router(name, env, **numbers)
+
+    def done(name: str, values: EpisodeValues) -> None:
+        console.print(f"evaluated {name}: QoS {values['qos'].mean():.4f}", highlight=False)
+
+    return evaluate_routers(env, env_params, routers, evaluation.episodes, evaluation.seed, done)

@@ -1,0 +1,87 @@
+"""`jaxroute timeline ROUTER [ROUTER] --out DIR`: an episode under one or two routers, to look into."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxroute.agent.trainer import policy_router
+from jaxroute.config.build import Experiment, build, build_network
+from jaxroute.config.loader import load_config, load_saved_config
+from jaxroute.console import print_notes, report_console
+from jaxroute.errors import UserError, command, known
+from jaxroute.evaluation.names import ROUTER_LABELS
+from jaxroute.evaluation.tuning import tune
+from jaxroute.routers import ROUTERS, make_router
+from jaxroute.routers.choice import Router
+from jaxroute.runs.checkpoint import load_params
+from jaxroute.runs.run_folder import prepare_run_folder
+from jaxroute.timelines.collect import FATES
+from jaxroute.timelines.write import FILES, write_timeline
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="jaxroute timeline",
+        description="Write one episode under one or two routers, on the same requests, as a trace for Perfetto, a "
+        "picture and a page for the browser: " + ", ".join(FILES) + ".",
+        epilog=f"Example: jaxroute timeline round_robin lookahead --out timeline environment.episode_length="
+        f"300 workload.arrivals.rate=5. Routers: {', '.join(ROUTERS)}",
+    )
+    parser.add_argument("words", nargs="+", metavar="ROUTER | key=value", help=(
+        "a router's name or a folder that jaxroute train wrote; or a change of the configuration"
+    ))  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the files")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (default: the run's, or default.yaml)")
+    parser.add_argument("--seed", type=int, help="seed of the request stream (default: evaluation.seed)")
+    arguments = parser.parse_intermixed_args(argv)
+
+    overrides = [word for word in arguments.words if "=" in word and not Path(word).is_dir()]
+    names = [word for word in arguments.words if word not in overrides]
+    if not 1 <= len(names) <= 2 or len(set(names)) < len(names):
+        raise UserError(f"name one router, or two that differ, not {len(names)}: {', '.join(names) or 'none'}")
+    runs = [Path(name) for name in names if name not in ROUTERS]
+    for run in runs:
+        if not (run / "config.yaml").is_file():
+            _neither_router_nor_run(run)
+    if arguments.seed is not None:
+        overrides.append(f"evaluation.seed={arguments.seed}")
+    if runs and arguments.config is None:
+        config = load_saved_config(runs[0] / "config.yaml", overrides)
+    else:
+        config = load_config(arguments.config, overrides)
+    experiment = build(config)
+    networks = {name: _trained(experiment, Path(name)) for name in names if Path(name) in runs}
+    prepare_run_folder(arguments.out)
+
+    console = report_console()
+    print_notes(console, experiment.notes)
+    env, params = experiment.env, experiment.params
+    routers = {}
+    for name in names:
+        if name in networks:
+            routers["Trained" if len(runs) == 1 else f"Trained, {name}"] = networks[name]
+        else:
+            routers[ROUTER_LABELS[name]] = make_router(name, env, **tune(name, env, params))
+    seed, title = config.evaluation.seed, config.environment.id
+    for episode in write_timeline(arguments.out, env, params, routers, experiment.experts, seed, title):
+        counts = [f"{(episode.requests.fate == fate).sum()} {name}" for fate, name in enumerate(FATES)]
+        line = f"{episode.label}: QoS {float(episode.metrics['qos']):.4f}; {', '.join(counts)}"
+        console.print(line, highlight=False, markup=False)
+    sizes = [f"{file} ({(arguments.out / file).stat().st_size / 1e6:.1f} MB)" for file in FILES]
+    console.print(f"{', '.join(sizes)} in {arguments.out}", highlight=False, markup=False)
+    return 0
+
+
+def _neither_router_nor_run(path: Path) -> None:
+    if path.exists() or len(path.parts) > 1:
+        raise UserError(f"{path}: has no config.yaml; give a folder that jaxroute train wrote, or a router")
+    known(str(path), ROUTERS, "router")
+
+
+def _trained(experiment: Experiment, run: Path) -> Router:
+    """The router that `run` holds, for the episode's environment."""
+    network = build_network(load_saved_config(run / "config.yaml").network)
+    return policy_router(network, load_params(run, network, experiment.env, experiment.params))

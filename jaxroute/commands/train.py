@@ -1,0 +1,169 @@
+"""`jaxroute train`: trains a router, evaluates it against the heuristics, and keeps it all in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jaxroute.commands.evaluate import compare
+from jaxroute.config.build import Experiment, build, build_trainer
+from jaxroute.config.loader import config_text, dotted_values, load_config, load_saved_config
+from jaxroute.config.schema import Config
+from jaxroute.console import print_notes, report_console
+from jaxroute.environment.metrics import summarize
+from jaxroute.errors import UserError, command
+from jaxroute.evaluation.pictures import learning_curve, qos_comparison
+from jaxroute.evaluation.tables import print_evaluation, write_evaluation
+from jaxroute.files import write_text
+from jaxroute.runs.checkpoint import save_checkpoint
+from jaxroute.runs.loggers import check_loggers
+from jaxroute.runs.metrics_log import MetricsLog
+from jaxroute.runs.progress import TrainingProgress
+from jaxroute.runs.run_folder import prepare_run_folder, versions
+from jaxroute.runs.stopping import Stop
+from jaxroute.runs.training_state import TrainingStates, newest_state, remove_states
+
+LAST_FILE = "qos.png"  # a run that has it is finished
+VERSIONS = "versions.json"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="jaxroute train",
+        description="Train a router and evaluate it against Round-Robin, Shortest Queue First, BERT Router and random.",
+        epilog="Example: jaxroute train workload.arrivals.rate=4 agent.gamma=0.95 --seed 1",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (default: configs/default.yaml)")
+    parser.add_argument("--seed", type=int, help="seed of the training, the same as training.seed=SEED")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the run (default: runs/CONFIG-TIME)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped or killed")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change of the configuration, key as in a.b")
+    arguments = parser.parse_intermixed_args(argv)
+
+    console = report_console()
+    resume = arguments.resume is not None
+    run, config = _old_run(arguments, console) if resume else _new_run(arguments)
+    if resume and (run / LAST_FILE).is_file():
+        remove_states(run)  # killed before it came to that
+        console.print(f"{run} is finished; evaluate it again: jaxroute evaluate {run}", highlight=False)
+        return 0
+    experiment = build(config)
+    if not resume:
+        prepare_run_folder(run)
+        write_text(run / VERSIONS, json.dumps({"seed": config.training.seed, **versions()}, indent=2) + "\n")
+        write_text(run / "config.yaml", config_text(config))
+    print_notes(console, experiment.notes)
+    console.print(f"training on {jax.devices()[0].device_kind}, run in {run}", highlight=False)
+    started = time.monotonic()
+    params, records = train(config, experiment, run, console, resume)
+    trained = time.monotonic()
+    save_checkpoint(run, params)
+    try:
+        results = compare(config, experiment, params, console)
+    except KeyboardInterrupt:
+        go_on = f"jaxroute train --resume {run}"
+        raise KeyboardInterrupt(f"interrupted in the evaluation; go on: {go_on}") from None
+    write_evaluation(run / "evaluation.json", results, config.evaluation.seed, experiment.notes)
+    learning_curve(run / "learning_curve.png", records, results)
+    qos_comparison(run / LAST_FILE, results)
+    remove_states(run)
+    print_evaluation(console, results)
+    seconds = f"training {trained - started:.0f} s, evaluation {time.monotonic() - trained:.0f} s"
+    console.print(f"{seconds}; tables, pictures and checkpoint in {run}", highlight=False)
+    return 0
+
+
+def _new_run(arguments: argparse.Namespace) -> tuple[Path, Config]:
+    """The folder and the configuration that the arguments name."""
+    seed = [] if arguments.seed is None else [f"training.seed={arguments.seed}"]
+    config = load_config(arguments.config, [*arguments.overrides, *seed])
+    check_loggers(config.training.loggers)
+    name = arguments.config.stem if arguments.config else "default"
+    return arguments.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}", config
+
+
+def _old_run(arguments: argparse.Namespace, console: Console) -> tuple[Path, Config]:
+    """The run to go on with. Notes what has other versions by now, since then its numbers may differ."""
+    run: Path = arguments.resume
+    if arguments.config or arguments.out or arguments.seed is not None or arguments.overrides:
+        raise UserError("--resume RUN goes on with that run's own configuration; leave the other arguments out")
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"--resume {run}: has no config.yaml; give a folder that jaxroute train wrote")
+    config = load_saved_config(run / "config.yaml")
+    check_loggers(config.training.loggers)
+    try:
+        begun = dict(json.loads((run / VERSIONS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{run / VERSIONS}: missing or damaged; copy the run again or train anew") from None
+    changed = {name: (begun.get(name), now) for name, now in versions().items() if now != begun.get(name)}
+    print_notes(console, [f"begun with {name} {old}, goes on with {new}" for name, (old, new) in changed.items()])
+    return run, config
+
+
+def train(
+    config: Config, experiment: Experiment, run: Path, console: Console, resume: bool = False
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Trains for `training.frames` frames, rounded up to whole chunks; returns the parameters and the logged metrics.
+
+    With `resume` it goes on from the last state that was saved in `run`, or from the beginning where there is none.
+
+    Raises:
+        UserError: training diverged, or no saved state can be used.
+        Interrupted: a signal came; the state and the parameters after the chunk under way are saved in `run` before.
+    """
+    env_params, hyper, sac = experiment.training_params, experiment.hyperparameters, experiment.sac
+    trainer = build_trainer(config, experiment)
+    inputs = jax.random.key(config.training.seed), env_params, hyper
+    per_chunk = sac.num_envs * sac.steps_per_chunk
+    chunks = -(-config.training.frames // per_chunk)
+    summary = jax.jit(partial(summarize, level=experiment.env.metrics))
+    done, state = 0, None
+    if resume:
+        done, state, damaged = newest_state(run, jax.eval_shape(trainer.init, *inputs))
+        print_notes(console, damaged)
+        console.print(f"going on from frame {done:,}", highlight=False)
+    if state is None:
+        state = trainer.init(*inputs)
+    with (
+        MetricsLog(run, config.training.loggers, dotted_values(config), done) as log,
+        TrainingStates(run, config.training.checkpoint_seconds, config.training.checkpoints_kept) as states,
+        Stop() as stop,
+        TrainingProgress(console, chunks * per_chunk, done) as progress,
+    ):
+        records = log.kept
+        earlier = records[-1]["seconds"] if records else 0.0
+        started = time.monotonic()
+        for frames in range(done + per_chunk, (chunks + 1) * per_chunk, per_chunk):
+            state, metrics = trainer.train_chunk(state, env_params, hyper)
+            metrics = jax.device_get(metrics)
+            totals = metrics.pop("episode")
+            record: dict[str, Any] = {"frames": frames, "seconds": round(earlier + time.monotonic() - started, 3)}
+            record.update((name, float(value)) for name, value in metrics.items())
+            if record["episodes"]:
+                episode = jax.device_get(summary(totals))
+                record["episode"] = {name: np.asarray(value).tolist() for name, value in episode.items()}
+            records.append(log.write(record))
+            progress.update(frames, record)
+            if state.learner.updates > 0 and not np.isfinite(record["mean_q"] + record["critic_loss"]):
+                raise UserError(f"training diverged before frame {frames}; lower agent.critic_learning_rate")
+            if stop:
+                states.save(frames, state)
+                save_checkpoint(run, state.learner.params)
+                raise stop.interrupted(
+                    f"stopped after frame {frames}; go on: jaxroute train --resume {run}; "
+                    f"or evaluate what is learned so far: jaxroute evaluate {run}"
+                )
+            states.offer(frames, state)
+        states.wait()
+    return jax.device_get(state.learner.params), records

@@ -1,0 +1,18 @@
+"""What commands print: the console, and notes on the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+
+def report_console() -> Console:
+    """Standard output, at a width of its own where it is a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
+
+
+def print_notes(console: Console, notes: Sequence[str]) -> None:
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)

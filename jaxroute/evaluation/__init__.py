@@ -1,0 +1,1 @@
+"""Routers on the same episodes: metrics, statistics, tables, pictures."""

@@ -1,0 +1,71 @@
+"""Routers over the same fresh episodes, as one compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.metrics import summarize
+from jaxroute.environment.state import EnvParams
+from jaxroute.routers.choice import Router
+
+EpisodeValues = dict[
+    str, np.ndarray
+]  # metric (see `metrics.summarize`) -> [episodes], or [episodes, N] for "expert_..."
+
+
+def evaluate_routers(
+    env: RoutingEnvironment,
+    params: EnvParams,
+    routers: dict[str, Router],
+    episodes: int,
+    seed: int,
+    done: Callable[[str, EpisodeValues], None] = lambda name, values: None,
+) -> dict[str, EpisodeValues]:
+    """Router name -> exact metrics of `episodes` whole episodes; `done` is called with each router's.
+
+    Episode e has the same request stream for every router and in every call with the same `seed`: the environment's
+    randomness depends on its keys alone, and routers draw from keys of their own.
+    """
+    # The penalty is part of the reward, which is not reported.
+    env = dataclasses.replace(env, metrics="exact", penalty="off")
+    # A Partial in a Partial would be a constant: another network's parameters would be another program.
+    Partial = jax.tree_util.Partial
+    policies = [router if isinstance(router, Partial) else Partial(router) for router in routers.values()]
+    keys = jax.random.split(jax.random.key(seed), episodes)
+    results = {}
+    for index, name in enumerate(routers):
+        results[name] = jax.device_get(_program(env, policies, jnp.int32(index), keys, params))
+        done(name, results[name])
+    return results
+
+
+def run_episodes(
+    env: RoutingEnvironment, policies: list[Router], which: jax.Array, keys: jax.Array, params: EnvParams
+) -> dict[str, jax.Array]:
+    """Metrics of an episode per key. `which` has no batch axis, so `switch` runs that policy only."""
+    env_keys, router_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    fold_in = jax.vmap(jax.random.fold_in, (0, None))
+
+    def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+        observation, state = carry
+        route = jax.vmap(lambda *inputs: jax.lax.switch(which, policies, *inputs), (0, 0, None, 0))
+        actions = route(observation, state, params, fold_in(router_keys, index))
+        observation, state, *_ = jax.vmap(env.step, (0, 0, 0, None))(fold_in(env_keys, index), state, actions, params)
+        return (observation, state), None
+
+    observation, state = jax.vmap(env.reset, (0, None))(fold_in(env_keys, env.episode_length), params)
+    # An episode's totals are whole after its last step, where the scan ends.
+    (_, state), _ = jax.lax.scan(step, (observation, state), jnp.arange(env.episode_length))
+    return jax.vmap(partial(summarize, level=env.metrics))(state.totals)
+
+
+# One for the process, so that calls with the same environment and routers compile it once.
+_program = jax.jit(run_episodes, static_argnums=0)

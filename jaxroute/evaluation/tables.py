@@ -1,0 +1,107 @@
+"""The evaluation as a table for people and as a JSON file for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jaxroute.evaluation.episodes import EpisodeValues
+from jaxroute.evaluation.names import ROUTER_LABELS
+from jaxroute.evaluation.statistics import mean_interval, paired_difference
+from jaxroute.files import write_text
+
+ROWS = (  # label; metric of `environment.metrics.summarize`; factor; decimals
+    ("score of completed", "score", 1, 4),
+    ("latency per token, ms", "latency_per_token", 1e3, 1),
+    ("  p95", "latency_per_token_p95", 1e3, 1),
+    ("TTFT, ms", "ttft", 1e3, 1),
+    ("  p95", "ttft_p95", 1e3, 1),
+    ("TPOT, ms", "tpot", 1e3, 1),
+    ("  p95", "tpot_p95", 1e3, 1),
+    ("over L, % of completed", "violation_rate", 1e2, 1),
+    ("dropped, %", "drop_rate", 1e2, 1),
+    ("rejected, %", "rejection_rate", 1e2, 2),
+    ("  for full slots, %", "full_rejection_rate", 1e2, 2),
+    ("preemptions an episode", "preemptions", 1, 1),
+    ("KV cache in use, %", "kv_use", 1e2, 1),
+    ("engines busy, %", "utilization", 1e2, 1),
+    ("QoS per engine-busy s", "qos_per_busy_second", 1, 4),
+)
+
+
+def print_evaluation(console: Console, results: dict[str, EpisodeValues]) -> None:
+    """The table, in parts of five routers where there are more, each with the trained one."""
+    first = [name for name in results if name == "trained"]
+    others = [name for name in results if name not in first]
+    width = 5 - len(first)
+    for start in range(0, max(len(others), 1), width):
+        console.print(evaluation_table({name: results[name] for name in first + others[start : start + width]}))
+
+
+def evaluation_table(results: dict[str, EpisodeValues]) -> Table:
+    """Routers in columns, metrics in rows; ± is half of a 95 % interval over the episodes. 80 characters hold it."""
+    episodes = len(next(iter(results.values()))["qos"])
+    title = f"{episodes} fresh episodes, the same requests for every router"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("mean over episodes", no_wrap=True)
+    for name in results:
+        table.add_column(ROUTER_LABELS[name], justify="right", style="bold" if name == "trained" else None)
+    intervals = [mean_interval(values["qos"]) for values in results.values()]
+    table.add_row("QoS per request", *(f"{interval.mean:.4f}" for interval in intervals))
+    table.add_row("  ± (95 %)", *(f"{interval.half_width:.4f}" for interval in intervals))
+    if "trained" in results and len(results) > 1:
+        trained = results["trained"]["qos"]
+        leads = [paired_difference(trained, values["qos"]) for name, values in results.items() if name != "trained"]
+        place = list(results).index("trained")
+        for label, cells in (
+            ("lead of trained", [f"{lead.mean:+.4f}" for lead in leads]),
+            ("  ± (95 %, paired)", [f"{lead.half_width:.4f}" for lead in leads]),
+        ):
+            table.add_row(label, *cells[:place], "", *cells[place:])
+    table.add_section()
+    for label, metric, factor, decimals in ROWS:
+        table.add_row(label, *(_shown(_mean(values[metric]), factor, decimals) for values in results.values()))
+    return table
+
+
+def write_evaluation(path: Path, results: dict[str, EpisodeValues], seed: int, notes: Sequence[str]) -> None:
+    """Every router's metrics: means over episodes, null without a value; QoS also per episode, with intervals.
+
+    `notes` are what to know of the data, a line each.
+    """
+    routers = {}
+    for name, values in results.items():
+        routers[name] = {
+            "qos_interval_95": _half_width(mean_interval(values["qos"])),
+            "qos_per_episode": [float(qos) for qos in values["qos"]],
+            **{metric: _mean(value) for metric, value in values.items()},
+        }
+        if "trained" in results and name != "trained":
+            lead = paired_difference(results["trained"]["qos"], values["qos"])
+            routers[name]["lead_of_trained"] = {"mean": lead.mean, "interval_95": _half_width(lead)}
+    episodes = len(next(iter(results.values()))["qos"])
+    evaluation = {"episodes": episodes, "seed": seed, "notes": list(notes), "routers": routers}
+    write_text(path, json.dumps(evaluation, indent=2) + "\n")
+
+
+def _mean(values: np.ndarray) -> float | list[Any] | None:
+    """Mean over the episodes that have a value, per expert where there is that axis; None without any."""
+    if values.ndim > 1:
+        return [_mean(column) for column in values.T]
+    finite = values[np.isfinite(values)]
+    return float(finite.mean(dtype=np.float64)) if len(finite) else None
+
+
+def _half_width(interval: Sequence[float]) -> float:
+    return interval[1]
+
+
+def _shown(value: float | list[Any] | None, factor: float, decimals: int) -> str:
+    return "-" if value is None else f"{np.asarray(value) * factor:.{decimals}f}"

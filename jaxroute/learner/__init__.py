@@ -1,1 +1,0 @@
-"""Discrete soft actor-critic: replay on the device, the update, and the compiled training program."""

@@ -1,0 +1,104 @@
+"""A trained predictor in a folder: arrays in `model.npz`, all else in `model.json`, written last."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxroute.errors import UserError
+from jaxroute.files import whole_file, write_text
+from jaxroute.predictor.buckets import Buckets
+from jaxroute.predictor.features import FeatureMap
+from jaxroute.predictor.model import BucketClassifier, Predictor
+
+FORMAT = "jaxroute predictor 1"
+
+
+@dataclass(frozen=True)
+class StoredPredictor:
+    """A predictor and what it was trained with."""
+
+    predictor: Predictor
+    experts: list[str]
+    score: str  # the score's name in the data
+    seed: int
+    holdout: float
+    encoder: str | None  # --encoder
+
+
+def save_predictor(folder: Path, stored: StoredPredictor) -> None:
+    predictor = stored.predictor
+    arrays = {
+        f"{part}/{name}": array
+        for part in ("features", "score", "log_tokens")
+        for name, array in vars(getattr(predictor, part)).items()
+    }
+    arrays |= flatten_dict({"params": predictor.params}, sep="/")
+    with whole_file(folder / "model.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, trained_on=predictor.trained_on, **arrays)
+    about = {
+        "format": FORMAT,
+        **{
+            field.name: getattr(stored, field.name) for field in dataclasses.fields(stored) if field.name != "predictor"
+        },
+        "sha256": hashlib.sha256((folder / "model.npz").read_bytes()).hexdigest(),
+    }
+    write_text(folder / "model.json", json.dumps(about, indent=2) + "\n")
+
+
+def load_predictor(folder: Path) -> StoredPredictor:
+    """Reads arrays and JSON, and runs nothing in them.
+
+    Raises:
+        UserError: no model, one that is cut short or altered, or one of another kind.
+    """
+    try:
+        about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        data = (folder / "model.npz").read_bytes()
+    except OSError as error:
+        name = Path(error.filename or folder).name
+        raise UserError(
+            f"{folder}: {name}: {error.strerror}; give a folder that jaxroute predict train has finished"
+        ) from None
+    except ValueError:  # JSON and UTF-8
+        raise UserError(f"{folder / 'model.json'}: not JSON; copy the folder again or train anew") from None
+    if not isinstance(about, dict) or about.pop("format", None) != FORMAT:
+        raise UserError(f"{folder / 'model.json'}: not a predictor of this version; train anew")
+    if about.pop("sha256", None) != hashlib.sha256(data).hexdigest():
+        raise UserError(f"{folder / 'model.npz'}: cut short or altered; copy the folder again or train anew")
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            arrays: dict[str, Any] = unflatten_dict(dict(file), sep="/")
+        predictor = Predictor(
+            FeatureMap(**arrays["features"]),
+            Buckets(**arrays["score"]),
+            Buckets(**arrays["log_tokens"]),
+            arrays["params"],
+            arrays["trained_on"],
+        )
+        stored = StoredPredictor(predictor, **about)
+        _check(stored)
+    except (AttributeError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
+        raise UserError(f"{folder}: model.json and model.npz do not fit together; train anew") from None
+    return stored
+
+
+def _check(stored: StoredPredictor) -> None:
+    """Raises `ValueError` where the network's shapes are not those that the experts and the features ask for."""
+    predictor = stored.predictor
+    inputs = predictor.features.components.shape[1] + len(predictor.features.surface_mean)
+    network = BucketClassifier(len(stored.experts))
+    wanted = jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, inputs), np.float32))
+    shapes = jax.tree.map(lambda leaf: leaf.shape, wanted)
+    if jax.tree.map(lambda leaf: leaf.shape[2:], predictor.params) != shapes:
+        raise ValueError("another network")

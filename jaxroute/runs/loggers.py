@@ -1,0 +1,193 @@
+"""Where metrics go beside `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow (docs/logging.md)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from tensorboardX import SummaryWriter
+
+from jaxroute.errors import UserError
+from jaxroute.files import write_text
+
+
+class Sink(Protocol):
+    """Takes the metrics of a run. Use as a context: left by an exception, the run counts as failed there.
+
+    Made from the run's folder, the configuration by dotted keys, and the frames that a resumed run has already done.
+    Making one raises `UserError` where its package or its server cannot be used.
+    """
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def write(self, scalars: dict[str, float], frames: int) -> None:
+        """Logs finite numbers by name after `frames` frames, which grow from call to call."""
+        ...
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raises `UserError` where a logger's package is not installed."""
+    for name in names:
+        if name != "tensorboard":
+            _package(name)
+
+
+class TensorBoardSink:
+    """Event files in the folder `tensorboard` of the run."""
+
+    def __init__(self, run: Path, config: dict[str, Any], frames: int):
+        folder = run / "tensorboard"
+        # File names begin with the second they are made in and are read in order. The suffix keeps those of one second
+        # apart and in order. The purge hides what a killed run logged after `frames`.
+        suffix = f".{len(list(folder.glob('*'))):04d}"
+        self._writer = SummaryWriter(str(folder), purge_step=frames + 1, flush_secs=1, filename_suffix=suffix)
+
+    def __enter__(self) -> TensorBoardSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+    def write(self, scalars: dict[str, float], frames: int) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, frames)
+
+
+class WandbSink:
+    """A run of Weights & Biases with the folder's name; its files in the folder, or in `WANDB_DIR`."""
+
+    def __init__(self, run: Path, config: dict[str, Any], frames: int):
+        wandb = _package("wandb")
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "jaxroute"),
+                dir=os.environ.get("WANDB_DIR", str(run)),
+                name=run.resolve().name,
+                config=config,
+                id=_saved_id(run, "wandb"),
+                resume="allow",
+            )
+        except wandb.errors.Error as error:
+            raise _failed("wandb", error, "log in with `wandb login`, or set WANDB_MODE=offline") from None
+        _save_id(run, "wandb", self._run.id)
+
+    def __enter__(self) -> WandbSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._run.finish(exit_code=int(kind is not None))
+
+    def write(self, scalars: dict[str, float], frames: int) -> None:
+        # Steps that the server has from before a kill cannot be logged again; their numbers would be the same.
+        if frames >= self._run.starting_step:
+            self._run.log(scalars, step=frames, commit=True)
+
+
+class MlflowSink:
+    """A run of MLflow with the folder's name, at `MLFLOW_TRACKING_URI` or in a database in the folder.
+
+    A database, since recent MLflow refuses to write plain files. Through its client, since `mlflow.set_tracking_uri`
+    would set the URI for the whole process and those it starts.
+    """
+
+    def __init__(self, run: Path, config: dict[str, Any], frames: int):
+        mlflow = _package("mlflow")
+        self._error: type[Exception] = mlflow.exceptions.MlflowException
+        self._lost = False
+        self._entities = mlflow.entities
+        local = f"sqlite:///{(run / 'mlflow.db').absolute()}"
+        try:
+            self._client = mlflow.MlflowClient(mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else local)
+            saved = _saved_id(run, "mlflow")
+            self._id = saved or self._create(run, config)
+            # As with Weights & Biases: what is logged already is not logged again.
+            history = self._client.get_metric_history(self._id, "frames") if saved else []
+            self._logged = max((metric.step for metric in history), default=0)
+            if saved:
+                self._client.update_run(saved, status="RUNNING")
+        except self._error as error:
+            raise _failed("mlflow", error, "check MLFLOW_TRACKING_URI") from None
+
+    def __enter__(self) -> MlflowSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        status = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
+        self._try(self._client.set_terminated, self._id, status)
+
+    def write(self, scalars: dict[str, float], frames: int) -> None:
+        if frames > self._logged:
+            now = int(time.time() * 1000)
+            metrics = [self._entities.Metric(name, value, now, frames) for name, value in scalars.items()]
+            self._try(self._client.log_batch, self._id, metrics)
+
+    def _create(self, run: Path, config: dict[str, Any]) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "jaxroute")
+        experiment = self._client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        identity = self._client.create_run(experiment_id, run_name=run.resolve().name).info.run_id
+        self._client.log_batch(identity, params=[self._entities.Param(key, str(item)) for key, item in config.items()])
+        _save_id(run, "mlflow", identity)
+        return identity
+
+    def _try(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Calls a server, which may have gone: that ends the logging there, but not the training."""
+        if self._lost:
+            return
+        try:
+            call(*arguments)
+        except self._error as error:
+            self._lost = True
+            print(f"note: {_failed('mlflow', error, 'nothing more of this run is logged there')}", file=sys.stderr)
+
+
+SINKS: dict[str, Callable[[Path, dict[str, Any], int], Sink]] = {
+    "tensorboard": TensorBoardSink,
+    "wandb": WandbSink,
+    "mlflow": MlflowSink,
+}
+
+
+def _package(name: str) -> Any:
+    try:
+        package = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(_missing(name, str(error))) from None
+    if package.__file__ is None:  # a folder of that name in the current directory, as wandb leaves there
+        raise UserError(_missing(name, f"No module named '{name}'"))
+    return package
+
+
+def _missing(name: str, reason: str) -> str:
+    return f"training.loggers: {name}: cannot be imported ({reason}); pip install 'jaxroute[{name}]', or leave it out"
+
+
+def _failed(name: str, error: Exception, remedy: str) -> UserError:
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    return UserError(f"training.loggers: {name}: {reason}; {remedy}")
+
+
+def _saved_id(run: Path, name: str) -> str | None:
+    """The identity that the run has at `name`, if it was there before."""
+    path = run / f"{name}_run_id"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _save_id(run: Path, name: str, identity: str) -> None:
+    write_text(run / f"{name}_run_id", f"{identity}\n")

@@ -1,0 +1,85 @@
+"""The metrics of a training: `metrics.jsonl`, always, and the loggers that the configuration names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jaxroute.files import write_text
+from jaxroute.runs.loggers import SINKS
+
+
+class MetricsLog:
+    """A line of `metrics.jsonl` per chunk of training, and the same numbers to loggers. Use as a context.
+
+    Each line is handed to the operating system at once, so a killed process loses none.
+    """
+
+    kept: list[dict[str, Any]]
+    """What an earlier process logged of this run, up to the frames that it goes on from."""
+
+    def __init__(self, run: Path, loggers: Sequence[str], config: dict[str, Any], frames: int = 0):
+        """`loggers` are names in `loggers.SINKS`, `config` the configuration by dotted keys, for their parameters.
+
+        `frames` is what a resumed run has done already. Lines of later frames, and damaged ones, are dropped.
+        Raises `UserError` where a logger cannot be used.
+        """
+        path = run / "metrics.jsonl"
+        with ExitStack() as stack:
+            self._sinks = [stack.enter_context(SINKS[name](run, config, frames)) for name in loggers]
+            self.kept = _whole_records(path, frames)
+            write_text(path, "".join(json.dumps(record) + "\n" for record in self.kept))
+            self._lines = stack.enter_context(path.open("a", encoding="utf-8"))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def write(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Logs `record`: "frames" and metrics, one level of nesting. Returns what was logged, None in place of NaN."""
+        record = _finite(record)
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+        scalars = dict(pair for name, value in record.items() for pair in _scalars(name, value))
+        for sink in self._sinks:
+            sink.write(scalars, record["frames"])
+        return record
+
+
+def _whole_records(path: Path, frames: int) -> list[dict[str, Any]]:
+    """The records up to `frames` in the file, which may be missing or cut anywhere."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+            if record["frames"] <= frames:
+                records.append(record)
+        except (ValueError, TypeError, KeyError):
+            continue
+    return records
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if math.isfinite(value) else None
+
+
+def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
+    if isinstance(value, dict):
+        return [pair for key, item in value.items() for pair in _scalars(f"{name}/{key}", item)]
+    if isinstance(value, list):
+        return [pair for index, item in enumerate(value) for pair in _scalars(f"{name}/{index}", item)]
+    return [] if value is None else [(name, value)]

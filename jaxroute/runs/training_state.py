@@ -1,0 +1,145 @@
+"""The whole state of a training on disk, replay and random keys included, from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.errors import UserError
+from jaxroute.runs.checkpoint import DamagedError, checksums, load_arrays, save_arrays
+
+FOLDER = "training_state"
+REMEDY = "remove it to start from the beginning"
+
+
+class TrainingStates:
+    """Saves states of a training under `run`, now and then and in the background, and keeps the last ones.
+
+    Use as a context; it ends when the last state is written.
+    """
+
+    def __init__(self, run: Path, seconds: float, kept: int):
+        """`seconds` are from one state to the next, `kept` the states that stay."""
+        self._folder, self._seconds, self._kept = run / FOLDER, seconds, kept
+        self._saved = time.monotonic()
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> TrainingStates:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.shutdown()
+
+    def offer(self, frames: int, state: Any) -> None:
+        """Begins to save `state`, a pytree of arrays after `frames` frames, where it is time to and nothing is being
+        written. It may be donated afterwards."""
+        due = time.monotonic() - self._saved >= self._seconds
+        if due and (self._writing is None or self._writing.done()):
+            self._begin(frames, state)
+
+    def save(self, frames: int, state: Any) -> None:
+        """Saves `state` now, and returns when it is on disk. Raises `UserError` where it cannot be written."""
+        self.wait()
+        self._begin(frames, state)
+        self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. Raises `UserError` where something could not be."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def _begin(self, frames: int, state: Any) -> None:
+        self.wait()
+        self._saved = time.monotonic()
+        self._writing = self._writer.submit(self._write, frames, named_arrays(state))
+
+    def _write(self, frames: int, arrays: dict[str, np.ndarray]) -> None:
+        try:
+            self._folder.mkdir(exist_ok=True)
+            save_arrays(self._folder / f"frames-{frames:012d}", arrays)
+            for old in _complete(self._folder)[: -self._kept]:
+                _remove(old)
+        except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
+            raise UserError(f"{self._folder}: cannot be written ({error}); free space there, then --resume") from None
+
+
+def newest_state(run: Path, example: Any) -> tuple[int, Any, list[str]]:
+    """(frames, state, notes) of the newest whole state of a run; (0, None, []) where none was ever saved.
+
+    `state` is as `example`, the shapes and dtypes of a state (`jax.eval_shape` of its making). Notes name damaged
+    states that were passed over, a line each.
+
+    Raises:
+        UserError: no state is whole, or they are of another training.
+    """
+    folder, notes = run / FOLDER, []
+    for path in reversed(_complete(folder)):
+        try:
+            return int(path.name.partition("-")[2]), load_state(path, example, REMEDY), notes
+        except DamagedError as error:
+            notes.append(str(error))
+    if notes:
+        raise UserError(notes[0].replace(REMEDY, f"no state before it is left; remove {folder} to start anew"))
+    return 0, None, []
+
+
+def named_arrays(state: Any) -> dict[str, np.ndarray]:
+    """Copies of the arrays of a pytree by their paths in it, as `save_arrays` takes them; keys as their data.
+
+    They are copies, since on a CPU NumPy's views would share the memory that a donated state leaves to the next one.
+    """
+    return {name: np.array(_data(leaf)) for name, leaf in _named_leaves(state).items()}
+
+
+def load_state(folder: Path, example: Any, remedy: str) -> Any:
+    """A pytree like `example`, of shapes and dtypes, from its `named_arrays` in `folder`. Raises as `load_arrays`."""
+    leaves = _named_leaves(example)
+    arrays = load_arrays(folder, {name: _shape(leaf) for name, leaf in leaves.items()}, remedy)
+    return jax.tree.unflatten(jax.tree.structure(example), [_like(arrays[name], leaf) for name, leaf in leaves.items()])
+
+
+def remove_states(run: Path) -> None:
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """States with checksums, oldest first; what has none was being written or removed when the run was killed."""
+    return sorted(path.with_suffix("") for path in folder.glob("frames-*.sha256"))
+
+
+def _remove(state: Path) -> None:
+    checksums(state).unlink()
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _data(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _shape(leaf: Any) -> Any:
+    return jax.eval_shape(_data, leaf)
+
+
+def _like(array: np.ndarray, leaf: Any) -> jax.Array:
+    return jax.random.wrap_key_data(jnp.asarray(array)) if _is_key(leaf) else jnp.asarray(array)

@@ -1,0 +1,160 @@
+"""A recorded list of requests from a file, on one engine, and what became of them as JSON.
+
+SPEC is a JSON file in the format of the recorded vLLM schedules (`config`, `requests` and, if it is not V1, `engine`),
+or a CSV of requests in order of time with the columns `arrival_time,prompt_len,output_len` (or Azure's, see
+`workload.trace.load_trace`), which runs on the default engine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.errors import UserError, known
+from jaxroute.simulator.engine import EngineParams
+from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.simulator.recorded import Outcome, Recording, replay_by_jumps
+from jaxroute.workload import load_trace
+
+ENGINES = {"V1": "vllm_v1", "V0": "vllm_v0", "orca": "orca"}
+"""Disciplines by the name that a file's `engine` gives them."""
+
+RUN_DEFAULTS = {"max_iterations": 1_000_000, "stall_iterations": 3}
+"""Options of a run beside the engine's own (`engine_config.DEFAULTS`)."""
+
+
+def load_spec(path: Path) -> dict[str, Any]:
+    """Reads SPEC, JSON or CSV by its ending, into a dictionary with `config` and `requests`. Raises `UserError`."""
+    if path.suffix.lower() == ".csv":
+        return {"config": {}, "requests": _csv_requests(path)}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
+    try:
+        spec = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}: not JSON ({error.msg}); a CSV must end in .csv") from error
+    if not isinstance(spec, dict) or not isinstance(spec.get("requests"), list):
+        raise UserError(f"{path}: key requests: a list of requests is missing")
+    if not isinstance(spec.setdefault("config", {}), dict):
+        raise UserError(f"{path}: key config: must be a mapping of engine options")
+    return spec
+
+
+def _csv_requests(path: Path) -> list[dict[str, float]]:
+    trace = load_trace(path)
+    times = (trace.first_time + trace.times).tolist()
+    columns = zip(times, trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
+    return [{"arrival_time": time, "prompt_len": prompt, "output_len": output} for time, prompt, output in columns]
+
+
+def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EngineParams, Recording, np.ndarray, np.ndarray]:
+    """The engine; the requests in order of arrival; their ids (int [R], positions in the list); their absolute times.
+
+    Ties go by id. The times are float64 [R] in seconds, from which the outcome counts: zeros with arrivals by
+    iteration.
+    Raises `UserError`, naming the request.
+    """
+    config, requests = spec["config"], spec["requests"]
+    try:
+        discipline = ENGINES[known(spec.get("engine", "V1"), ENGINES, "engine")]
+    except UserError as error:
+        raise UserError(f"{where}: key engine: {error}") from None
+    engine = engine_from_config(config, f"{where}: config", tuple(RUN_DEFAULTS), discipline)
+    run = {key: config.get(key, default) for key, default in RUN_DEFAULTS.items()}
+    for key, value in run.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**30:
+            raise UserError(f"{where}: config: {key} must be a whole number of at least 1, not {value!r}")
+    if not requests:
+        raise UserError(f"{where}: key requests: there is no request")
+    kinds = {key for request in requests if isinstance(request, dict) for key in request} & {
+        "arrival_time",
+        "arrival_iteration",
+    }
+    if len(kinds) != 1:
+        raise UserError(f"{where}: every request needs arrival_time, or every one arrival_iteration, not both")
+    kind = kinds.pop()
+    for index, request in enumerate(requests):
+        _check_request(request, kind, f"{where}: requests[{index}]")
+    by_iteration = kind == "arrival_iteration"
+    ids = np.argsort([request[kind] for request in requests], kind="stable")
+    requests = [requests[index] for index in ids]
+    arrivals = np.asarray([request[kind] for request in requests])
+    times = np.zeros(len(requests)) if by_iteration else arrivals.astype(np.float64)
+    recording = Recording(
+        gap=jnp.asarray(np.diff(times, prepend=0.0), float),
+        arrival_iteration=jnp.asarray(arrivals if by_iteration else times * 0, jnp.int32),
+        prompt_tokens=jnp.asarray([request["prompt_len"] for request in requests], jnp.int32),
+        output_tokens=jnp.asarray([request["output_len"] for request in requests], jnp.int32),
+        count=jnp.int32(len(requests)),
+        by_iteration=jnp.bool_(by_iteration),
+        max_iterations=jnp.int32(run["max_iterations"]),
+        stall_iterations=jnp.int32(run["stall_iterations"]),
+    )
+    return engine, recording, ids, times
+
+
+def _check_request(request: Any, kind: str, where: str) -> None:
+    for key in (kind, "prompt_len", "output_len"):
+        value: Any = request.get(key) if isinstance(request, dict) else None
+        whole = key != "arrival_time"
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise UserError(f"{where}: {key} must be a {'whole ' if whole else ''}number, not {value!r}")
+        if value < (0 if key == kind else 1) or (whole and value >= 2**21):
+            raise UserError(f"{where}: {key} is out of range: {value!r}")
+
+
+def result(outcome: Outcome, ids: np.ndarray, times: np.ndarray) -> dict[str, Any]:
+    """The JSON of a finished run: absolute times in seconds, null for what did not happen."""
+
+    def absolute(since: jax.Array) -> list[float | None]:
+        values = np.asarray(since, np.float64) + times
+        return [float(value) if math.isfinite(value) else None for value in values]
+
+    first, finish = absolute(outcome.first_token), absolute(outcome.finish)
+    joined = int(outcome.joined)
+    last_joined = float(times[joined - 1]) if joined else 0.0
+    preemptions, emitted = np.asarray(outcome.preemptions).tolist(), np.asarray(outcome.emitted).tolist()
+    ignored = outcome.ignored_iteration
+    status = "ok" if outcome.drained else "stalled" if outcome.stalled else "max_iterations"
+    return {
+        "status": status,
+        "per_request": {
+            str(ids[position]): {
+                "first_token_time": first[position],
+                "finish_time": finish[position],
+                "preemptions": preemptions[position],
+                "emitted": emitted[position],
+                **({} if ignored is None else _v0_end(int(ignored[position]), finish[position])),
+            }
+            for position in np.argsort(ids)
+        },
+        "summary": {
+            "iterations": int(outcome.progress.iterations),
+            "preemptions": sum(preemptions),
+            "end_time": float(outcome.end) + last_joined,
+        },
+    }
+
+
+def _v0_end(ignored_iteration: int, finish: float | None) -> dict[str, Any]:
+    """How a request ended under vLLM's V0, in the terms of its schedule files."""
+    if ignored_iteration >= 0:
+        return {"ignored_iter": ignored_iteration, "finish_reason": "FINISHED_IGNORED"}
+    return {"ignored_iter": None, "finish_reason": None if finish is None else "FINISHED_LENGTH_CAPPED"}
+
+
+def replay(spec: Mapping[str, Any], where: str = "spec") -> dict[str, Any]:
+    """Runs a spec (see `load_spec`) in the precision that JAX is set to; returns what the command writes."""
+    engine, recording, ids, times = engine_and_recording(spec, where)
+    outcome = jax.jit(replay_by_jumps)(engine, recording)
+    return result(jax.device_get(outcome), ids, times)

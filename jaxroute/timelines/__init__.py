@@ -1,0 +1,1 @@
+"""One episode seen from inside: trace, picture, page."""

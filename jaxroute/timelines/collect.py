@@ -1,0 +1,170 @@
+"""One episode under one router, with every request's fate and every iteration of every engine.
+
+The environment jumps over iterations and forgets requests. So it runs once, for its assignments and totals, and its
+engines then run again on those by the same jumps, each of which is noted (`timeline_replay`): one iteration, and a run
+of decodes after it whose times have a closed form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.state import EnvParams
+from jaxroute.routers.choice import Router
+from jaxroute.timelines.record import Log, Results, Routed, replay, run_episode
+
+MET, MISSED, DROPPED, REJECTED = range(4)
+FATES = ("met", "missed", "dropped", "rejected")
+"""What became of a request: served with its latency per token below the limit, or not; dropped by the router; refused
+by its expert, which was full or could never serve it."""
+
+
+class Requests(NamedTuple):
+    """The T requests of an episode; every field is a NumPy array [T]. Times are s since the episode began."""
+
+    arrival: np.ndarray  # float64
+    expert: np.ndarray  # int, where the router sent it; -1: dropped
+    fate: np.ndarray  # int, index of `FATES`
+    admitted: np.ndarray  # float64, start of its first iteration; NaN, as are the next two, where not served
+    first_token: np.ndarray  # float64
+    finish: np.ndarray  # float64
+    latency_per_token: np.ndarray  # float, s
+    preemptions: np.ndarray  # int
+    prompt_tokens: np.ndarray  # int
+    output_tokens: np.ndarray  # int, generated; 0 where not served
+    score: np.ndarray  # float, of its expert's answer; 0 where dropped
+
+
+class Pieces(NamedTuple):
+    """Iterations of all engines, in order of expert and time; every field is a NumPy array [P].
+
+    A piece is one iteration, or a run of `iterations` decodes of one batch, of which number j takes first + growth * j
+    seconds and decodes with context + decodes * j tokens.
+    """
+
+    expert: np.ndarray
+    start: np.ndarray  # float64, s since the episode began
+    end: np.ndarray  # float64
+    iterations: np.ndarray
+    prefill_tokens: np.ndarray  # np, of each iteration, as are the next two
+    decodes: np.ndarray  # nd
+    context: np.ndarray  # ctx of the first iteration
+    first: np.ndarray  # float64, s
+    growth: np.ndarray  # float64, s
+    blocks: np.ndarray  # KV blocks held in the first iteration
+    last_blocks: np.ndarray  # in the last one
+    running: np.ndarray  # requests, as is the next
+    waiting: np.ndarray
+    preempted: np.ndarray  # requests that lost their place at its start
+
+
+class Episode(NamedTuple):
+    """What the pictures of an episode are made of."""
+
+    label: str  # the router's
+    experts: tuple[str, ...]
+    usable_blocks: np.ndarray  # int [N], KV blocks of each engine
+    latency_limit: float  # s per output token
+    requests: Requests
+    pieces: Pieces
+    metrics: dict[str, np.ndarray]  # of this episode, from the environment itself (`metrics.summarize`)
+
+    @property
+    def end(self) -> float:
+        """Seconds from the beginning to the last event."""
+        ends = [self.requests.arrival.max(), self.pieces.end.max(initial=0)]
+        return float(max(ends))
+
+
+def collect(
+    env: RoutingEnvironment, params: EnvParams, routers: Mapping[str, Router], experts: tuple[str, ...], key: jax.Array
+) -> list[Episode]:
+    """One episode under each of `routers` (by label): that which `evaluate_routers` runs with this key of its.
+
+    The N `experts` are names.
+    """
+    # The penalty is part of the reward, which is not shown.
+    env = dataclasses.replace(env, metrics="exact", penalty="off")
+    policies = [jax.tree_util.Partial(router) for router in routers.values()]
+    episodes = []
+    for index, label in enumerate(routers):
+        routed, metrics = run_episode(env, policies, jnp.int32(index), params, key)
+        log, results = jax.device_get(replay(env, params.replace(workload=None), routed))
+        routed, metrics = jax.device_get((routed, metrics))
+        arrival = np.concatenate([[0.0], np.cumsum(routed.gap, dtype=np.float64)])
+        requests, pieces = _requests(routed, results, arrival[:-1], len(experts)), _pieces(log, arrival)
+        usable = np.asarray(params.engines.usable_blocks)
+        episodes.append(Episode(label, experts, usable, float(params.latency_limit), requests, pieces, metrics))
+    return episodes
+
+
+def _requests(routed: Routed, results: Results, arrival: np.ndarray, num_experts: int) -> Requests:
+    action = np.asarray(routed.action)
+    expert = np.where((action >= 0) & (action < num_experts), action, -1)
+    served = np.isfinite(results.latency)
+    fate = np.where(expert < 0, DROPPED, np.where(~served, REJECTED, np.where(results.met, MET, MISSED)))
+    score = np.asarray(routed.request.score)[np.arange(len(expert)), np.maximum(expert, 0)]
+    return Requests(
+        arrival=arrival,
+        expert=expert,
+        fate=fate,
+        admitted=arrival + results.admitted,
+        first_token=arrival + results.first_token,
+        finish=arrival + results.latency,
+        latency_per_token=np.asarray(results.latency) / np.maximum(results.tokens, 1),
+        preemptions=np.asarray(results.preemptions),
+        prompt_tokens=np.asarray(routed.request.prompt_tokens),
+        output_tokens=np.asarray(results.tokens),
+        score=np.where(expert < 0, 0, score),
+    )
+
+
+def _pieces(log: Log, arrival: np.ndarray) -> Pieces:
+    """The jumps as pieces: each an iteration, and a run of decodes where there was one."""
+    rows, expert = np.nonzero(log.jumps.took_place[: log.count])
+    order = np.lexsort((rows, expert))
+    rows, expert = rows[order], expert[order]
+    jump: Any = jax.tree.map(lambda leaf: leaf[rows, expert], log.jumps)
+    start, middle, end = (arrival[jump.index] + time.astype(np.float64) for time in (jump.start, jump.middle, jump.end))
+    none = np.zeros_like(expert)
+    iteration = Pieces(
+        expert=expert,
+        start=start,
+        end=middle,
+        iterations=none + 1,
+        prefill_tokens=jump.prefill_tokens,
+        decodes=jump.decodes,
+        context=jump.context,
+        first=middle - start,
+        growth=none.astype(float),
+        blocks=jump.blocks,
+        last_blocks=jump.blocks,
+        running=jump.running,
+        waiting=jump.waiting,
+        preempted=jump.preempted,
+    )
+    run = Pieces(
+        expert=expert,
+        start=middle,
+        end=end,
+        iterations=jump.run,
+        prefill_tokens=none,
+        decodes=jump.run_decodes,
+        context=jump.run_context,
+        first=jump.run_first.astype(np.float64),
+        growth=jump.run_growth.astype(np.float64),
+        blocks=jump.run_blocks,
+        last_blocks=jump.run_last_blocks,
+        running=jump.run_decodes,
+        waiting=jump.waiting,
+        preempted=none,
+    )
+    both = Pieces(*(np.stack(fields, axis=1).reshape(-1) for fields in zip(iteration, run, strict=True)))
+    return Pieces(*(field[both.iterations > 0] for field in both))

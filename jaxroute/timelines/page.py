@@ -1,0 +1,107 @@
+"""One HTML page of an episode, complete in itself: lanes with a scrubber, metrics, the picture and the trace."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxroute.drawing import INK
+from jaxroute.evaluation.tables import ROWS
+from jaxroute.timelines.collect import FATES, Episode, Pieces
+from jaxroute.timelines.layout import iteration_kind, merged, of_expert, rows
+from jaxroute.timelines.picture import FATE_COLOURS, RUNNING_COLOUR, WAITING_COLOUR
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+_KINDS = ("empty", "decode", "prefill", "mixed")  # as in the template
+_UNIT = 1e4  # of a second, so whole numbers are enough
+
+
+def page_text(episodes: Sequence[Episode], title: str, about: str, picture: bytes, trace: str) -> str:
+    """The page of one or two episodes of the same requests.
+
+    `title` and `about` are a line each, `picture` the PNG, `trace` the text of trace.json, which the page has to save.
+    """
+    parts = {
+        "title": html.escape(title),
+        "about": html.escape(about),
+        "table": _table(episodes),
+        "picture": base64.b64encode(picture).decode(),
+        "trace": base64.b64encode(gzip.compress(trace.encode(), mtime=0)).decode(),
+        "data": json.dumps(_data(episodes), separators=(",", ":")).replace("</", "<\\/"),
+    }
+    return re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], _TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _table(episodes: Sequence[Episode]) -> str:
+    head = "".join(f"<th>{html.escape(episode.label)}</th>" for episode in episodes)
+    lines = [f"<table><thead><tr><th></th>{head}</tr></thead><tbody>"]
+    for label, metric, factor, decimals in (("QoS per request", "qos", 1, 4), *ROWS):
+        values = [float(episode.metrics[metric]) * factor for episode in episodes]
+        cells = "".join(f"<td>{value:.{decimals}f}</td>" if np.isfinite(value) else "<td>-</td>" for value in values)
+        lines.append(f"<tr><th>{label.replace('  ', '&emsp;')}</th>{cells}</tr>")
+    return "\n".join([*lines, "</tbody></table>"])
+
+
+def _data(episodes: Sequence[Episode]) -> dict[str, Any]:
+    first = episodes[0]
+    return {
+        "experts": first.experts,
+        "end": int(np.ceil(_UNIT * max(episode.end for episode in episodes))),
+        "limit_ms": round(1e3 * first.latency_limit, 3),
+        "fates": FATES,
+        "colours": [FATE_COLOURS[fate] for fate in range(len(FATES))],
+        "ink": INK,
+        "running": RUNNING_COLOUR,
+        "waiting": WAITING_COLOUR,
+        "episodes": [_episode(episode) for episode in episodes],
+    }
+
+
+def _episode(episode: Episode) -> dict[str, Any]:
+    requests, experts = episode.requests, range(len(episode.experts))
+    return {
+        "label": episode.label,
+        "qos": float(episode.metrics["qos"]),
+        "arrival": _times(requests.arrival),
+        "admitted": _times(requests.admitted),
+        "first": _times(requests.first_token),
+        "finish": _times(requests.finish),
+        "expert": requests.expert.tolist(),
+        "fate": requests.fate.tolist(),
+        "row": np.max([rows(requests, expert) for expert in experts], axis=0).tolist(),
+        "prompt": requests.prompt_tokens.tolist(),
+        "output": requests.output_tokens.tolist(),
+        "score": [round(score, 3) for score in requests.score.tolist()],
+        "preemptions": requests.preemptions.tolist(),
+        "pieces": [
+            _pieces(merged(of_expert(episode.pieces, expert)), int(episode.usable_blocks[expert])) for expert in experts
+        ],
+    }
+
+
+def _pieces(pieces: Pieces, usable_blocks: int) -> dict[str, Any]:
+    kinds = map(iteration_kind, pieces.prefill_tokens.tolist(), pieces.decodes.tolist())
+    return {
+        "start": _times(pieces.start),
+        "end": _times(pieces.end),
+        "kind": [_KINDS.index(kind) for kind in kinds],
+        "iterations": pieces.iterations.tolist(),
+        "np": pieces.prefill_tokens.tolist(),
+        "nd": pieces.decodes.tolist(),
+        "running": pieces.running.tolist(),
+        "waiting": pieces.waiting.tolist(),
+        "kv": np.rint(100 * pieces.blocks / usable_blocks).astype(int).tolist(),
+    }
+
+
+def _times(seconds: np.ndarray) -> list[int]:
+    """Whole units; -1 where it did not happen."""
+    return np.where(np.isfinite(seconds), np.rint(_UNIT * np.nan_to_num(seconds)), -1).astype(int).tolist()

@@ -1,0 +1,49 @@
+"""Writes an episode under one or two routers: trace, picture and page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.state import EnvParams
+from jaxroute.files import write_text
+from jaxroute.routers.choice import Router
+from jaxroute.timelines.collect import Episode, collect
+from jaxroute.timelines.page import page_text
+from jaxroute.timelines.perfetto import trace_text
+from jaxroute.timelines.picture import timeline_picture
+
+FILES = ("trace.json", "timeline.png", "timeline.html")
+
+
+def write_timeline(
+    out: Path,
+    env: RoutingEnvironment,
+    params: EnvParams,
+    routers: Mapping[str, Router],
+    experts: Sequence[str] = (),
+    seed: int = 0,
+    title: str = "",
+) -> list[Episode]:
+    """Writes `FILES` into the folder `out`, made if need be: an episode under each of `routers`, one or two, by label.
+
+    It is the first episode of `evaluate_routers` with this seed. `experts` are names, "expert 0" and so on by default.
+    Returns what the files are made of: every request's times and fate, every iteration, and the metrics.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    experts = tuple(experts) or tuple(f"expert {number}" for number in range(env.num_experts))
+    episodes = collect(env, params, routers, experts, jax.random.split(jax.random.key(seed), 1)[0])
+    trace = trace_text(episodes)
+    write_text(out / "trace.json", trace)
+    timeline_picture(out / "timeline.png", episodes)
+    heading = f"{title or 'Episode'}: {env.episode_length:,} requests under {' and '.join(routers)}"
+    about = (
+        f"{env.num_experts} experts; QoS is met below {1e3 * float(params.latency_limit):g} ms per output token; "
+        f"the same requests for every router (seed {seed})"
+    )
+    picture = (out / "timeline.png").read_bytes()
+    write_text(out / "timeline.html", page_text(episodes, heading, about, picture, trace))
+    return episodes

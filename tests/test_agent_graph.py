@@ -1,0 +1,95 @@
+"""The jraph side: the graph that an observation becomes, and the jraph functions that are relied on."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+
+import jaxroute
+from jaxroute.agent import graph as graph_module
+from tests.network_cases import random_observation
+
+
+def test_jraph_is_imported_in_one_module_only():
+    importers = []
+    root = Path(jaxroute.__path__[0])
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(module.split(".")[0] == "jraph" for module in modules):
+                importers.append(str(path.relative_to(root)))
+    assert importers == ["agent/graph.py"]
+
+
+def test_jraph_functions_in_use_still_work():
+    ids = jnp.array([0, 0, 2])
+    np.testing.assert_allclose(jraph.segment_sum(jnp.array([1.0, 2.0, 3.0]), ids, 3), [3.0, 0.0, 3.0])
+    np.testing.assert_allclose(jraph.segment_softmax(jnp.array([1.0, 1.0, 5.0]), ids, 3), [0.5, 0.5, 1.0])
+    graph = graph_module.to_graphs_tuple(random_observation(0))
+    nodes, edges = int(graph.n_node[0]), int(graph.n_edge[0])
+    both = jraph.batch([graph, graph])
+    padded = jraph.pad_with_graphs(both, 2 * nodes + 5, 2 * edges + 3, 4)
+    np.testing.assert_array_equal(padded.n_node, [nodes, nodes, 5, 0])
+    np.testing.assert_array_equal(jraph.unpad_with_graphs(padded).senders, both.senders)
+
+
+def test_nodes_and_edges_follow_the_observation():
+    obs = random_observation(1, num_experts=2, slots=3)
+    graph = graph_module.to_graphs_tuple(obs)
+    types, features = np.array(graph.nodes["type"]), np.array(graph.nodes["features"])
+    expected = [1, 2, 2, *np.where(obs.running_mask, 3, 0).ravel(), *np.where(obs.waiting_mask, 4, 0).ravel()]
+    np.testing.assert_array_equal(types, expected)
+    np.testing.assert_array_equal(features[1:3], obs.expert)
+    np.testing.assert_array_equal(features[3:9, :5], obs.running.reshape(6, 5) * (types[3:9] == 3)[:, None])
+    assert (features[types == graph_module.PADDING] == 0).all()
+
+    # Every real edge joins the node types that its own type names, and every real queued request has one edge each way.
+    edge_types = np.array(graph.edges["type"])
+    for kind, sender, receiver in zip(edge_types, graph.senders, graph.receivers, strict=True):
+        ends = (types[sender], types[receiver])
+        if kind == graph_module.PADDING:
+            assert graph_module.PADDING in ends
+        else:
+            assert ends == tuple(map(graph_module.node_type, graph_module.EDGE_TYPES[kind - 1]))
+    counts = [2, 2, *[int(obs.running_mask.sum())] * 2, *[int(obs.waiting_mask.sum())] * 2]
+    np.testing.assert_array_equal(np.bincount(edge_types, minlength=7)[1:], counts)
+
+    into_expert = edge_types == graph_module.EDGE_TYPES.index(("running", "expert")) + 1
+    owners = dict(zip(graph.senders[into_expert].tolist(), graph.receivers[into_expert].tolist(), strict=True))
+    assert owners == {3 + i: 1 + i // 3 for i in range(6) if obs.running_mask.ravel()[i]}
+
+
+def test_conversion_works_under_jit_and_vmap():
+    observations = random_observation(2, 4)
+    graphs = jax.jit(jax.vmap(graph_module.to_graphs_tuple))(observations)
+    alone = graph_module.to_graphs_tuple(jax.tree.map(lambda x: x[2], observations))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[2], graphs), alone)
+
+
+def test_attention_sums_to_the_neighbours_features_when_they_are_equal():
+    """Weights sum to 1 over a destination's neighbours, and a destination without neighbours gets zeros."""
+    obs = random_observation(3)
+    graph = graph_module.to_graphs_tuple(obs)
+    vectors = jax.random.normal(jax.random.key(0), (2, len(graph_module.EDGE_TYPES), 2, 3))
+    heard = jax.jit(graph_module.attend)(graph, jnp.ones((graph.nodes["type"].shape[0], 2, 3)), *vectors)
+    experts = slice(1, 4)
+    running = np.array(obs.running_mask).any(1).astype(float)
+    np.testing.assert_allclose(heard[2, experts, 0, 0], running, atol=1e-6)
+    np.testing.assert_allclose(heard[0, experts, 1, 2], 1.0, atol=1e-6)
+    np.testing.assert_allclose(heard[1, 1:], 0.0)
+
+
+def test_graph_mean_is_taken_within_each_graph():
+    graph = jraph.batch(
+        [graph_module.to_graphs_tuple(random_observation(seed, num_experts=1, slots=1)) for seed in (0, 1)]
+    )
+    values = jnp.arange(8.0)
+    mask = jnp.array([True, True, False, False, True, False, False, True])
+    np.testing.assert_allclose(graph_module.graph_mean(graph, values, mask), [0.5] * 4 + [5.5] * 4)
+    np.testing.assert_allclose(graph_module.graph_mean(graph, values, jnp.zeros(8, bool)), 0.0)

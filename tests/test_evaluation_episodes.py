@@ -1,0 +1,117 @@
+"""The heuristic routers, and the evaluation of routers on the same request streams."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxroute
+from jaxroute.environment.metrics import summarize
+from jaxroute.evaluation.episodes import evaluate_routers
+from jaxroute.routers import make_router
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def scenario():
+    env, params = jaxroute.make("paper-3", slots=2, episode_length=LENGTH, metrics="exact", penalty="off")
+    return env, params, jax.jit(env.reset), jax.jit(env.step)
+
+
+@pytest.fixture(scope="module")
+def results(scenario):
+    env, params, _, _ = scenario
+    routers = {name: make_router(name, env) for name in ("round_robin", "shortest_queue", "bert_router", "random")}
+    routers["drop"] = lambda *_: jnp.int32(env.num_experts)
+    return evaluate_routers(env, params, routers, episodes=3, seed=1), routers
+
+
+def state_with(scenario, queues: list[int], step: int = 0):
+    env, params, reset, _ = scenario
+    _, state = reset(jax.random.key(0), params)
+    engines = state.engines.replace(num_requests=jnp.asarray(queues, jnp.int32))
+    request = state.request.replace(predicted_score=jnp.asarray([0.5, 0.9, 0.7], jnp.float32))
+    return state.replace(engines=engines, request=request, step=jnp.int32(step))
+
+
+@pytest.mark.parametrize(
+    ("name", "queues", "step", "expected"),
+    [
+        ("round_robin", [0, 0, 0], 0, 0),
+        ("round_robin", [0, 0, 0], 5, 2),
+        ("round_robin", [0, 0, 2], 5, 0),  # a full expert's turn passes on
+        ("round_robin", [2, 2, 2], 5, 2),  # all full: rejected where its turn is
+        ("shortest_queue", [1, 0, 0], 0, 1),
+        ("shortest_queue", [1, 1, 1], 0, 0),
+        ("bert_router", [0, 1, 0], 0, 1),
+        ("bert_router", [0, 2, 0], 0, 2),
+        ("bert_router", [2, 2, 2], 0, 1),
+    ],
+)
+def test_choices_of_the_heuristics(scenario, name, queues, step, expected):
+    env, params, _, _ = scenario
+    action = make_router(name, env)(None, state_with(scenario, queues, step), params, jax.random.key(0))
+    assert action == expected and action.dtype == jnp.int32
+
+
+def test_random_takes_every_allowed_expert_alike(scenario):
+    env, params, _, _ = scenario
+    router = make_router("random", env)
+    state = state_with(scenario, [0, 2, 0])
+    actions = jax.vmap(lambda key: router(None, state, params, key))(jax.random.split(jax.random.key(0), 2000))
+    counts = np.bincount(actions, minlength=3)
+    assert counts[1] == 0 and abs(counts[0] - 1000) < 100 and counts.sum() == 2000
+
+
+def test_every_router_meets_the_same_requests(scenario):
+    """One router draws from its key, the other does not."""
+    env, _, _, _ = scenario
+    prompts = {"random": [], "round_robin": []}
+    for name, seen in prompts.items():
+        choose = make_router(name, env)
+
+        def router(observation, state, params, key, choose=choose, seen=seen):
+            seen.append(int(state.request.prompt_tokens))
+            return choose(observation, state, params, key)
+
+        replayed(scenario, router, seed=1, episode=0)
+    assert prompts["random"] == prompts["round_robin"]
+    assert len(set(prompts["random"])) > LENGTH / 2
+
+
+def replayed(scenario, router, seed: int, episode: int) -> dict[str, np.ndarray]:
+    """One episode of the evaluation, step by step."""
+    env, params, reset, step = scenario
+    env_key, router_key = jax.random.split(jax.random.split(jax.random.key(seed), 3)[episode])
+    observation, state = reset(jax.random.fold_in(env_key, LENGTH), params)
+    for index in range(LENGTH):
+        action = router(observation, state, params, jax.random.fold_in(router_key, index))
+        key = jax.random.fold_in(env_key, index)
+        observation, state, _, _, truncated, info = step(key, state, action, params)
+    assert truncated
+    return jax.device_get(summarize(info["episode"], "exact"))
+
+
+def test_evaluation_equals_episodes_step_by_step(scenario, results):
+    values, routers = results
+    for name in ("shortest_queue", "random"):
+        expected = replayed(scenario, routers[name], seed=1, episode=2)
+        for metric, value in expected.items():
+            np.testing.assert_allclose(values[name][metric][2], value, rtol=1e-5, err_msg=metric)
+
+
+def test_evaluation_of_a_router_that_drops_everything(results):
+    values, _ = results
+    assert (values["drop"]["drop_rate"] == 1).all() and (values["drop"]["qos"] == 0).all()
+    assert np.isnan(values["drop"]["latency_per_token"]).all()
+
+
+def test_heuristics_never_drop_and_full_slots_show_as_rejections(results):
+    values, _ = results
+    for name in ("round_robin", "shortest_queue", "bert_router", "random"):
+        assert (values[name]["drop_rate"] == 0).all()
+    assert values["bert_router"]["full_rejection_rate"].max() > 0
+    assert values["round_robin"]["qos"].shape == (3,) and values["round_robin"]["expert_share"].shape == (3, 3)
