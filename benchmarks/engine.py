@@ -61,7 +61,7 @@ def measure_engines(ways: Sequence[str], sizes: Sequence[int], repeats: int) -> 
     most_requests = max(len(schedule["requests"]) for schedule in schedules)
     runs = {
         "jumps": replay_by_jumps,
-        "iterations": lambda engine, recording: replay_by_iterations(engine, recording, longest)[0],
+        "iterations": lambda recording, engine: replay_by_iterations(recording, engine, longest)[0],
     }
     baselines = _baselines(schedules, sum(len(schedule["requests"]) for schedule in schedules))
     rows = []
@@ -74,7 +74,7 @@ def measure_engines(ways: Sequence[str], sizes: Sequence[int], repeats: int) -> 
 
             def run(carry: Any, key: jax.Array, engine: Any, recording: Any, way: str = way) -> tuple[Any, Any]:
                 del key
-                return carry, jax.vmap(runs[way])(engine, recording)
+                return carry, jax.vmap(runs[way])(recording, engine)
 
             row, _, _ = measure(run, (), (batch.engine, batch.recording), requests, repeats)
             per_second = row["median"]

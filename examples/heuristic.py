@@ -5,7 +5,7 @@
 
 The figures are of paper-3 at its 3 requests/s, 20 fresh episodes of 5,000 requests.
 
-A router is a pure function (observation, state, params, key) -> action for one environment. This one reads nothing but
+A router is a pure function (key, observation, state, params) -> action for one environment. This one reads nothing but
 the observation: of the experts that are allowed it takes the highest predicted score among those that are predicted to
 answer in time, with a margin for what arrives later, and drops the request where there is none.
 """
@@ -27,7 +27,7 @@ SCORE, LATENCY = EXPERT_FEATURES.index("predicted_score"), EXPERT_FEATURES.index
 MARGIN = 0.85  # of the latency limit
 
 
-def router(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
+def router(key: jax.Array, observation: Any, state: Any, params: Any) -> jax.Array:
     squashed = observation.expert[:, LATENCY]  # x / (1 + x), x in latency limits
     in_time = observation.action_mask[:-1] & (squashed / (1 - squashed) < MARGIN)
     score = jnp.where(in_time, observation.expert[:, SCORE], -jnp.inf)

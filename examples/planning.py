@@ -32,11 +32,11 @@ from jaxroute.evaluation.episodes import evaluate_routers
 
 def believed(state: Any, params: Any) -> Any:
     """The state with predicted lengths and scores for the true ones, at the first decision of an episode."""
-    request, slots = state.request, state.slots
+    request, queued = state.request, state.queued
     return state.replace(
         request=request.replace(output_tokens=request.predicted_output_tokens, score=request.predicted_score),
-        engines=predicted_engine(params.engines, state.engines, slots.predicted_tokens),
-        slots=slots.replace(score=slots.predicted_score),
+        engines=predicted_engine(state.engines, queued.predicted_tokens, params.engines),
+        queued=queued.replace(score=queued.predicted_score),
         step=jnp.int32(0),
     )
 
@@ -52,11 +52,11 @@ def make_planner(env: Any, futures: int, horizon: int) -> Any:
         def step(carry: Any, key: jax.Array) -> tuple[Any, Any]:
             state, action = carry
             _, state, _, _, _, info = model.step(key, state, action, params)
-            return (state, rule(None, state, params, key)), info["episode"].qos.sum()
+            return (state, rule(key, None, state, params)), info["episode"].qos.sum()
 
         return jax.lax.scan(step, (state, action), jax.random.split(key, horizon))[1][-1]
 
-    def router(observation: Any, state: Any, params: Any, key: jax.Array) -> jax.Array:
+    def router(key: jax.Array, observation: Any, state: Any, params: Any) -> jax.Array:
         empty = model.reset(key, params)[1].totals
         copy = believed(state, params).replace(totals=empty)
         actions, keys = jnp.arange(env.num_actions), jax.random.split(key, futures)

@@ -2,7 +2,7 @@
 
 # Imported for what it does: it registers the package's own environments.
 import jaxroute.environment.scenarios  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from jaxroute.environment.disturbances import Schedule
+from jaxroute.environment.disturbances import Disturbances
 from jaxroute.environment.environment import DYNAMICS_VERSION
 from jaxroute.environment.registry import environments, make, register
 from jaxroute.environment.wrappers import FiveValues, Wrapper
@@ -11,7 +11,7 @@ from jaxroute.routers import make_router
 __all__ = [
     "DYNAMICS_VERSION",
     "FiveValues",
-    "Schedule",
+    "Disturbances",
     "Wrapper",
     "environments",
     "make",

@@ -350,19 +350,19 @@ def _bits_equal(one: Any, other: Any) -> bool:
 def _check_observe(env: Any, params: Any, observation: Any, state: Any) -> None:
     observe = jax.jit(lambda params, state: jax.vmap(env.observe, (None, 0))(params, state), compiler_options=_CHEAP)
     try:
-        observed = observe(params, state)
+        observed = observe(state, params)
     except Exception as error:
-        _fail("observe", f"observe(params, state) fails on step's state ({_line(error)}); define it along with step")
+        _fail("observe", f"observe(state, params) fails on step's state ({_line(error)}); define it along with step")
     if jax.tree.structure(observed) != jax.tree.structure(observation) or not _same(observed, observation):
-        _fail("observe", "observe(params, state) is not the observation that came with the state")
+        _fail("observe", "observe(state, params) is not the observation that came with the state")
 
     def with_other_truth(node: Any) -> Any:
         if not isinstance(node, EnvState):
             return node
         engines = node.engines.replace(target_tokens=node.engines.target_tokens + 7)
-        slots = node.slots.replace(score=1 - node.slots.score)
-        return node.replace(engines=engines, slots=slots, request=_other_truth(node.request, 7))
+        queued = node.queued.replace(score=1 - node.queued.score)
+        return node.replace(engines=engines, queued=queued, request=_other_truth(node.request, 7))
 
     changed = jax.tree.map(with_other_truth, state, is_leaf=lambda node: isinstance(node, EnvState))
-    if not _bits_equal(observed, observe(params, changed)):
+    if not _bits_equal(observed, observe(changed, params)):
         _fail("leak", "the observation depends on true output lengths or scores of requests that are there")

@@ -38,36 +38,36 @@ class Batch:
             one = jax.tree.map(lambda leaf, index=index: leaf[index], outcome)
             cut = jax.tree.map(lambda leaf, ids=ids: leaf[: len(ids)] if np.ndim(leaf) else leaf, one)
             totals = {
-                "np": int(cut.progress.prefill_tokens),
-                "nd": int(cut.progress.decodes),
-                "ctx": int(cut.progress.context_tokens),
+                "np": int(cut.work.prefill_tokens),
+                "nd": int(cut.work.decodes),
+                "ctx": int(cut.work.context_tokens),
             }
-            results.append({**result(cut, ids, times), "totals": totals})
+            results.append({**result(cut, ids, times, self.engine), "totals": totals})
         return results
 
     def by_jumps(self) -> list[dict[str, Any]]:
-        return self._results(_by_jumps(self.engine, self.recording))
+        return self._results(_by_jumps(self.recording, self.engine))
 
     def by_iterations(self, num_iterations: int) -> list[dict[str, Any]]:
         """As `by_jumps`, with `iterations`: a record each with the fields of the schedule files that are decided."""
-        outcome, decisions, took_place, waiting = _by_iterations(self.engine, self.recording, num_iterations)
+        outcome, outputs, took_place, waiting = _by_iterations(self.recording, self.engine, num_iterations)
         results = self._results(outcome)
-        decisions, took_place, waiting = jax.device_get((decisions, took_place, waiting))
+        outputs, took_place, waiting = jax.device_get((outputs, took_place, waiting))
         for index, (spec_result, ids) in enumerate(zip(results, self.ids, strict=True)):
             records = []
             for iteration in np.flatnonzero(took_place[index]):
-                tokens = decisions.tokens[index, iteration]
-                preempted = decisions.preempted[index, iteration]
+                tokens = outputs.tokens[index, iteration]
+                preempted = outputs.preempted[index, iteration]
                 records.append(
                     {
                         "sched": {str(ids[slot]): int(tokens[slot]) for slot in np.flatnonzero(tokens)},
-                        "np": int(decisions.prefill_tokens[index, iteration]),
-                        "nd": int(decisions.decodes[index, iteration]),
-                        "ctx": int(decisions.context_tokens[index, iteration]),
+                        "np": int(outputs.prefill_tokens[index, iteration]),
+                        "nd": int(outputs.decodes[index, iteration]),
+                        "ctx": int(outputs.context_tokens[index, iteration]),
                         # vLLM preempts from the tail
                         "preempted": [str(ids[slot]) for slot in np.flatnonzero(preempted)[::-1]],
                         "waiting": int(waiting[index, iteration]),
-                        "used_blocks": int(decisions.used_blocks[index, iteration]),
+                        "used_blocks": int(outputs.used_blocks[index, iteration]),
                     }
                 )
             spec_result["iterations"] = records

@@ -131,7 +131,7 @@ def oracle(
 def queue_of(params: EnvParams, run: Run, step: int, expert: int) -> Queue:
     """This expert's queue at the decision of this step, for the plain Python estimators."""
     before = run.before
-    engines, slots, request = before.engines, before.slots, before.request
+    engines, queued, request = before.engines, before.queued, before.request
     config = configs_of(params.engines)[expert]
     here = (step, expert)
     requests = [
@@ -141,10 +141,10 @@ def queue_of(params: EnvParams, run: Run, step: int, expert: int) -> Queue:
             generated=int(engines.generated[step, slot, expert]),
             computed=int(engines.computed[step, slot, expert]),
             true_tokens=int(engines.target_tokens[step, slot, expert]),
-            age=-float(slots.arrival[step, slot, expert]),
-            score=float(slots.score[step, slot, expert]),
-            predicted_score=float(slots.predicted_score[step, slot, expert]),
-            predicted_tokens=int(slots.predicted_tokens[step, slot, expert]),
+            age=-float(queued.arrival[step, slot, expert]),
+            score=float(queued.score[step, slot, expert]),
+            predicted_score=float(queued.predicted_score[step, slot, expert]),
+            predicted_tokens=int(queued.predicted_tokens[step, slot, expert]),
         )
         for slot in range(engines.num_requests[here])
         if engines.finish_time[step, slot, expert] == np.inf  # else it only holds its seat for an iteration more

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxroute.environment.registry import make_params
+from jaxroute.simulator import cluster as simulator_cluster
 from jaxroute.simulator import recorded
-from jaxroute.simulator.advance import Progress, advance
+from jaxroute.simulator.advance import EngineWork, advance
 from jaxroute.simulator.advance_kernel import CHANGED, advance_engines, advance_in_kernel
 from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, empty_engine
@@ -24,15 +25,19 @@ from tests.test_schedules import MOST_REQUESTS, SCHEDULES
 
 
 def interpreted(
-    params: EngineParams,
     state: EngineState,
-    progress: Progress,
+    work: EngineWork,
     until: jax.Array,
+    params: EngineParams,
     most_iterations: Any = LARGE,
     stall_iterations: Any = LARGE,
-) -> tuple[EngineState, Progress]:
-    bounds = (until, jnp.int32(most_iterations), jnp.int32(stall_iterations))
-    return advance_in_kernel(params, state, progress, *bounds, interpret=True)
+) -> tuple[EngineState, EngineWork]:
+    bounds = (params, jnp.int32(most_iterations), jnp.int32(stall_iterations))
+    return advance_in_kernel(state, work, until, *bounds, interpret=True)
+
+
+def looped(*inputs: Any) -> tuple[EngineState, EngineWork]:
+    return advance(*inputs)[:2]
 
 
 def assert_equal(actual: Any, desired: Any, relative: float) -> None:
@@ -60,9 +65,9 @@ def test_replays_are_equal(monkeypatch, specs, slots, x64):
     with jax.enable_x64(x64):
         batch = Batch(specs, slots)
         outcomes = []
-        for run in (advance, interpreted):
-            monkeypatch.setattr(recorded, "advance_engines", run)
-            outcomes.append(jax.jit(jax.vmap(recorded.replay_by_jumps))(batch.engine, batch.recording))
+        for run in (looped, interpreted):
+            monkeypatch.setattr(simulator_cluster, "advance_engines", run)
+            outcomes.append(jax.jit(jax.vmap(recorded.replay_by_jumps))(batch.recording, batch.engine))
         wanted, got = outcomes
         jax.tree.map(lambda *both: assert_equal(*both, relative=1e-12 if x64 else 1e-6), got, wanted)
     assert np.any(wanted.preemptions > 0) and np.any(wanted.stalled) and np.any(wanted.drained)
@@ -70,36 +75,36 @@ def test_replays_are_equal(monkeypatch, specs, slots, x64):
 
 def cluster(
     experts: int, environments: int, slots: int, discipline: str = "vllm_v1"
-) -> tuple[EngineParams, EngineState, Progress, jax.Array]:
-    """Options [N, 1], idle engines [S, N, B], no progress, and instants to advance to, [B]."""
+) -> tuple[EngineState, EngineWork, jax.Array, EngineParams]:
+    """Idle engines [S, N, B], no work, instants to advance to, [B], and options [N, 1]."""
     params = make_params(tuple(EXPERTS)[:experts], discipline=discipline)
     options = jax.tree.map(lambda leaf: leaf[:, None], params.engines)
     shape = (experts, environments)
-    return options, empty_engine(slots, shape), Progress.none(shape), jnp.linspace(0.0, 4.0, environments)
+    return empty_engine(slots, shape), EngineWork.none(shape), jnp.linspace(0.0, 4.0, environments), options
 
 
 def test_a_batch_of_clusters_and_vmaps_of_it():
     """Engines with from none to all slots in use, some busy beyond the instant; slots out of use are left alone."""
     slots, shape = 5, (3, 8)
-    params, state, progress, until = cluster(*shape, slots)
+    state, work, until, params = cluster(*shape, slots)
     rng = np.random.default_rng(0)
     for _ in range(slots):
         joins, at = jnp.asarray(rng.random(shape) < 0.7), jnp.asarray(rng.choice([0.0, 2.0], shape), jnp.float32)
         prompt, output = (jnp.asarray(rng.integers(1, 300, shape), jnp.int32) for _ in range(2))
         state = append(state, joins, prompt, output, at)
-    wanted, wanted_progress = jax.jit(advance)(params, state, progress, until)
-    assert np.any(wanted_progress.iterations == 0) and np.any(wanted.finish_time < jnp.inf)
+    wanted, wanted_work = jax.jit(looped)(state, work, until, params)
+    assert np.any(wanted_work.iterations == 0) and np.any(wanted.finish_time < jnp.inf)
 
-    over_environments = jax.vmap(interpreted, (None, -1, -1, 0), -1)
-    over_both = jax.vmap(jax.vmap(interpreted, (0, -1, -1, None), -1), (None, -1, -1, 0), -1)
+    over_environments = jax.vmap(interpreted, (-1, -1, 0, None), -1)
+    over_both = jax.vmap(jax.vmap(interpreted, (-1, -1, None, 0), -1), (-1, -1, 0, None), -1)
     in_use = np.arange(slots)[:, None, None] < state.num_requests
     for run, options in (
         (interpreted, params),
         (over_environments, jax.tree.map(lambda leaf: leaf[:, 0], params)),
         (over_both, jax.tree.map(lambda leaf: leaf[:, 0], params)),
     ):
-        got, got_progress = jax.jit(run)(options, state, progress, until)
-        jax.tree.map(lambda *both: assert_equal(*both, relative=1e-6), got_progress, wanted_progress)
+        got, got_work = jax.jit(run)(state, work, until, options)
+        jax.tree.map(lambda *both: assert_equal(*both, relative=1e-6), got_work, wanted_work)
         for name in EngineState.__dataclass_fields__:
             before, after, expected = (np.asarray(getattr(queues, name)) for queues in (state, got, wanted))
             here = in_use if after.ndim == 3 else ...

@@ -19,8 +19,7 @@ from tests.learning import hyperparameters, sac_config
 MASKED = jnp.finfo(jnp.float32).min
 
 
-@struct.dataclass
-class Observation:
+class Observation(struct.PyTreeNode):
     position: jax.Array  # float32 [S], one-hot
     action_mask: jax.Array  # bool [A]
 
@@ -51,15 +50,13 @@ class TabularNetwork(nn.Module):
         return self.policy(embedding), self.critics(embedding)
 
 
-@struct.dataclass
-class TableState:
+class TableState(struct.PyTreeNode):
     position: jax.Array  # int32 []
     time: jax.Array  # int32 []
     score: jax.Array  # float32 [], rewards of the episode so far
 
 
-@struct.dataclass
-class TableParams:
+class TableParams(struct.PyTreeNode):
     rewards: jax.Array  # float32 [S, A]
     following: jax.Array  # int32 [S, A], the next position; negative: one drawn at random
     terminal: jax.Array  # bool [S, A]

@@ -57,7 +57,9 @@ def test_what_a_configuration_sets_takes_the_place_of_the_scenarios(paths):
     azure = params_of("azure", "workload.arrivals.rate_scale=2", "environment.experts=[mpt-7b, baize-7b]").workload
     assert isinstance(azure.arrivals, TraceArrivals) and float(azure.arrivals.rate_scale) == 2
     assert azure.num_experts == 2
-    slowed = params_of("slowdown-3", "environment.experts=[mpt-7b, baize-7b]", "environment.episode_length=30").schedule
+    slowed = params_of(
+        "slowdown-3", "environment.experts=[mpt-7b, baize-7b]", "environment.episode_length=30"
+    ).disturbances
     np.testing.assert_array_equal(slowed.starts, [0, 10, 20])
     np.testing.assert_array_equal(slowed.slowness, [[1, 1], [3, 1], [1, 1]])
     cluster = params_of("cluster", "environment.latency_limit=0.1", "workload.arrivals.rate=2", "environment.slots=4")

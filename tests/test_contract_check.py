@@ -14,7 +14,7 @@ from flax import struct
 
 from jaxroute.environment.registry import make_params
 from jaxroute.environment.spaces import Box, Dict, Discrete
-from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
+from jaxroute.environment.state import EnvParams, EnvState, QueuedRequests
 from jaxroute.environment.wrappers import FiveValues, Wrapper
 from jaxroute.simulator.engine import empty_engine
 from jaxroute.testing import ContractError, check_env
@@ -87,7 +87,7 @@ class Toy:
     def _has(self, params: EnvParams, fault: str) -> jax.Array:
         return params.penalty_weight == TRACED.index(fault)
 
-    def observe(self, params: EnvParams, state: EnvState) -> Seen:
+    def observe(self, state: EnvState, params: EnvParams) -> Seen:
         has = lambda fault: self._has(params, fault)  # noqa: E731
         predicted = state.request.predicted_score.astype(jnp.float32)
         predicted += 1e-3 * has("arriving truth observed") * state.request.output_tokens
@@ -97,16 +97,16 @@ class Toy:
 
     def reset(self, key: jax.Array, params: EnvParams):
         if self.fault == "one value from reset":
-            return self.observe(params, self._state(key, params))
+            return self.observe(self._state(key, params), params)
         state = self._state(key, params)
-        return self.observe(params, state), state
+        return self.observe(state, params), state
 
     def _state(self, key: jax.Array, params: EnvParams) -> EnvState:
         workload, _, request = params.workload.sample(key, params.workload.reset(key))
         zeros, integers = jnp.zeros((1, 2)), jnp.zeros((1, 2), jnp.int32)
-        slots = SlotPayload(zeros, integers, zeros, zeros, integers)
+        queued = QueuedRequests(zeros, integers, zeros, zeros, integers)
         engines = empty_engine(1, (2,))
-        return EnvState(engines, slots, request, workload, jnp.int32(0), jnp.zeros(()), jnp.zeros(2), None)
+        return EnvState(engines, queued, request, workload, jnp.int32(0), jnp.zeros(()), jnp.zeros(2), None)
 
     def step(self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams):
         fault, has = self.fault, lambda fault: self._has(params, fault)
@@ -115,14 +115,14 @@ class Toy:
         workload, _, request = params.workload.sample(key, state.workload)
         end = (state.step + 1 >= self.episode_length) & ~has("no end")
         after = state.replace(workload=workload, request=request, step=state.step + 1)
-        final = self.observe(params, after)
+        final = self.observe(after, params)
         # What is fresh about the next episode is another request.
         other = request.replace(predicted_score=request.predicted_score[::-1])
         fresh = after.replace(request=other, step=has("state not fresh").astype(jnp.int32))
         after = choose(end, fresh, after)
-        observation, reward = self.observe(params, after), jnp.sum(state.request.score)
+        observation, reward = self.observe(after, params), jnp.sum(state.request.score)
         observation = choose(has("no auto-reset"), final, observation)
-        final = choose(has("final observation of another step"), self.observe(params, state), final)
+        final = choose(has("final observation of another step"), self.observe(state, params), final)
         spoilt = jnp.where(has("NaN") & (state.step == 1), jnp.nan, jnp.where(has("observe disagrees"), 0.5, 1))
         observation, final = (seen.replace(predicted=seen.predicted * spoilt) for seen in (observation, final))
         reward = jnp.where(has("infinite reward") & (state.step == 1), jnp.inf, reward)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute.environment import step as step_module
+from jaxroute.environment import few_slots
 from jaxroute.environment.metrics import summarize
 from jaxroute.environment.observation import flatten
 from jaxroute.environment.registry import make_params
@@ -208,25 +208,25 @@ def test_observations_do_not_tell_the_truth(default, params):
     """Neither observations nor masks depend on the true lengths and scores, which a perturbation shows."""
     states = default.run.before
     env = default.env
-    see = jax.jit(jax.vmap(jax.vmap(env.observe), in_axes=(None, 0)))
-    seen = jax.device_get(see(params, states))
+    see = jax.jit(jax.vmap(jax.vmap(env.observe), in_axes=(0, None)))
+    seen = jax.device_get(see(states, params))
     rng = np.random.default_rng(0)
     anything = lambda leaf: rng.permutation(leaf.ravel()).reshape(leaf.shape) * 1.7  # noqa: E731
     lengths = lambda leaf: rng.integers(1, 10_000, leaf.shape, dtype=np.int32)  # noqa: E731
-    request, engines, slots = states.request, states.engines, states.slots
+    request, engines, queued = states.request, states.engines, states.queued
     others = states.replace(
         request=request.replace(
             output_tokens=lengths(request.output_tokens), score=anything(request.score).astype(np.float32)
         ),
         engines=engines.replace(target_tokens=lengths(engines.target_tokens)),
-        slots=slots.replace(score=anything(slots.score).astype(np.float32)),
+        queued=queued.replace(score=anything(queued.score).astype(np.float32)),
     )
-    _equal(seen, jax.device_get(see(params, others)))
+    _equal(seen, jax.device_get(see(others, params)))
     for told in (
         states.replace(request=request.replace(predicted_score=request.predicted_score + 0.1)),
-        states.replace(slots=slots.replace(predicted_tokens=slots.predicted_tokens + 9)),
+        states.replace(queued=queued.replace(predicted_tokens=queued.predicted_tokens + 9)),
     ):
-        assert (_flat(jax.device_get(see(params, told))) != _flat(seen)).any()
+        assert (_flat(jax.device_get(see(told, params))) != _flat(seen)).any()
 
 
 def test_floats_are_float32(default):
@@ -285,7 +285,7 @@ def test_working_on_few_slots_changes_nothing(monkeypatch):
 
     results = []
     for few in (6, 24):
-        monkeypatch.setattr(step_module, "FEW_SLOTS", few)
+        monkeypatch.setattr(few_slots, "FEW_SLOTS", few)
         results.append(jax.jit(rollout)())
     longest = results[0][1].max(axis=(1, 2))
     assert (longest < 6).sum() > 20 and (longest >= 6).sum() > 20

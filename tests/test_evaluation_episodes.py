@@ -61,7 +61,7 @@ def test_random_takes_every_allowed_expert_alike(scenario):
     env, params, _, _ = scenario
     router = make_router("random", env)
     state = state_with(scenario, [0, 2, 0])
-    actions = jax.vmap(lambda key: router(None, state, params, key))(jax.random.split(jax.random.key(0), 2000))
+    actions = jax.vmap(lambda key: router(key, None, state, params))(jax.random.split(jax.random.key(0), 2000))
     counts = np.bincount(actions, minlength=3)
     assert counts[1] == 0 and abs(counts[0] - 1000) < 100 and counts.sum() == 2000
 
@@ -73,9 +73,9 @@ def test_every_router_meets_the_same_requests(scenario):
     for name, seen in prompts.items():
         choose = make_router(name, env)
 
-        def router(observation, state, params, key, choose=choose, seen=seen):
+        def router(key, observation, state, params, choose=choose, seen=seen):
             seen.append(int(state.request.prompt_tokens))
-            return choose(observation, state, params, key)
+            return choose(key, observation, state, params)
 
         replayed(scenario, router, seed=1, episode=0)
     assert prompts["random"] == prompts["round_robin"]
@@ -88,7 +88,7 @@ def replayed(scenario, router, seed: int, episode: int) -> dict[str, np.ndarray]
     env_key, router_key = jax.random.split(jax.random.split(jax.random.key(seed), 3)[episode])
     observation, state = reset(jax.random.fold_in(env_key, LENGTH), params)
     for index in range(LENGTH):
-        action = router(observation, state, params, jax.random.fold_in(router_key, index))
+        action = router(jax.random.fold_in(router_key, index), observation, state, params)
         key = jax.random.fold_in(env_key, index)
         observation, state, _, _, truncated, info = step(key, state, action, params)
     assert truncated

@@ -20,7 +20,7 @@ import importlib, sys, jax, numpy as np
 
 def one_decision(env, params, routers, episodes, seed):
     observation, state = jax.jit(env.reset)(jax.random.key(seed), params)
-    actions = [int(jax.jit(router)(observation, state, params, jax.random.key(seed))) for router in routers.values()]
+    actions = [int(jax.jit(router)(jax.random.key(seed), observation, state, params)) for router in routers.values()]
     assert all(0 <= action < env.num_actions for action in actions), actions
     return {name: {"qos": np.ones(1), "drop_rate": np.zeros(1), "expert_share": np.ones((1, 3))} for name in routers}
 

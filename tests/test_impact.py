@@ -83,28 +83,28 @@ def test_exact_form_as_the_penalty(exact_cases):
 
 def _all_forms(params, state, limits):
     """float [3 forms, N]: the impact on each expert, by the paper's, the predicted and the exact form; `limits` [N]."""
-    request, slots = state.request, state.slots
+    request, queued = state.request, state.queued
     queue = Queue(
         engine=state.engines,
-        age=-slots.arrival,
-        score=slots.score,
-        predicted_score=slots.predicted_score,
-        predicted_tokens=slots.predicted_tokens,
+        age=-queued.arrival,
+        score=queued.score,
+        predicted_score=queued.predicted_score,
+        predicted_tokens=queued.predicted_tokens,
         prompt_tokens=request.prompt_tokens,
         output_tokens=request.predicted_output_tokens,
     )
     k1, k2, true_tokens = params.penalty_prefill, params.penalty_context, state.engines.target_tokens
-    paper = paper_impact(k1, k2, limits, queue.replace(output_tokens=request.output_tokens), true_tokens)
-    ours = [form(params.engines, limits, queue) for form in (predicted_impact, exact_impact)]
+    paper = paper_impact(queue.replace(output_tokens=request.output_tokens), true_tokens, k1, k2, limits)
+    ours = [form(queue, limits, params.engines) for form in (predicted_impact, exact_impact)]
     return jnp.stack([paper, *ours])
 
 
 def _misled(run):
     """The run with predictions of some queued requests far off: passed already, or more than the KV cache holds."""
-    slots = run.before.slots
-    factor = np.random.default_rng(4).choice([0.3, 1.0, 4.0], slots.predicted_tokens.shape)
-    tokens = np.maximum(slots.predicted_tokens * factor, 1).astype(np.int32)
-    return run._replace(before=run.before.replace(slots=slots.replace(predicted_tokens=tokens)))
+    queued = run.before.queued
+    factor = np.random.default_rng(4).choice([0.3, 1.0, 4.0], queued.predicted_tokens.shape)
+    tokens = np.maximum(queued.predicted_tokens * factor, 1).astype(np.int32)
+    return run._replace(before=run.before.replace(queued=queued.replace(predicted_tokens=tokens)))
 
 
 def _limits(forms, count=8):
@@ -150,7 +150,7 @@ def test_exact_impact_ends_when_a_prediction_cannot_fit_the_cache():
     lengths = jnp.ones(4, jnp.int32)
     for prompt in (100, 1000):
         queue = Queue(empty_engine(4), nothing, nothing, nothing, lengths, jnp.int32(prompt), jnp.int32(256))
-        assert jax.jit(exact_impact)(params, jnp.float32(0.03), queue) == 0
+        assert jax.jit(exact_impact)(queue, jnp.float32(0.03), params) == 0
 
 
 PLANNED = np.arange(2, STEPS, 3)
@@ -160,7 +160,7 @@ def _planner_program(**options):
     """(params, states [B, ...]) -> actions [2, B] of lookahead and clairvoyant; with `options`, of lookahead alone."""
     env = RoutingEnvironment(num_experts=3, slots=SLOTS, **options)
     routers = [make_router(name, env) for name in ("lookahead", "clairvoyant")[: 1 if options else 2]]
-    choices = lambda params, state: jnp.stack([router(None, state, params, None) for router in routers])  # noqa: E731
+    choices = lambda params, state: jnp.stack([router(None, None, state, params) for router in routers])  # noqa: E731
     return jax.jit(jax.vmap(choices, (None, 0), 1), compiler_options=CHEAP_COMPILE)
 
 
@@ -181,7 +181,7 @@ def _states(run, steps):
 def _gains(params, run, step, truth):
     """By plain engines: QoS that the request would add at each expert; -inf where the mask bars it."""
     state = _states(run, step)
-    mask, request = np.asarray(action_mask(params, state, SLOTS)), state.request
+    mask, request = np.asarray(action_mask(state, params, SLOTS)), state.request
     gains = []
     for expert, config in enumerate(configs_of(params.engines)):
         queue = queue_of(params, run, step, expert)

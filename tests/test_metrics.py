@@ -26,16 +26,16 @@ def _completed(seed: int) -> Completed:
     """At most one request a round and expert, each field [ROUNDS, N]; a third of them of one token only."""
     rng = np.random.default_rng(seed)
     shape = (ROUNDS, EXPERTS)
-    present = rng.random(shape) < 0.8
+    served = rng.random(shape) < 0.8
     tokens = np.where(rng.random(shape) < 0.3, 1, rng.integers(2, 200, shape))
     arrival = rng.uniform(-5, 5, shape)
     first_token = arrival + 0.4 * np.exp(rng.normal(0, 0.8, shape))
     finish = first_token + (tokens - 1) * 0.02 * np.exp(rng.normal(0, 0.8, shape))
-    field = lambda values, dtype: jnp.asarray(np.where(present, values, 0), dtype)  # noqa: E731
+    field = lambda values, dtype: jnp.asarray(np.where(served, values, 0), dtype)  # noqa: E731
     return Completed(
-        present=jnp.asarray(present),
+        served=jnp.asarray(served),
         index=field(rng.permutation(EPISODE).reshape(shape), jnp.int32),
-        tokens=jnp.asarray(np.where(present, tokens, 1), jnp.int32),
+        tokens=jnp.asarray(np.where(served, tokens, 1), jnp.int32),
         score=field(rng.random(shape), float),
         preemptions=field(rng.integers(0, 3, shape), jnp.int32),
         arrival=field(arrival, float),
@@ -59,11 +59,11 @@ def _totals(level: str, completed: Completed, slots: int = 1):
 def _timings(completed: Completed) -> list[np.ndarray]:
     """Each of TIMINGS, float64 [ROUNDS, N], NaN where there is none."""
     arrival, first, finish = (np.float64(t) for t in (completed.arrival, completed.first_token, completed.finish))
-    tokens, present = np.asarray(completed.tokens), np.asarray(completed.present)
-    several = present & (tokens > 1)
+    tokens, served = np.asarray(completed.tokens), np.asarray(completed.served)
+    several = served & (tokens > 1)
     return [
-        np.where(present, (finish - arrival) / tokens, np.nan),
-        np.where(present, first - arrival, np.nan),
+        np.where(served, (finish - arrival) / tokens, np.nan),
+        np.where(served, first - arrival, np.nan),
         np.where(several, (finish - first) / np.maximum(tokens - 1, 1), np.nan),
     ]
 
@@ -86,16 +86,16 @@ def test_percentiles_of_both_levels():
 def test_every_request_is_counted_and_has_its_own_place():
     completed = _completed(1)
     totals = _totals("exact", completed, slots=5)
-    present, index, score = (np.asarray(leaf) for leaf in (completed.present, completed.index, completed.score))
+    served, index, score = (np.asarray(leaf) for leaf in (completed.served, completed.index, completed.score))
     timings = _timings(completed)
     for row, values in zip(np.asarray(totals.timing_record), timings, strict=True):
         wanted = np.full(EPISODE, np.nan)
-        wanted[index[present]] = values[present]
+        wanted[index[served]] = values[served]
         np.testing.assert_allclose(row, wanted, rtol=1e-3, atol=1e-6)  # differences of times of some seconds in float32
-    met = present & (timings[0] < LIMIT)
-    assert 0 < met.sum() < present.sum()
-    np.testing.assert_array_equal(totals.completed, present.sum(axis=0))
-    np.testing.assert_array_equal(totals.violations, (present & ~met).sum(axis=0))
+    met = served & (timings[0] < LIMIT)
+    assert 0 < met.sum() < served.sum()
+    np.testing.assert_array_equal(totals.completed, served.sum(axis=0))
+    np.testing.assert_array_equal(totals.violations, (served & ~met).sum(axis=0))
     np.testing.assert_array_equal(totals.several_tokens, (~np.isnan(timings[2])).sum(axis=0))
     np.testing.assert_array_equal(totals.preemptions, np.asarray(completed.preemptions).sum(axis=0))
     np.testing.assert_allclose(totals.qos, np.where(met, score, 0).sum(axis=0), rtol=1e-4)

@@ -12,8 +12,7 @@ import pytest
 import jaxroute
 from jaxroute.errors import UserError
 from jaxroute.evaluation import tuning
-from jaxroute.evaluation.names import ROUTER_LABELS
-from jaxroute.evaluation.tuning import TUNED, tune
+from jaxroute.evaluation.tuning import tune
 from jaxroute.routers import ROUTERS, make_router
 from tests.rollouts import CHEAP_COMPILE
 
@@ -56,7 +55,7 @@ def states(scenario):
     latency = np.where(rng.random(each) < 0.3, 0, rng.uniform(0.01, 0.03, each)).astype(np.float32)
     return state.replace(
         engines=engines,
-        slots=state.slots.replace(predicted_tokens=rng.integers(1, 60, slots).astype(np.int32)),
+        queued=state.queued.replace(predicted_tokens=rng.integers(1, 60, slots).astype(np.int32)),
         request=state.request.replace(predicted_score=rng.uniform(0.5, 0.9, each).astype(np.float32)),
         recent_latency=latency,
         step=rng.integers(0, 60, STATES).astype(np.int32),
@@ -87,7 +86,7 @@ def possible(name: str, state, params) -> set[int]:
         for e in experts:
             for s in range(total[e]):
                 generated = engines.generated[s, e]
-                left = max(state.slots.predicted_tokens[s, e], generated + 1) - generated
+                left = max(state.queued.predicted_tokens[s, e], generated + 1) - generated
                 work[e] += max(engines.prompt_tokens[s, e] - engines.computed[s, e], 0) + left
         return {least(work)}
     if name == "power_of_two":
@@ -120,7 +119,7 @@ def test_every_rule_in_random_states_as_in_numpy(scenario, states):
 
     def choices(state, params, key):
         traces.append(1)
-        return {name: make_router(name, env, **NUMBERS.get(name, {}))(None, state, params, key) for name in RULES}
+        return {name: make_router(name, env, **NUMBERS.get(name, {}))(key, None, state, params) for name in RULES}
 
     over_keys = jax.vmap(choices, (None, None, 0))
     program = jax.jit(jax.vmap(over_keys, (0, None, None)), compiler_options=CHEAP_COMPILE)
@@ -148,7 +147,7 @@ def test_random_choices_are_all_alike(scenario, states):
     names = ("random", "power_of_two", "latency_based", "llm_d")
     routers = [make_router(name, env) for name in names]
     keys = jax.random.split(jax.random.key(0), 1000)
-    taken = jax.jit(jax.vmap(lambda key: [router(None, state, params, key) for router in routers]))(keys)
+    taken = jax.jit(jax.vmap(lambda key: [router(key, None, state, params) for router in routers]))(keys)
     for name, actions in zip(names, taken, strict=True):
         counts = np.bincount(actions, minlength=EXPERTS)
         assert counts[1] == 0 and abs(counts[0] - 500) < 70, name
@@ -160,8 +159,23 @@ def test_unknown_names_have_the_nearest(scenario):
 
 
 def test_every_router_has_a_label_and_says_its_rule():
-    assert set(ROUTERS) < set(ROUTER_LABELS)
-    assert all(factory.__doc__ for factory in ROUTERS.values())
+    assert len({spec.label for spec in ROUTERS.values()}) == len(ROUTERS)
+    assert all(spec.label and spec.rule.__doc__ for spec in ROUTERS.values())
+
+
+def test_unknown_parameters_have_the_nearest(scenario):
+    with pytest.raises(UserError, match="parameter of the router latency_based 'bufer'; the nearest are buffer"):
+        jaxroute.make_router("latency_based", scenario[0], bufer=0.1)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_are_values(name):
+    """Made twice, for environments made twice, they are equal, and one program serves both."""
+    one, other = (make_router(name, jaxroute.make("paper-3")[0]) for _ in range(2))
+    assert one is not other and one == other
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    assert hash(jax.tree.structure(one)) == hash(jax.tree.structure(other))
+    assert one != make_router(name, jaxroute.make("paper-3", slots=7)[0])
 
 
 def test_tuning_takes_the_best_of_the_grid_and_is_traced_once_for_all_rates(scenario, monkeypatch):
@@ -169,7 +183,8 @@ def test_tuning_takes_the_best_of_the_grid_and_is_traced_once_for_all_rates(scen
     env, params = scenario
     cheap: Any = jax.jit(tuning._qos.__wrapped__, static_argnames=("name", "env"), compiler_options=CHEAP_COMPILE)
     monkeypatch.setattr(tuning, "_qos", cheap)
-    monkeypatch.setattr(tuning, "_WEIGHTS", (0.0, 0.1))
+    few = ROUTERS["score_minus_load"]._replace(grid=lambda experts: [{"weight": 0.0}, {"weight": 0.1}])
+    monkeypatch.setitem(ROUTERS, "score_minus_load", few)
     found = []
     for rate in (0.05, 4.0):
         arrivals = params.workload.arrivals.replace(rate=jnp.float32(rate))
@@ -178,9 +193,9 @@ def test_tuning_takes_the_best_of_the_grid_and_is_traced_once_for_all_rates(scen
     assert cheap._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize("name", [name for name, spec in ROUTERS.items() if spec.grid])
 def test_grids_hold_numbers_of_the_router(scenario, name):
-    grid = tuning._grid(name, 3)
+    grid = ROUTERS[name].grid(3)
     assert len(grid) > 5
     make_router(name, scenario[0], **grid[0])
     if name == "routellm":

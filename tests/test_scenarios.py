@@ -14,7 +14,7 @@ import pytest
 import jaxroute
 from jaxroute.__main__ import main
 from jaxroute.environment import registry
-from jaxroute.environment.disturbances import FAILED, Schedule
+from jaxroute.environment.disturbances import FAILED, Disturbances
 from jaxroute.environment.observation import ARRIVED_FEATURES, EXPERT_FEATURES, REQUEST_FEATURES
 from jaxroute.environment.registry import make_params
 from jaxroute.errors import UserError
@@ -50,7 +50,7 @@ def test_the_papers_environments_are_what_they_were():
     """`make_params` of the experts and nothing else: 5,000 requests, 48 slots, no schedule."""
     for name, count in (("paper-3", 3), ("paper-6", 6)):
         env, params = jaxroute.make(name)
-        assert env == registry.RoutingEnvironment(num_experts=count) and params.schedule is None
+        assert env == registry.RoutingEnvironment(num_experts=count) and params.disturbances is None
         jax.tree.map(np.testing.assert_array_equal, params, make_params(list(EXPERTS)[:count]))
 
 
@@ -84,7 +84,7 @@ def scheduled():
     def with_rows(slowness: float, quality: float) -> Any:
         starts, first = [0, 10, 20], np.array([1.0, 0, 0])
         slow, good = (np.stack([ones, ones + (factor - 1) * first, ones]) for factor in (slowness, quality))
-        return params.replace(schedule=Schedule.create(starts, slow, good))
+        return params.replace(disturbances=Disturbances.create(starts, slow, good))
 
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(with_rows(*row) for row in rows))
 
@@ -94,7 +94,7 @@ def scheduled():
         def step(carry, key):
             observation, state = carry
             after, following, reward, *_ = env.step(key, state, jnp.int32(0), params)
-            return (after, following), (observation, state, env.observe(params, state), reward)
+            return (after, following), (observation, state, env.observe(state, params), reward)
 
         return jax.lax.scan(step, (observation, state), jax.random.split(jax.random.key(1), 33))[1]
 
@@ -142,7 +142,7 @@ def test_quality_changes_behind_the_predictions(scheduled):
 )
 def test_bad_schedules_are_one_clear_line(starts, slowness, quality, words):
     with pytest.raises(UserError, match=words):
-        Schedule.create(starts, slowness, quality)
+        Disturbances.create(starts, slowness, quality)
 
 
 # One's own

@@ -53,8 +53,8 @@ def overload(discipline: str) -> tuple[RoutingEnvironment, EnvParams, dict[str, 
     )
     round_robin = make_router("round_robin", env)
 
-    def drops_some(observation, state, params, key):
-        return jax.numpy.where(state.step % 3 == 0, 2, round_robin(observation, state, params, key))
+    def drops_some(key, observation, state, params):
+        return jax.numpy.where(state.step % 3 == 0, 2, round_robin(key, observation, state, params))
 
     return env, params, dict(zip(LABELS, (round_robin, drops_some), strict=True))
 

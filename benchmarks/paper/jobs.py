@@ -23,7 +23,8 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.evaluation.episodes import evaluate_routers
 from jaxroute.evaluation.tuning import tune
 from jaxroute.files import write_text
-from jaxroute.routers import Router, make_router
+from jaxroute.routers import make_router
+from jaxroute.routers.choice import Router
 from jaxroute.runs.checkpoint import load_params, save_checkpoint
 from jaxroute.runs.compilation_cache import keep_compiled_programs
 

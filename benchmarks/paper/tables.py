@@ -12,9 +12,9 @@ import numpy as np
 
 from benchmarks.paper.jobs import METRICS, read_evaluation
 from benchmarks.paper.plan import Question, Setting
-from jaxroute.evaluation.names import ROUTER_LABELS
 from jaxroute.evaluation.statistics import Interval, mean_interval, paired_difference
 from jaxroute.files import write_text
+from jaxroute.routers import ROUTER_LABELS
 
 POLICY_LABELS = {
     "trained": "Trained",

@@ -11,8 +11,7 @@ from flax import struct
 from jaxroute.errors import UserError
 
 
-@struct.dataclass
-class ReplayBuffer:
+class ReplayBuffer(struct.PyTreeNode):
     """Rows of transitions; a row holds the one transition that each environment made in one collection step.
 
     An observation is stored once, as what a transition leads to and the next one starts from; so what follows the last

@@ -18,8 +18,7 @@ import optax
 from flax import struct
 
 
-@struct.dataclass
-class Hyperparameters:
+class Hyperparameters(struct.PyTreeNode):
     """What may be swept: every field is a traced scalar, none changes a shape. Values: `configs/default.yaml`."""
 
     actor_learning_rate: Any
@@ -36,8 +35,7 @@ class Hyperparameters:
     decay_updates: Any
 
 
-@struct.dataclass
-class Transition:
+class Transition(struct.PyTreeNode):
     """One decision. Without batch axes here; observations are any pytree of arrays."""
 
     observation: Any
@@ -49,8 +47,7 @@ class Transition:
     next_observation: Any
 
 
-@struct.dataclass
-class LearnerState:
+class LearnerState(struct.PyTreeNode):
     """What an update reads and writes, all of it traced."""
 
     params: Any  # variables of the network: encoder, policy and critics
@@ -62,8 +59,7 @@ class LearnerState:
     updates: jax.Array  # int32 []
 
 
-@struct.dataclass
-class UpdateMetrics:
+class UpdateMetrics(struct.PyTreeNode):
     """Means over the batch of one update, float32 []. Gradient norms are those before clipping."""
 
     critic_loss: jax.Array

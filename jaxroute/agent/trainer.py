@@ -28,8 +28,7 @@ class SACConfig:
     steps_per_chunk: int  # collection steps of one call of train_chunk
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that training carries on, traced."""
 
     learner: LearnerState
@@ -201,7 +200,7 @@ def make_trainer(
 
 
 def policy_router(network: nn.Module, params: Any) -> Callable[..., jax.Array]:
-    """The policy's likeliest allowed action: router(observation, env_state, env_params, key) -> action int32 [].
+    """The policy's likeliest allowed action: router(key, observation, env_state, env_params) -> action int32 [].
 
     `params` are the network's variables (`TrainState.learner.params`); the router is a pytree that holds them, so that
     they are arguments of a program it is passed to. It is for one environment, and of the observation alone.
@@ -214,7 +213,7 @@ def policy_router(network: nn.Module, params: Any) -> Callable[..., jax.Array]:
 def _greedy(network: nn.Module) -> Callable[..., jax.Array]:
     """The same function at each call, so that policies of one network share a program."""
 
-    def route(params: Any, observation: Any, env_state: Any, env_params: Any, key: jax.Array) -> jax.Array:
+    def route(params: Any, key: jax.Array, observation: Any, env_state: Any, env_params: Any) -> jax.Array:
         return jnp.argmax(sac.policy_logits(network, params, observation)).astype(jnp.int32)
 
     return route

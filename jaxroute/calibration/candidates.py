@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.advance import Progress, run_decodes, run_iteration
-from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, empty_engine, target_tokens, total
-from jaxroute.simulator.slots import append, remove
+from jaxroute.simulator.advance import EngineWork, jump
+from jaxroute.simulator.cluster import collect, join
+from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, empty_engine
 
 WAITING_WEIGHT = 4
 """What a waiting request counts to vLLM's data-parallel balancing; a running one counts 1."""
 
 
-class Requests(struct.PyTreeNode):
+class LogRequests(struct.PyTreeNode):
     """R requests in order of arrival."""
 
     arrival: jax.Array  # float [R], s, the first at 0
@@ -62,7 +62,7 @@ class Simulated(struct.PyTreeNode):
 
 class _Run(struct.PyTreeNode):
     state: EngineState  # [S, D, K], times since the log's beginning
-    progress: Progress
+    work: EngineWork
     number: jax.Array  # int32 [S, D, K], of the request in the slot
     routed: jax.Array  # int32 [K], requests that have an engine
     order: jax.Array  # int32 [R, D, K], requests of an engine in order of arrival
@@ -78,20 +78,20 @@ class _Run(struct.PyTreeNode):
     series: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
-def _next_arrival(requests: Requests, run: _Run) -> jax.Array:
+def _next_arrival(requests: LogRequests, run: _Run) -> jax.Array:
     """float [K], NEVER after the last."""
     last = requests.arrival.shape[0] - 1
     return jnp.where(run.routed <= last, requests.arrival[jnp.minimum(run.routed, last)], NEVER)
 
 
-def _ready(requests: Requests, run: _Run) -> jax.Array:
+def _ready(requests: LogRequests, run: _Run) -> jax.Array:
     """bool [K]: every engine has come to the next arrival."""
     idle = (run.state.num_requests == 0) & (run.given == run.joined)
     reached = idle | (run.state.clock >= _next_arrival(requests, run))
     return jnp.all(reached, axis=0) & (run.routed < requests.arrival.shape[0]) & ~run.failed
 
 
-def _route(requests: Requests, run: _Run) -> _Run:
+def _route(requests: LogRequests, run: _Run) -> _Run:
     """The next request of every candidate that is ready gets an engine."""
     ready = _ready(requests, run)
     running = run.state.num_running
@@ -111,7 +111,7 @@ def _has_room(run: _Run) -> jax.Array:
     return (run.joined < run.given) & (run.state.num_requests < run.state.num_slots) & ~run.failed
 
 
-def _join(servers: Candidates, requests: Requests, run: _Run) -> _Run:
+def _join(servers: Candidates, requests: LogRequests, run: _Run) -> _Run:
     """The next request of every engine that has one and a free slot joins its queue."""
     joins = _has_room(run)
     number = jnp.take_along_axis(run.order, jnp.minimum(run.joined, run.order.shape[0] - 1)[None], axis=0)[0]
@@ -119,87 +119,78 @@ def _join(servers: Candidates, requests: Requests, run: _Run) -> _Run:
     prompt = prompt_left(
         requests.prompt_tokens[number], requests.shared_tokens[number], servers.prefix_hits, params.block_size
     )
-    target = target_tokens(prompt, requests.output_tokens[number], params.max_model_len)
-    here = joins & (run.state.position == run.state.num_requests)
-    return run.replace(
-        number=jnp.where(here, number, run.number),
-        state=append(run.state, joins, prompt, target, requests.arrival[number]),
-        joined=run.joined + joins,
-    )
+    output, arrival = requests.output_tokens[number], requests.arrival[number]
+    state, queued = join(run.state, run.number, joins, prompt, output, number, arrival, params)
+    return run.replace(state=state, number=queued, joined=run.joined + joins)
 
 
-def _collect(run: _Run) -> _Run:
+def _collect(run: _Run, params: EngineParams) -> _Run:
     """Notes what finished, and frees its slots."""
-    state = run.state
-    left = (state.position < state.num_requests) & (state.finish_time < NEVER)
+    state, number, finished = collect(run.state, run.number, params)
+    gone, left = finished.engines, finished.served
     lanes = jnp.broadcast_to(jnp.arange(left.shape[-1]), left.shape[1:])
 
     def note(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         left, first, finish, done, preemptions = carry
-        slot = jnp.min(jnp.where(left, state.position, LARGE), axis=0)
-        here = state.position == slot
+        slot = jnp.min(jnp.where(left, gone.position, LARGE), axis=0)
+        here = gone.position == slot
 
         def value(values: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(here, values, 0), axis=0, dtype=values.dtype)
 
         found = slot < LARGE
-        row = jnp.where(found, value(run.number), first.shape[0])
-        first = first.at[row, lanes].set(value(state.first_token_time), mode="drop")
-        finish = finish.at[row, lanes].set(value(state.finish_time), mode="drop")
+        row = jnp.where(found, value(finished.payload), first.shape[0])
+        first = first.at[row, lanes].set(value(gone.first_token_time), mode="drop")
+        finish = finish.at[row, lanes].set(value(gone.finish_time), mode="drop")
         done += jnp.sum(found, axis=0, dtype=jnp.int32)
-        preemptions += jnp.sum(value(state.preemptions), axis=0, dtype=jnp.int32)
+        preemptions += jnp.sum(value(gone.preemptions), axis=0, dtype=jnp.int32)
         return left & ~here, first, finish, done, preemptions
 
     carry = left, run.first_token, run.finish, run.done, run.preemptions
     _, first, finish, done, preemptions = jax.lax.while_loop(lambda carry: jnp.any(carry[0]), note, carry)
-    state, number = remove(state, run.number, left)
     return run.replace(state=state, number=number, first_token=first, finish=finish, done=done, preemptions=preemptions)
 
 
-def _round(servers: Candidates, requests: Requests, latest: jax.Array, most_rounds: jax.Array, run: _Run) -> _Run:
+def _round(servers: Candidates, requests: LogRequests, latest: jax.Array, most_rounds: jax.Array, run: _Run) -> _Run:
     """Arrivals, then one iteration of every engine and the plain decodes after it."""
     params = servers.engine
     run = jax.lax.while_loop(lambda run: jnp.any(_ready(requests, run)), lambda run: _route(requests, run), run)
     run = jax.lax.while_loop(lambda run: jnp.any(_has_room(run)), lambda run: _join(servers, requests, run), run)
-    state, progress = run.state, run.progress
+    state = run.state
     more = run.routed < requests.arrival.shape[0]
     # Several engines meet at every arrival, for its choice among them; one alone goes on while its slots are full.
     goes_on = (state.num_requests == state.num_slots) & (state.clock.shape[0] == 1)
     until = jnp.where(goes_on, NEVER, _next_arrival(requests, run))
-    runs = (state.num_requests > 0) & (state.clock < until) & ~run.failed
-    after, progress_after, decision = run_iteration(params, state, progress)
-    stalled = total((decision.tokens > 0) | decision.preempted) == 0
-    after, progress_after = run_decodes(params, after, progress_after, stalled, until, LARGE, LARGE)
-    state, progress = jax.tree.map(
-        lambda new, old: jnp.where(runs, new, old), (after, progress_after), (state, progress)
-    )
+    done = jump(state, run.work, jnp.where(run.failed, -NEVER, until), params)
+    runs, after = done.runs, done.after
     series = run.series
     if series is not None:
         lanes = jnp.arange(runs.shape[-1])
-        waiting = run.state.num_requests - decision.num_running + run.given - run.joined
+        num_running = done.output.num_running
+        waiting = state.num_requests - num_running + run.given - run.joined
         row = jnp.where(jnp.any(runs, axis=0), run.rounds, series[0].shape[0])
-        now = (run.state.clock, decision.num_running, waiting)
+        now = (state.clock, num_running, waiting)
         series = tuple(
             all_.at[row, :, lanes].set(jnp.where(runs, new, -1).T, mode="drop")
             for all_, new in zip(series, now, strict=True)
         )
-    full = runs & (decision.num_running == state.num_slots) & ((run.given > run.joined) | more)
-    failed = run.failed | jnp.any((runs & stalled) | (state.clock > latest), axis=0) | (run.rounds >= most_rounds)
+    full = runs & (done.output.num_running == state.num_slots) & ((run.given > run.joined) | more)
+    failed = run.failed | jnp.any((runs & done.stalled) | (after.clock > latest), axis=0) | (run.rounds >= most_rounds)
     run = run.replace(
-        state=state,
-        progress=progress,
+        state=after,
+        work=done.work_after,
         failed=failed,
         overflowed=run.overflowed | jnp.any(full, axis=0),
         rounds=run.rounds + jnp.any(runs, axis=0),
         series=series,
     )
-    return _collect(run)
+    return _collect(run, params)
 
 
 @partial(jax.jit, static_argnames=("num_slots", "engines", "num_rounds"))
 def simulate(
     servers: Candidates,
-    requests: Requests,
+    requests: LogRequests,
     latest: jax.Array,
     most_rounds: jax.Array,
     num_slots: int,
@@ -217,7 +208,7 @@ def simulate(
     never = jnp.full((count, lanes), NEVER, float)
     start = _Run(
         state=empty_engine(num_slots, shape),
-        progress=Progress.none(shape),
+        work=EngineWork.none(shape),
         number=jnp.zeros((num_slots, *shape), jnp.int32),
         routed=jnp.zeros(lanes, jnp.int32),
         order=jnp.zeros((count, *shape), jnp.int32),

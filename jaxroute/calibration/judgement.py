@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxroute.calibration.candidates import Candidates, Requests, prompt_left, simulate
+from jaxroute.calibration.candidates import Candidates, LogRequests, prompt_left, simulate
 from jaxroute.calibration.logs import ServerLog
 from jaxroute.calibration.search import METRICS
 from jaxroute.simulator.engine_config import engine_from_config
@@ -80,7 +80,7 @@ def series(log: ServerLog, server: Server) -> dict[str, np.ndarray]:
 def _simulate(log: ServerLog, server: Server, num_rounds: int = 0) -> Any:
     engine = engine_from_config(server.engine, str(log.path))
     one = jax.tree.map(lambda leaf: leaf[None], engine)
-    requests = Requests(
+    requests = LogRequests(
         jnp.asarray(log.arrival, float),
         jnp.asarray(prompts(log, server), jnp.int32),
         jnp.asarray(log.output_tokens, jnp.int32),

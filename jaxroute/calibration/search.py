@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxroute.calibration.candidates import Requests, simulate
+from jaxroute.calibration.candidates import LogRequests, simulate
 from jaxroute.calibration.linear import information, linear
 from jaxroute.calibration.logs import ServerLog
 from jaxroute.calibration.space import OVERHEAD, Space, peak_running, servers_at
@@ -34,7 +34,7 @@ _PRIOR = 1e-5  # of the squared distance from the start: holds what the log says
 def _first_and_last(
     values: jax.Array,
     engine: EngineParams,
-    requests: Requests,
+    requests: LogRequests,
     latest: jax.Array,
     rounds: jax.Array,
     names: tuple[str, ...],
@@ -71,7 +71,7 @@ class Simulator:
         guess = 1.1 * peak_running(log) / space.num_engines + 8
         self._slots = min(len(log), 16 * int(np.ceil(guess / 16)))
         shared = np.zeros(len(log)) if log.shared_tokens is None else log.shared_tokens
-        self._requests = Requests(
+        self._requests = LogRequests(
             jnp.asarray(log.arrival, float),
             jnp.asarray(log.prompt_tokens, jnp.int32),
             jnp.asarray(log.output_tokens, jnp.int32),

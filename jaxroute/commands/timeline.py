@@ -11,9 +11,8 @@ from jaxroute.config.build import Experiment, build, build_network
 from jaxroute.config.loader import load_config, load_saved_config
 from jaxroute.console import print_notes, report_console
 from jaxroute.errors import UserError, command, known
-from jaxroute.evaluation.names import ROUTER_LABELS
 from jaxroute.evaluation.tuning import tune
-from jaxroute.routers import ROUTERS, make_router
+from jaxroute.routers import ROUTER_LABELS, ROUTERS, make_router
 from jaxroute.routers.choice import Router
 from jaxroute.runs.checkpoint import load_params
 from jaxroute.runs.run_folder import prepare_run_folder

@@ -19,7 +19,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 def over_batch(function: Callable[..., Any]) -> Callable[..., Any]:
     """Lets `function`, which works on batches, be called for one environment and under any number of `jax.vmap`s.
 
-    `function(params, *others)` gets pytrees whose leaves have one leading axis, [B, ...], those of `params` [1, ...]
+    `function(*others, params)` gets pytrees whose leaves have one leading axis, [B, ...], those of `params` [1, ...]
     where they are the same for all; and it returns leaves [B, ...]. The result takes and returns leaves without it.
     """
 
@@ -32,11 +32,11 @@ def over_batch(function: Callable[..., Any]) -> Callable[..., Any]:
         # Two leading axes, [axis_size, B], become one.
         leaves, structure = jax.tree.flatten(args)
         flags = jax.tree.leaves(in_batched)
-        num_params = len(jax.tree.leaves(args[0]))
+        first_of_params = len(leaves) - len(jax.tree.leaves(args[-1]))
         size = max(leaf.shape[flag] for leaf, flag in zip(leaves, flags, strict=True))
 
         def merge(index: int, leaf: jax.Array, flag: bool) -> jax.Array:
-            if index < num_params and not flag and leaf.shape[0] == 1:
+            if index >= first_of_params and not flag and leaf.shape[0] == 1:
                 return leaf
             shape = leaf.shape[flag + 1 :]
             return jnp.broadcast_to(leaf, (axis_size, size, *shape)).reshape(axis_size * size, *shape)
@@ -52,7 +52,7 @@ def over_batch(function: Callable[..., Any]) -> Callable[..., Any]:
     return one
 
 
-def once(condition: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
+def run_if(condition: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
     """`function(carry)` if `condition` (bool []) holds, else `carry` itself.
 
     As `lax.cond`, but a loop of at most one round: what it carries is changed in place, where a branch would copy it.

@@ -1,7 +1,7 @@
 """What changes while an episode runs: experts slow down, fail and recover, and their answers get better or worse.
 
-The clock is the number of decisions in the episode. It is in the state anyway, so that environments without a schedule
-are the same program, and a change meets the same request whatever the router did.
+The clock is the number of decisions in the episode. It is in the state anyway, so that environments without
+disturbances are the same program, and a change meets the same request whatever the router did.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ FAILED = 1000.0
 one it hangs in when it recovers ends soon after."""
 
 
-class Schedule(struct.PyTreeNode):
+class Disturbances(struct.PyTreeNode):
     """K pieces of an episode, the first from decision 0 on. Every field is traced.
 
     Predictions stay as they were: routers see an expert's present speed in its features, but are told nothing of its
-    quality. `EnvParams.engines`, which planning routers simulate with, are the speeds without the schedule.
+    quality. `EnvParams.engines`, which planning routers simulate with, are the undisturbed speeds.
     """
 
     starts: jax.Array  # int32 [K], first decision of each piece, ascending from 0
@@ -39,28 +39,28 @@ class Schedule(struct.PyTreeNode):
         starts: Sequence[int],
         slowness: Sequence[Sequence[float]] | np.ndarray | None = None,
         quality: Sequence[Sequence[float]] | np.ndarray | None = None,
-    ) -> Schedule:
+    ) -> Disturbances:
         """Either may be left out, for 1 everywhere. Raises `UserError`."""
         begin = np.asarray(starts)
         if begin.ndim != 1 or not begin.size or begin[0] != 0 or (np.diff(begin) <= 0).any():
-            raise UserError(f"a schedule's starts must be decisions in ascending order from 0, are {begin.tolist()}")
+            raise UserError(f"disturbances: starts must be decisions in ascending order from 0, are {begin.tolist()}")
         given = [np.asarray(table, np.float64) for table in (slowness, quality) if table is not None]
         for table in given:
             if table.ndim != 2 or table.shape != (len(begin), given[0].shape[1]):
                 raise UserError(
-                    f"a schedule needs a row for each of {len(begin)} starts, with a factor for each expert"
+                    f"disturbances need a row for each of {len(begin)} starts, with a factor for each expert"
                 )
             if not (np.isfinite(table).all() and (table >= 0).all()):
-                raise UserError("a schedule's factors must be finite numbers of 0 or more")
+                raise UserError("disturbances: factors must be finite numbers of 0 or more")
         if slowness is not None and not given[0].all():
-            raise UserError(f"a schedule's slowness must be above 0; an expert that has failed has {FAILED:.0f}")
+            raise UserError(f"disturbances: slowness must be above 0; an expert that has failed has {FAILED:.0f}")
         if not given:
-            raise UserError("a schedule needs slowness or quality")
+            raise UserError("disturbances need slowness or quality")
         ones = np.ones_like(given[0])
         slow, good = (jnp.asarray(ones if table is None else table, float) for table in (slowness, quality))
         return cls(jnp.asarray(begin, jnp.int32), slow, good)
 
-    def _present(self, table: jax.Array, decision: jax.Array) -> jax.Array:
+    def _row_at(self, table: jax.Array, decision: jax.Array) -> jax.Array:
         """The row of `table` [K, N, ...] at `decision` (int32 [...]), [N, ...]."""
         piece = jnp.sum(self.starts <= decision, axis=0) - 1
         index = jnp.arange(table.shape[0]).reshape(-1, *[1] * piece.ndim)
@@ -68,13 +68,13 @@ class Schedule(struct.PyTreeNode):
 
     def slowed(self, latency: LatencyModel, decision: jax.Array) -> LatencyModel:
         """The latency model, [N, ...], of iterations that start between `decision` and the next one."""
-        slowness = self._present(self.slowness, decision)
+        slowness = self._row_at(self.slowness, decision)
         times = {
             name: getattr(latency, name) * slowness for name in latency.__dataclass_fields__ if name != "knee_tokens"
         }
         return latency.replace(**times)
 
-    def judged(self, request: Request, decision: jax.Array) -> Request:
+    def with_quality(self, request: Request, decision: jax.Array) -> Request:
         """The request with the true scores of an arrival at `decision`."""
-        score = jnp.clip(request.score * self._present(self.quality, decision), 0.0, 1.0)
+        score = jnp.clip(request.score * self._row_at(self.quality, decision), 0.0, 1.0)
         return request.replace(score=score)  # type: ignore[attr-defined]

@@ -3,56 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxroute.environment.batching import batch_first, batch_last, keep_batch_last, over_batch
-from jaxroute.environment.metrics import LEVELS, Level, empty_totals, totals_first, totals_last
+from jaxroute.environment.metrics import empty_totals, totals_first, totals_last
+from jaxroute.environment.settings import Settings
 from jaxroute.environment.spaces import Discrete, Space, observation_space
-from jaxroute.environment.state import EnvParams, EnvState, SlotPayload
-from jaxroute.environment.step import Arrival, Observation, observe_batch, transition
-from jaxroute.errors import UserError, known
+from jaxroute.environment.state import EnvParams, EnvState, QueuedRequests
+from jaxroute.environment.step import Observation, observe_batch, step
+from jaxroute.environment.turns import Arrival
 from jaxroute.simulator.engine import empty_engine
 
 DYNAMICS_VERSION = 1
 """Version of what environments compute, apart from the package's: results of equal versions may be compared. Whatever
 changes the observations, rewards or requests of a key raises it (tests/test_contract.py)."""
 
-Penalty = Literal["predicted", "paper", "exact", "off"]
-PENALTIES: tuple[Penalty, ...] = ("predicted", "paper", "exact", "off")
-
 
 @dataclass(frozen=True)
-class RoutingEnvironment:
+class RoutingEnvironment(Settings):
     """N experts behind a router. All fields are static; whatever may vary in a sweep is in `EnvParams`.
 
     `reset` and `step` are pure functions of one environment, for `jax.jit` and `jax.vmap`. The arrivals depend on the
     keys alone, never on actions: the same keys are the same request stream for every router.
     """
-
-    num_experts: int
-    slots: int = 48  # S: requests that one expert holds, running and waiting; one more is a counted rejection
-    queue_nodes: int = 10  # K: running and waiting requests that are observed of each expert
-    episode_length: int = 5000  # requests
-    obs: Literal["graph", "flat"] = "graph"  # a `GraphObservation`, or one flat vector
-    penalty: Penalty = "predicted"  # form of the action impact estimator
-    metrics: Level = "histogram"
-    drop: bool = True  # whether a router may drop a request; if not, it may where no expert could take it
-
-    def __post_init__(self) -> None:
-        choices = {"obs": ("graph", "flat"), "penalty": PENALTIES, "metrics": LEVELS}
-        for name, allowed in choices.items():
-            known(getattr(self, name), allowed, name)
-        for name in ("num_experts", "slots", "queue_nodes", "episode_length"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise UserError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
-
-    @property
-    def num_actions(self) -> int:
-        """N + 1: send to expert 0..N-1, or drop."""
-        return self.num_experts + 1
 
     def action_space(self, params: EnvParams | None = None) -> Discrete:
         """0..N; `params`, which gymnax's have, change nothing."""
@@ -68,13 +44,13 @@ class RoutingEnvironment:
         """A fresh episode at its first arrival, with idle experts."""
         key_start, key_request = jax.random.split(key)
         workload, _, request = params.workload.sample(key_request, params.workload.reset(key_start))
-        if params.schedule is not None:
-            request = params.schedule.judged(request, jnp.int32(0))
+        if params.disturbances is not None:
+            request = params.disturbances.with_quality(request, jnp.int32(0))
         shape = (self.slots, self.num_experts)
         floats, integers = jnp.zeros(shape, float), jnp.zeros(shape, jnp.int32)
         state = EnvState(
             engines=empty_engine(self.slots, (self.num_experts,)),
-            slots=SlotPayload(floats, integers, floats, floats, integers),
+            queued=QueuedRequests(floats, integers, floats, floats, integers),
             request=request,
             workload=workload,
             step=jnp.int32(0),
@@ -82,7 +58,7 @@ class RoutingEnvironment:
             recent_latency=jnp.zeros(self.num_experts, float),
             totals=empty_totals(self.num_experts, self.metrics, self.episode_length),
         )
-        return self.observe(params, state), state
+        return self.observe(state, params), state
 
     def step(
         self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
@@ -105,36 +81,37 @@ class RoutingEnvironment:
         workload, gap, request = params.workload.next(uniforms, state.workload)
         # The next episode may begin with the request at hand, which nothing has been done with; a trace starts anew.
         first_workload, _, first_request = params.workload.next(uniforms, params.workload.reset(key_reset))
-        if params.schedule is not None:
-            request = params.schedule.judged(request, state.step + 1)
-            first_request = params.schedule.judged(first_request, jnp.int32(0))
+        if params.disturbances is not None:
+            request = params.disturbances.with_quality(request, state.step + 1)
+            first_request = params.disturbances.with_quality(first_request, jnp.int32(0))
         arrival, first = Arrival(gap, request, workload), Arrival(gap, first_request, first_workload)
         return over_batch(self._step)(
-            params.replace(workload=None), state, jnp.asarray(action, jnp.int32), arrival, first
+            state, jnp.asarray(action, jnp.int32), arrival, first, params.replace(workload=None)
         )
 
-    def observe(self, params: EnvParams, state: EnvState) -> Observation:
+    def observe(self, state: EnvState, params: EnvParams) -> Observation:
         """The observation of a state: what `reset` and `step` return with it."""
-        return over_batch(self._observe)(params.replace(workload=None), state.replace(totals=None))
+        return over_batch(self._observe)(state.replace(totals=None), params.replace(workload=None))
 
     def queue_lengths(self, state: EnvState) -> jax.Array:
         """int32 [N]: requests running or waiting at each expert."""
         return state.engines.num_requests
 
-    def _observe(self, params: EnvParams, state: EnvState) -> Observation:
+    def _observe(self, state: EnvState, params: EnvParams) -> Observation:
         """As `observe`, all leaves [B, ...]."""
-        return observe_batch(self, batch_last(params), batch_last(state))
+        return observe_batch(self, batch_last(state), batch_last(params))
 
-    def _step(self, params: EnvParams, state: EnvState, action: jax.Array, arrival: Arrival, first: Arrival):
+    def _step(self, state: EnvState, action: jax.Array, arrival: Arrival, first: Arrival, params: EnvParams):
         """As `step`, all leaves [B, ...]; `params` comes without a workload, `first` begins the next episode."""
-        params, totals = batch_last(params), totals_last(state.totals)
-        state = batch_last(state.replace(totals=None)).replace(totals=totals)
-        arrival, first = batch_last((arrival, first))
         truncated = state.step + 1 >= self.episode_length
-        outcome = transition(self, params, state, action, truncated, arrival, first)
+        params, totals = batch_last(params), totals_last(state.totals)
+        before = batch_last(state.replace(totals=None)).replace(totals=totals)
+        outcome = step(self, before, action, batch_last(arrival), batch_last(first), params)
         totals = totals_first(outcome.state.totals)
         state = batch_first(outcome.state.replace(totals=None)).replace(totals=totals)
-        queues = jax.tree.map(keep_batch_last, (state.engines, state.slots))
+        state = state.replace(
+            engines=jax.tree.map(keep_batch_last, state.engines), queued=jax.tree.map(keep_batch_last, state.queued)
+        )
         info = {
             "final_observation": outcome.final_observation,
             "qos": outcome.qos,
@@ -143,5 +120,4 @@ class RoutingEnvironment:
             "episode": totals,
         }
         reward = outcome.credit - params.penalty_weight * outcome.penalty
-        state = state.replace(engines=queues[0], slots=queues[1])
         return outcome.observation, state, reward, jnp.zeros_like(truncated), truncated, info

@@ -13,17 +13,56 @@ with any trailing axes (`...`, as in `simulator.engine`):
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.advance import Progress
-from jaxroute.simulator.advance_kernel import advance_engines
+from jaxroute.environment.settings import Settings
+from jaxroute.environment.state import EnvParams, EnvState
+from jaxroute.simulator.cluster import AFTER_ALL, run_until
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import IGNORED, NEVER, EngineParams, EngineState, prefix_sum, target_tokens, total
 from jaxroute.simulator.latency import iteration_time, prefill_time
-from jaxroute.simulator.recorded import AFTER_ALL
 from jaxroute.simulator.slots import append
+
+
+def action_penalty(settings: Settings, state: EnvState, action: jax.Array, params: EnvParams) -> jax.Array:
+    """The penalty of sending the arriving request to the expert `action` (int32 [B]), float [B]; environments last."""
+    if settings.penalty == "off":
+        return jnp.zeros(action.shape, float)
+    request = state.request
+    lengths = request.output_tokens if settings.penalty == "paper" else request.predicted_output_tokens
+    engine, queued, engine_params, output_tokens = _of_expert(
+        action, (state.engines, state.queued, params.engines, lengths)
+    )
+    queue = Queue(
+        engine=engine,
+        age=-queued.arrival,
+        score=queued.score,
+        predicted_score=queued.predicted_score,
+        predicted_tokens=queued.predicted_tokens,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens=output_tokens,
+    )
+    if settings.penalty == "paper":
+        k1, k2 = _of_expert(action, (params.penalty_prefill, params.penalty_context))
+        return paper_impact(queue, engine.target_tokens, k1, k2, params.latency_limit)
+    impact = exact_impact if settings.penalty == "exact" else predicted_impact
+    return impact(queue, params.latency_limit, engine_params)
+
+
+def _of_expert(expert: jax.Array, tree: Any) -> Any:
+    """Leaves [..., N, B] to [..., B]: those of each environment's `expert` (int32 [B]; out of range: the nearest)."""
+
+    def select(leaf: jax.Array) -> jax.Array:
+        chosen = leaf[..., 0, :]
+        for other in range(1, leaf.shape[-2]):
+            chosen = jnp.where(expert >= other, leaf[..., other, :], chosen)
+        return chosen
+
+    return jax.tree.map(select, tree)
 
 
 class Queue(struct.PyTreeNode):
@@ -43,7 +82,7 @@ def expected_length(predicted_tokens: jax.Array, generated: jax.Array) -> jax.Ar
     return jnp.maximum(predicted_tokens, generated + 1)
 
 
-def decode_time(params: EngineParams, engine: EngineState) -> jax.Array:
+def decode_time(engine: EngineState, params: EngineParams) -> jax.Array:
     """Seconds of a decode iteration of the running batch and one request more, float [...]."""
     running = engine.unfinished() & (engine.position < engine.num_running)
     batch = total(running) + 1
@@ -62,7 +101,7 @@ def _context_sum(prompt: jax.Array, overlap: jax.Array) -> jax.Array:
 
 
 def paper_impact(
-    k1: jax.Array, k2: jax.Array, latency_limit: jax.Array, queue: Queue, true_tokens: jax.Array
+    queue: Queue, true_tokens: jax.Array, k1: jax.Array, k2: jax.Array, latency_limit: jax.Array
 ) -> jax.Array:
     """The paper's penalty, float [...]: sum of the scores of running requests whose latency per token passes the limit.
 
@@ -79,7 +118,7 @@ def paper_impact(
     return jnp.sum(jnp.where(running & missed, queue.score, 0.0), axis=0)
 
 
-def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queue) -> jax.Array:
+def predicted_impact(queue: Queue, latency_limit: jax.Array, params: EngineParams) -> jax.Array:
     """Our penalty, float [...]: predicted scores of the requests that the action turns from met to missed.
 
     As the paper's, with predicted lengths d = max(prediction, o + 1), the expert's own c1, c2 and c3 for k1, the
@@ -89,9 +128,9 @@ def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queu
     running request over their number, since that often one of them ends.
     """
     engine, latency = queue.engine, params.latency
-    present = engine.unfinished()
-    running = present & (engine.position < engine.num_running)
-    waiting = present & ~running
+    unfinished = engine.unfinished()
+    running = unfinished & (engine.position < engine.num_running)
+    waiting = unfinished & ~running
     length = expected_length(queue.predicted_tokens, engine.generated)
     remaining = length - engine.generated
     overlap = _overlap(remaining, queue.output_tokens)
@@ -101,13 +140,13 @@ def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queu
         + latency.per_context_token * _context_sum(queue.prompt_tokens, overlap)
     ) / length
 
-    iteration = decode_time(params, engine)
+    iteration = decode_time(engine, params)
     batch = total(running)
     tokens = engine.prompt_tokens + engine.generated
     to_prefill = prefix_sum(jnp.where(waiting, prefill_time(latency, tokens), 0))
     held = jnp.where(running, engine.computed, tokens)
-    blocks = prefix_sum(jnp.where(present, rules(params).held_blocks(params, held), 0))
-    seats = prefix_sum(present)
+    blocks = prefix_sum(jnp.where(unfinished, rules(params).held_blocks(held, params), 0))
+    seats = prefix_sum(unfinished)
     unseated = waiting & ((blocks > rules(params).admissible_blocks(params)) | (seats > params.max_num_seqs))
     turnover = iteration * total(jnp.where(running, remaining, 0)) / jnp.maximum(batch, 1) ** 2
     finish = (
@@ -115,40 +154,40 @@ def predicted_impact(params: EngineParams, latency_limit: jax.Array, queue: Queu
     )
     so_far = queue.age / jnp.maximum(engine.generated, 1)
     without = jnp.where(running, so_far, finish / length)
-    turned = present & (without < latency_limit) & (without + added >= latency_limit)
+    turned = unfinished & (without < latency_limit) & (without + added >= latency_limit)
     return jnp.sum(jnp.where(turned, queue.predicted_score, 0.0), axis=0)
 
 
-def exact_impact(params: EngineParams, latency_limit: jax.Array, queue: Queue) -> jax.Array:
+def exact_impact(queue: Queue, latency_limit: jax.Array, params: EngineParams) -> jax.Array:
     """As `predicted_impact`, with latencies from running the engine, float [...]. Costs two drains of the engine."""
-    engine = predicted_engine(params, queue.engine, queue.predicted_tokens)
-    without, joined = _met(params, latency_limit, engine, queue.age, queue.prompt_tokens, queue.output_tokens)
+    engine = predicted_engine(queue.engine, queue.predicted_tokens, params)
+    without, joined = _met(engine, queue.age, queue.prompt_tokens, queue.output_tokens, latency_limit, params)
     return jnp.sum(jnp.where(without & ~joined, queue.predicted_score, 0.0), axis=0)
 
 
 def joining_gain(
-    params: EngineParams,
-    latency_limit: jax.Array,
     engine: EngineState,
     age: jax.Array,
     score: jax.Array,
     prompt_tokens: jax.Array,
     output_tokens: jax.Array,
     own_score: jax.Array,
+    latency_limit: jax.Array,
+    params: EngineParams,
 ) -> jax.Array:
     """QoS that a request of so many tokens adds to the engine's, float [...]: its own, less what others lose by it.
 
     As `exact_impact`, on the lengths in `engine` and the scores given, float [S, ...] and [...].
     """
-    without, joined = _met(params, latency_limit, engine, age, prompt_tokens, output_tokens)
+    without, joined = _met(engine, age, prompt_tokens, output_tokens, latency_limit, params)
     score = jnp.where(engine.position == engine.num_requests, own_score, score)
     return jnp.sum(jnp.where(joined, score, 0.0) - jnp.where(without, score, 0.0), axis=0)
 
 
-def predicted_engine(params: EngineParams, engine: EngineState, predicted_tokens: jax.Array) -> EngineState:
+def predicted_engine(engine: EngineState, predicted_tokens: jax.Array, params: EngineParams) -> EngineState:
     """The engine with expected lengths for the true ones, int32 [S, ...] predictions given."""
     length = expected_length(predicted_tokens, engine.generated)
-    target = _target(params, engine.prompt_tokens, length)
+    target = _target(engine.prompt_tokens, length, params)
     return engine.replace(target_tokens=jnp.maximum(target, engine.generated + 1))
 
 
@@ -157,33 +196,30 @@ def _room(params: EngineParams) -> jax.Array:
     return params.usable_blocks * params.block_size + 1
 
 
-def _target(params: EngineParams, prompt_tokens: jax.Array, length: jax.Array) -> jax.Array:
+def _target(prompt_tokens: jax.Array, length: jax.Array, params: EngineParams) -> jax.Array:
     """As `target_tokens`, cut to what the cache holds: the engine would preempt a longer request for ever."""
     target = target_tokens(prompt_tokens, length, rules(params).longest(params))
     return jnp.minimum(target, _room(params) - prompt_tokens)
 
 
 def _met(
-    params: EngineParams,
-    latency_limit: jax.Array,
     engine: EngineState,
     age: jax.Array,
     prompt_tokens: jax.Array,
     output_tokens: jax.Array,
+    latency_limit: jax.Array,
+    params: EngineParams,
 ) -> tuple[jax.Array, jax.Array]:
     """Which slots' requests meet the limit, bool [S, ...], when the engine runs to its end with no further arrivals:
     without a request of so many tokens, and with it, which then is in the slot behind the others.
     """
     joins = (engine.num_requests < engine.num_slots) & (prompt_tokens < _room(params))
-    joined = append(engine, joins, prompt_tokens, _target(params, prompt_tokens, output_tokens), jnp.zeros((), float))
+    joined = append(engine, joins, prompt_tokens, _target(prompt_tokens, output_tokens, params), jnp.zeros((), float))
     # Both at once: [S, 2, ...] and [2, ...].
     axes = engine.num_requests.ndim
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=leaves[0].ndim - axes), engine, joined)
-    nothing = Progress.none(both.num_requests.shape)
-    done, _ = advance_engines(params, both, nothing, jnp.asarray(AFTER_ALL, float))
+    done, *_ = run_until(both, jnp.asarray(AFTER_ALL, float), params)
     age = jnp.where(engine.position < engine.num_requests, age, 0)[:, None]
-    finish = done.finish_time
-    if rules(params).ignores:
-        finish = jnp.where(finish == IGNORED, NEVER, finish)
+    finish = jnp.where(done.finish_time == IGNORED, NEVER, done.finish_time)
     met = both.unfinished() & ((finish + age) / both.target_tokens < latency_limit)
     return met[:, 0], met[:, 1]

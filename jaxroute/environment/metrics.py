@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 
 from jaxroute.environment.batching import batch_first, batch_last
+from jaxroute.simulator.advance import EngineWork
 from jaxroute.simulator.engine import LARGE, lowest, slot_positions, total
 
 Level = Literal["off", "histogram", "exact"]
@@ -50,7 +51,7 @@ class EpisodeTotals(struct.PyTreeNode):
 class Completed(struct.PyTreeNode):
     """Completed requests in the S slots of N experts in B environments; every field [S, N, B]."""
 
-    present: jax.Array  # bool; where it is False the other fields may be anything, but tokens is above 0
+    served: jax.Array  # bool; where it is False the other fields may be anything, but tokens is above 0
     index: jax.Array  # int32, number of the request in the episode
     tokens: jax.Array  # int32, output
     score: jax.Array  # float, true
@@ -61,7 +62,7 @@ class Completed(struct.PyTreeNode):
 
     def qos(self, latency_limit: jax.Array) -> jax.Array:
         """float [S, N, B]: the score, where the latency per token is below the limit (simulation.md section 4)."""
-        met = self.present & ((self.finish - self.arrival) / self.tokens < latency_limit)
+        met = self.served & ((self.finish - self.arrival) / self.tokens < latency_limit)
         return jnp.where(met, self.score, 0)
 
 
@@ -106,20 +107,30 @@ def totals_first(totals: EpisodeTotals | None) -> EpisodeTotals | None:
     return batch_first(totals.replace(timing_record=None)).replace(timing_record=totals.timing_record)
 
 
+def add_work(totals: EpisodeTotals, work: EngineWork, ignored: jax.Array, usable_blocks: jax.Array) -> EpisodeTotals:
+    """The totals with the work of the engines, and with the requests that they `ignored` (int32 [N, B])."""
+    return totals.replace(
+        busy=totals.busy + work.busy_time,
+        block_seconds=totals.block_seconds + work.block_seconds,
+        kv_seconds=totals.kv_seconds + work.block_seconds / usable_blocks,
+        rejected_infeasible=totals.rejected_infeasible + ignored,
+    )
+
+
 def add_completed(totals: EpisodeTotals, level: Level, completed: Completed, latency_limit: jax.Array) -> EpisodeTotals:
     """The totals with the completed requests; both with environments last (`totals_last`)."""
-    several = completed.present & (completed.tokens > 1)
+    several = completed.served & (completed.tokens > 1)
     latency = (completed.finish - completed.arrival) / completed.tokens
     ttft = completed.first_token - completed.arrival
     tpot = (completed.finish - completed.first_token) / jnp.maximum(completed.tokens - 1, 1)
-    timings = [jnp.where(completed.present, latency, 0), jnp.where(completed.present, ttft, 0)]
+    timings = [jnp.where(completed.served, latency, 0), jnp.where(completed.served, ttft, 0)]
     timings.append(jnp.where(several, tpot, 0))
-    sum_of = lambda values: total(jnp.where(completed.present, values, 0))  # noqa: E731
+    sum_of = lambda values: total(jnp.where(completed.served, values, 0))  # noqa: E731
     return totals.replace(
-        completed=totals.completed + total(completed.present),
+        completed=totals.completed + total(completed.served),
         qos=totals.qos + total(completed.qos(latency_limit)),
         score=totals.score + sum_of(completed.score),
-        violations=totals.violations + total(completed.present & (latency >= latency_limit)),
+        violations=totals.violations + total(completed.served & (latency >= latency_limit)),
         preemptions=totals.preemptions + sum_of(completed.preemptions),
         timings=totals.timings + jnp.stack([total(timing) for timing in timings]),
         several_tokens=totals.several_tokens + total(several),
@@ -132,7 +143,7 @@ def _record(
 ) -> jax.Array:
     """Writes the TIMINGS, each [S, N, B], of the completed requests, the last one where `several`, into the record
     [B, 3, bins], or with "exact" [B, 3, episode length]. Each round takes one request of each expert."""
-    position = slot_positions(completed.present)
+    position = slot_positions(completed.served)
     size = record.shape[-1]
     environment, row = jnp.arange(record.shape[0]), jnp.arange(3)[:, None, None]
 
@@ -140,19 +151,19 @@ def _record(
         record, left = carry
         here = left & (position == lowest(jnp.where(left, position, LARGE)))
         pick = lambda values: total(jnp.where(here, values, 0))  # noqa: E731
-        present = total(here) > 0
-        present = jnp.stack([present, present, total(here & several) > 0])
+        one = total(here) > 0
+        found = jnp.stack([one, one, total(here & several) > 0])
         values = jnp.stack([pick(timing) for timing in timings])
         if level == "exact":
-            column = jnp.where(present, pick(completed.index), size)
+            column = jnp.where(found, pick(completed.index), size)
             record = record.at[environment, row, column].set(values, mode="drop")
         else:
             floor = jnp.floor(jnp.log(jnp.maximum(values, _SMALLEST) / _SMALLEST) / np.log(_RATIO))
-            column = jnp.where(present, jnp.minimum(floor, size - 1).astype(jnp.int32), size)
+            column = jnp.where(found, jnp.minimum(floor, size - 1).astype(jnp.int32), size)
             record = record.at[environment, row, column].add(1.0, mode="drop")
         return record, left & ~here
 
-    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), write_one_each, (record, completed.present))[0]
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), write_one_each, (record, completed.served))[0]
 
 
 def _percentiles(totals: EpisodeTotals, level: Level) -> jax.Array:

@@ -63,36 +63,36 @@ def _score(score: jax.Array) -> jax.Array:
     return (score - 0.5) * 4
 
 
-def action_mask(params: EnvParams, state: EnvState, slots: int, drop: bool = True) -> jax.Array:
+def action_mask(state: EnvState, params: EnvParams, slots: int, drop: bool = True) -> jax.Array:
     """bool [N + 1, ...]: an expert is allowed if one of its `slots` is free and it could hold the prompt and a token;
     to drop is allowed always or, without `drop`, where no expert is."""
     engines, prompt = params.engines, state.request.prompt_tokens
-    fits = rules(engines).can_serve(engines, prompt, jnp.int32(1))
+    fits = rules(engines).can_serve(prompt, jnp.int32(1), engines)
     allowed = fits & (state.engines.num_requests < slots)
     dropped = jnp.ones_like(allowed[:1]) if drop else ~allowed.any(axis=0, keepdims=True)
     return jnp.concatenate([allowed, dropped])
 
 
-def observe(params: EnvParams, state: EnvState, queue_nodes: int, slots: int, drop: bool = True) -> GraphObservation:
+def observe(state: EnvState, params: EnvParams, queue_nodes: int, slots: int, drop: bool = True) -> GraphObservation:
     """The observation with K = `queue_nodes`, of environments on a last axis B, for experts with so many `slots`.
 
     The fields of `state` have any number of slots S that holds all requests. The result's fields are [B, ...].
     """
-    engine, payload, request, scale = state.engines, state.slots, state.request, params.token_scale
-    iteration = decode_time(params.engines, engine)
+    engine, queued, request, scale = state.engines, state.queued, state.request, params.token_scale
+    iteration = decode_time(engine, params.engines)
     start = jnp.maximum(engine.clock, 0)
     waiting = engine.num_requests - engine.num_running
     node = jnp.arange(queue_nodes, dtype=jnp.int32)[:, None, None]
 
     def queue_features(rows: Callable[[jax.Array], jax.Array], count: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Features float32 [B, N, K, Fq] of the `count` [N, B] first of the requests `rows(leaf)` [K, N, B], mask."""
-        arrival, generated, predicted = rows(payload.arrival), rows(engine.generated), rows(payload.predicted_tokens)
+        arrival, generated, predicted = rows(queued.arrival), rows(engine.generated), rows(queued.predicted_tokens)
         length = expected_length(predicted, generated)
         finish = start - arrival + iteration * (length - generated)
-        blocks = rules(params.engines).held_blocks(params.engines, rows(engine.computed))
+        blocks = rules(params.engines).held_blocks(rows(engine.computed), params.engines)
         features = (
             rows(engine.prompt_tokens) / scale,
-            _score(rows(payload.predicted_score)),
+            _score(rows(queued.predicted_score)),
             predicted / scale,
             blocks / params.engines.usable_blocks,
             generated / scale,
@@ -110,7 +110,7 @@ def observe(params: EnvParams, state: EnvState, queue_nodes: int, slots: int, dr
     prefill = params.engines.latency.per_prefill_token * request.prompt_tokens
     finish = start + prefill + iteration * request.predicted_output_tokens
     expert = (
-        used_blocks(params.engines, engine) / params.engines.usable_blocks,
+        used_blocks(engine, params.engines) / params.engines.usable_blocks,
         engine.num_running / queue_nodes,
         waiting / queue_nodes,
         _squash(iteration / params.latency_limit),
@@ -127,7 +127,7 @@ def observe(params: EnvParams, state: EnvState, queue_nodes: int, slots: int, dr
         waiting=waiting_features,
         running_mask=running_mask,
         waiting_mask=waiting_mask,
-        action_mask=action_mask(params, state, slots, drop).T,
+        action_mask=action_mask(state, params, slots, drop).T,
     )
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from jaxroute.environment.disturbances import FAILED, Schedule
+from jaxroute.environment.disturbances import FAILED, Disturbances
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import (
     SCENARIOS,
@@ -48,7 +48,7 @@ def _of_experts(
 ) -> tuple[RoutingEnvironment, EnvParams]:
     """Experts of the tables with requests of the frozen generator, `options` in place of what is given here.
 
-    `middle` are factors of the first expert in the middle third of an episode, as `Schedule` names them.
+    `middle` are factors of the first expert in the middle third of an episode, as `Disturbances` names them.
     """
     chosen: dict[str, Any] = {"experts": experts, "profile": profile}
     chosen.update((key, options[key]) for key in OF_EXPERTS if key in options)
@@ -56,7 +56,7 @@ def _of_experts(
     others = {key: value for key, value in options.items() if key not in OF_EXPERTS}
     env = environment_of(len(experts), others, **defaults)
     params = make_params(**chosen, workload=frozen_workload(experts, arrivals), latency_limit=latency_limit)
-    return env, params if middle is None else params.replace(schedule=_middle(env, middle))
+    return env, params if middle is None else params.replace(disturbances=_middle(env, middle))
 
 
 def _scenario(
@@ -70,12 +70,12 @@ def _scenario(
     register(name, lambda **options: _of_experts(arrivals(), options, experts, **own), description)
 
 
-def _middle(env: RoutingEnvironment, factors: dict[str, float]) -> Schedule:
+def _middle(env: RoutingEnvironment, factors: dict[str, float]) -> Disturbances:
     starts = [0, max(env.episode_length // 3, 1), max(2 * env.episode_length // 3, 2)]
     tables = {name: np.ones((3, env.num_experts)) for name in factors}
     for name, factor in factors.items():
         tables[name][1, 0] = factor
-    return Schedule.create(starts, **tables)
+    return Disturbances.create(starts, **tables)
 
 
 def _needs(path: str | Path | None, name: str, what: str) -> Path:

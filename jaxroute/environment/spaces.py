@@ -7,16 +7,14 @@ The adapters turn them into gymnax's or gymnasium's own classes. `sample` and `c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.environment.observation import ARRIVED_FEATURES, EXPERT_FEATURES, REQUEST_FEATURES, GraphObservation
-
-if TYPE_CHECKING:
-    from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.settings import Settings
 
 
 class Discrete:
@@ -137,9 +135,9 @@ RANGES = {
 """Least and greatest value of each feature of the observation."""
 
 
-def observation_space(env: RoutingEnvironment) -> Space:
+def observation_space(settings: Settings) -> Space:
     """A `Dict` that samples `GraphObservation`s, or with flat observations one `Box` float32 [F]."""
-    experts, nodes = env.num_experts, env.queue_nodes
+    experts, nodes = settings.num_experts, settings.queue_nodes
 
     def features(names: tuple[str, ...], *axes: int) -> Box:
         low, high = zip(*(RANGES[name] for name in names), strict=True)
@@ -157,7 +155,7 @@ def observation_space(env: RoutingEnvironment) -> Space:
         "waiting_mask": mask(experts, nodes),
         "action_mask": mask(experts + 1),
     }
-    if env.obs == "graph":
+    if settings.obs == "graph":
         return Dict(spaces, GraphObservation)
     # As `observation.flatten` orders them.
     low, high = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import struct
 
-from jaxroute.environment.disturbances import Schedule
+from jaxroute.environment.disturbances import Disturbances
 from jaxroute.environment.metrics import EpisodeTotals
 from jaxroute.simulator.engine import EngineParams, EngineState
 from jaxroute.workload.arrivals import WorkloadState
@@ -33,17 +33,17 @@ class EnvParams(struct.PyTreeNode):
     # float [], per s: the reward counts a request's QoS over this to the power of its age, so that to a learner with
     # this discount it is worth its QoS at its arrival. None: as it is
     credit_discount: jax.Array | None = None
-    schedule: Schedule | None = None  # what changes while an episode runs; None: nothing does
+    disturbances: Disturbances | None = None  # what changes while an episode runs; None: nothing does
 
-    def present(self, decision: jax.Array) -> EnvParams:
+    def at(self, decision: jax.Array) -> EnvParams:
         """The parameters between `decision` (int32 [], or [B] where environments are last) and the next one."""
-        if self.schedule is None:
+        if self.disturbances is None:
             return self
-        latency = self.schedule.slowed(self.engines.latency, decision)
+        latency = self.disturbances.slowed(self.engines.latency, decision)
         return self.replace(engines=self.engines.replace(latency=latency))
 
 
-class SlotPayload(struct.PyTreeNode):
+class QueuedRequests(struct.PyTreeNode):
     """What the environment knows of the request in each slot, beyond the engine's own state; each field [S, N]."""
 
     arrival: jax.Array  # float, s relative to the present, <= 0
@@ -57,7 +57,7 @@ class EnvState(struct.PyTreeNode):
     """One environment at a decision. Times are relative to it; randomness comes in with each step's key."""
 
     engines: EngineState  # each field [N] or [S, N]; every iteration that has started is accounted as done
-    slots: SlotPayload
+    queued: QueuedRequests
     request: Request  # the arriving one
     workload: WorkloadState
     step: jax.Array  # int32 [], decisions taken in the episode

@@ -36,15 +36,21 @@ def evaluate_routers(
     """
     # The penalty is part of the reward, which is not reported.
     env = dataclasses.replace(env, metrics="exact", penalty="off")
-    # A Partial in a Partial would be a constant: another network's parameters would be another program.
-    Partial = jax.tree_util.Partial
-    policies = [router if isinstance(router, Partial) else Partial(router) for router in routers.values()]
+    policies = [as_pytree(router) for router in routers.values()]
     keys = jax.random.split(jax.random.key(seed), episodes)
     results = {}
     for index, name in enumerate(routers):
         results[name] = jax.device_get(_program(env, policies, jnp.int32(index), keys, params))
         done(name, results[name])
     return results
+
+
+def as_pytree(router: Router) -> Router:
+    """`router` as an argument of a program: one that is a pytree stays as it is, a plain function becomes one.
+
+    A function hidden in another `Partial` would be a constant, and another network's parameters another program.
+    """
+    return jax.tree_util.Partial(router) if jax.tree_util.all_leaves([router]) else router
 
 
 def run_episodes(
@@ -56,8 +62,8 @@ def run_episodes(
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
         observation, state = carry
-        route = jax.vmap(lambda *inputs: jax.lax.switch(which, policies, *inputs), (0, 0, None, 0))
-        actions = route(observation, state, params, fold_in(router_keys, index))
+        route = jax.vmap(lambda *inputs: jax.lax.switch(which, policies, *inputs), (0, 0, 0, None))
+        actions = route(fold_in(router_keys, index), observation, state, params)
         observation, state, *_ = jax.vmap(env.step, (0, 0, 0, None))(fold_in(env_keys, index), state, actions, params)
         return (observation, state), None
 

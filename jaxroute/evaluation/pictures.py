@@ -14,9 +14,9 @@ from matplotlib.ticker import EngFormatter
 
 from jaxroute.drawing import INK, OTHER_COLOUR, STYLE, TRAINED_COLOUR
 from jaxroute.evaluation.episodes import EpisodeValues
-from jaxroute.evaluation.names import ROUTER_LABELS
 from jaxroute.evaluation.statistics import Interval, mean_interval, paired_difference
 from jaxroute.files import whole_file
+from jaxroute.routers import ROUTER_LABELS
 
 CURVES = (
     ("qos", "QoS", "QoS per request"),

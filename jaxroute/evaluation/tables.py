@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxroute.evaluation.episodes import EpisodeValues
-from jaxroute.evaluation.names import ROUTER_LABELS
 from jaxroute.evaluation.statistics import mean_interval, paired_difference
 from jaxroute.files import write_text
+from jaxroute.routers import ROUTER_LABELS
 
 ROWS = (  # label; metric of `environment.metrics.summarize`; factor; decimals
     ("score of completed", "score", 1, 4),

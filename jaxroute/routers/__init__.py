@@ -1,42 +1,79 @@
-"""The routers to compare with, by name: `make_router("power_of_two", env)`.
-
-Each is a pure function for one environment, `router(observation, state, params, key) -> action int32 []`, for
-`jax.jit` and `jax.vmap`. Only the planning ones drop requests; the others choose among the experts that the action mask
-allows, or among all where it allows none, and the environment counts the rejection.
-"""
+"""Routers by name: the heuristics of the paper, what people run today, and two that run the simulator forward."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from itertools import combinations, product
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.errors import known
 from jaxroute.routers import paper, planning, serving
-from jaxroute.routers.choice import Router
+from jaxroute.routers.choice import RuleRouter
 
-ROUTERS: dict[str, Callable[..., Router]] = {
-    "round_robin": paper.round_robin,
-    "shortest_queue": paper.shortest_queue,
-    "bert_router": paper.bert_router,
-    "random": serving.random,
-    "least_work": serving.least_work,
-    "power_of_two": serving.power_of_two,
-    "latency_based": serving.latency_based,
-    "vllm_data_parallel": serving.vllm_data_parallel,
-    "llm_d": serving.llm_d,
-    "routellm": serving.routellm,
-    "score_minus_load": serving.score_minus_load,
-    "lookahead": planning.lookahead,
-    "clairvoyant": planning.clairvoyant,
+Parameters = dict[str, float | int]
+"""Numbers of a rule, by name."""
+
+
+class RouterSpec(NamedTuple):
+    """A router that has a name: everything that commands, tables, pictures and tuning need of it."""
+
+    rule: Callable[..., jax.Array]  # its docstring has the rule and its source
+    label: str  # in tables and pictures
+    grid: Callable[[int], list[Parameters]] | None = None  # settings to choose among when tuned, for N experts
+
+
+def _pairs_and_thresholds(num_experts: int) -> list[Parameters]:
+    # The margin of the one pair order is the other's with its sign turned.
+    pairs = list(combinations(range(num_experts), 2)) or [(0, 0)]
+    thresholds = (-0.2, -0.1, -0.05, -0.025, 0.0, 0.025, 0.05, 0.1, 0.2)
+    return [
+        {"threshold": threshold, "strong": strong, "weak": weak}
+        for (strong, weak), threshold in product(pairs, thresholds)
+    ]
+
+
+def _values(name: str, *values: float) -> Callable[[int], list[Parameters]]:
+    return lambda num_experts: [{name: value} for value in values]
+
+
+ROUTERS = {
+    "round_robin": RouterSpec(paper.round_robin, "Round-Robin"),
+    "shortest_queue": RouterSpec(paper.shortest_queue, "Shortest Queue First"),
+    "bert_router": RouterSpec(paper.bert_router, "BERT Router"),
+    "random": RouterSpec(serving.random, "Random"),
+    "least_work": RouterSpec(serving.least_work, "Least Work"),
+    "power_of_two": RouterSpec(serving.power_of_two, "Power of Two"),
+    "latency_based": RouterSpec(
+        serving.latency_based, "LiteLLM latency", _values("buffer", 0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
+    ),
+    "vllm_data_parallel": RouterSpec(serving.vllm_data_parallel, "vLLM data parallel"),
+    "llm_d": RouterSpec(serving.llm_d, "llm-d"),
+    "routellm": RouterSpec(serving.routellm, "RouteLLM", _pairs_and_thresholds),
+    "score_minus_load": RouterSpec(
+        serving.score_minus_load,
+        "Score - Load",
+        _values("weight", 0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.13, 0.2, 0.5),
+    ),
+    "lookahead": RouterSpec(planning.lookahead, "Lookahead"),
+    "clairvoyant": RouterSpec(planning.clairvoyant, "Clairvoyant"),
 }
-"""Name -> factory `(env, **numbers) -> Router`, whose docstring has the rule and its source."""
+"""A new router is one entry here: configuration, help texts, tables, pictures and docs/routers.md follow from it."""
+
+ROUTER_LABELS = {"trained": "Trained", **{name: spec.label for name, spec in ROUTERS.items()}}
 
 
-def make_router(name: str, env: RoutingEnvironment, **numbers: Any) -> Router:
-    """The router of this name for `env`; `numbers` in place of its factory's defaults may be traced.
+def make_router(name: str, env: RoutingEnvironment, **parameters: Any) -> RuleRouter:
+    """The router of this name for `env`; `parameters` in place of its rule's defaults may be traced.
 
     Raises:
-        UserError: there is no such router.
+        UserError: there is no such router, or it has no such parameter.
     """
-    return ROUTERS[known(name, ROUTERS, "router")](env, **numbers)
+    rule = ROUTERS[known(name, ROUTERS, "router")].rule
+    own = [key for key, value in inspect.signature(rule).parameters.items() if value.kind is value.KEYWORD_ONLY]
+    for key in parameters:
+        known(key, own, f"parameter of the router {name}")
+    return RuleRouter(rule, env, parameters)

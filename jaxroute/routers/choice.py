@@ -7,18 +7,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.observation import action_mask
 from jaxroute.environment.state import EnvParams, EnvState
 
-Router = Callable[[Any, EnvState, EnvParams, jax.Array], jax.Array]
-"""(observation, state, params, key) -> action int32 []."""
+Router = Callable[[jax.Array, Any, EnvState, EnvParams], jax.Array]
+"""(key, observation, state, params) -> action int32 []. Any such function is a router."""
 
 
-def candidates(env: RoutingEnvironment, params: EnvParams, state: EnvState) -> jax.Array:
+class RuleRouter(struct.PyTreeNode):
+    """A rule for an environment. Routers of one rule and equal environments are equal, and share what is compiled."""
+
+    rule: Callable[..., jax.Array] = struct.field(pytree_node=False)  # (env, key, observation, state, params, **own)
+    env: RoutingEnvironment = struct.field(pytree_node=False)
+    parameters: dict[str, Any]  # numbers of the rule, by name, traced
+
+    def __call__(self, key: jax.Array, observation: Any, state: EnvState, params: EnvParams) -> jax.Array:
+        """The action, int32 []."""
+        return self.rule(self.env, key, observation, state, params, **self.parameters)
+
+
+def candidates(env: RoutingEnvironment, state: EnvState, params: EnvParams) -> jax.Array:
     """bool [N]: the experts that the action mask allows, or all where it allows none."""
-    allowed = action_mask(params, state, env.slots)[:-1]
+    allowed = action_mask(state, params, env.slots)[:-1]
     return allowed | ~allowed.any()
 
 

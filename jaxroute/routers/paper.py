@@ -9,37 +9,31 @@ import jax.numpy as jnp
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.routers.choice import Router, candidates, smallest
+from jaxroute.routers.choice import candidates, smallest
 
 
-def round_robin(env: RoutingEnvironment) -> Router:
+def round_robin(
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
+) -> jax.Array:
     """Each decision's expert follows the one before it; a barred expert's turn passes to the next allowed one."""
-
-    def router(observation: Any, state: EnvState, params: EnvParams, key: jax.Array) -> jax.Array:
-        turns_away = (jnp.arange(env.num_experts) - state.step) % env.num_experts
-        return smallest(turns_away, candidates(env, params, state))
-
-    return router
+    turns_away = (jnp.arange(env.num_experts) - state.step) % env.num_experts
+    return smallest(turns_away, candidates(env, state, params))
 
 
-def shortest_queue(env: RoutingEnvironment) -> Router:
+def shortest_queue(
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
+) -> jax.Array:
     """The expert with the fewest requests, running and waiting; ties go to the lowest index.
 
     That is also what load balancers call least outstanding requests, or least connections: a router sees a request
     begin and end, and what is between is running or waiting (Envoy's LEAST_REQUEST over all hosts,
     https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/load_balancing/load_balancers).
     """
-
-    def router(observation: Any, state: EnvState, params: EnvParams, key: jax.Array) -> jax.Array:
-        return smallest(env.queue_lengths(state), candidates(env, params, state))
-
-    return router
+    return smallest(env.queue_lengths(state), candidates(env, state, params))
 
 
-def bert_router(env: RoutingEnvironment) -> Router:
+def bert_router(
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
+) -> jax.Array:
     """The expert with the highest predicted score, whatever its load."""
-
-    def router(observation: Any, state: EnvState, params: EnvParams, key: jax.Array) -> jax.Array:
-        return smallest(-state.request.predicted_score, candidates(env, params, state))
-
-    return router
+    return smallest(-state.request.predicted_score, candidates(env, state, params))

@@ -10,91 +10,90 @@ import jax.numpy as jnp
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.impact import expected_length
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.routers.choice import Router, candidates, smallest, smallest_at_random
+from jaxroute.routers.choice import candidates, smallest, smallest_at_random
 from jaxroute.simulator.disciplines import used_blocks
 
 
-def random(env: RoutingEnvironment) -> Router:
+def random(env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams) -> jax.Array:
     """Any expert, all alike."""
-
-    def router(observation: Any, state: EnvState, params: EnvParams, key: jax.Array) -> jax.Array:
-        return smallest(jax.random.uniform(key, (env.num_experts,)), candidates(env, params, state))
-
-    return router
+    return smallest(jax.random.uniform(key, (env.num_experts,)), candidates(env, state, params))
 
 
-def least_work(env: RoutingEnvironment) -> Router:
+def least_work(
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
+) -> jax.Array:
     """The expert with the fewest tokens outstanding, by predictions.
 
     Sum over its requests of max(prompt - computed, 0) + max(predicted, generated + 1) - generated: prompt tokens still
     to prefill and output tokens still to come. The join-the-least-workload rule of queueing theory, in tokens.
     """
-
-    def router(observation: Any, state: EnvState, params: EnvParams, key: jax.Array) -> jax.Array:
-        engines = state.engines
-        to_prefill = jnp.maximum(engines.prompt_tokens - engines.computed, 0)
-        to_generate = expected_length(state.slots.predicted_tokens, engines.generated) - engines.generated
-        work = jnp.where(engines.unfinished(), to_prefill + to_generate, 0).sum(axis=0)
-        return smallest(work, candidates(env, params, state))
-
-    return router
+    engines = state.engines
+    to_prefill = jnp.maximum(engines.prompt_tokens - engines.computed, 0)
+    to_generate = expected_length(state.queued.predicted_tokens, engines.generated) - engines.generated
+    work = jnp.where(engines.unfinished(), to_prefill + to_generate, 0).sum(axis=0)
+    return smallest(work, candidates(env, state, params))
 
 
-def power_of_two(env: RoutingEnvironment) -> Router:
+def power_of_two(
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
+) -> jax.Array:
     """Of two different random experts the one with fewer requests, running and waiting; of equals, either.
 
     Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", IEEE TPDS 12 (2001),
     https://www.eecs.harvard.edu/~michaelm/postscripts/tpds2001.pdf.
     """
-
-    def router(observation: Any, state: EnvState, params: EnvParams, key: jax.Array) -> jax.Array:
-        among = candidates(env, params, state)
-        lots = jnp.where(among, jax.random.uniform(key, (env.num_experts,)), 2)
-        second = jnp.sort(lots)[min(1, env.num_experts - 1)]
-        return smallest(env.queue_lengths(state) + lots / 2, among & (lots <= second))
-
-    return router
+    among = candidates(env, state, params)
+    lots = jnp.where(among, jax.random.uniform(key, (env.num_experts,)), 2)
+    second = jnp.sort(lots)[min(1, env.num_experts - 1)]
+    return smallest(env.queue_lengths(state) + lots / 2, among & (lots <= second))
 
 
-def latency_based(env: RoutingEnvironment, buffer: float | jax.Array = 0.0) -> Router:
+def latency_based(
+    env: RoutingEnvironment,
+    key: jax.Array,
+    observation: Any,
+    state: EnvState,
+    params: EnvParams,
+    *,
+    buffer: float | jax.Array = 0.0,
+) -> jax.Array:
     """Any expert, all alike, whose recent latency per output token is at most (1 + `buffer`) times the lowest one.
 
     LiteLLM's latency-based routing, whose buffer is 0 unless one is set; here it is tuned. An expert without data
     counts as 0 s, so it is tried first. There the latency is a mean of ten, here it is `EnvState.recent_latency`.
     https://github.com/BerriAI/litellm/blob/main/litellm/router_strategy/lowest_latency.py.
     """
-
-    def router(observation: Any, state: EnvState, params: EnvParams, key: jax.Array) -> jax.Array:
-        among = candidates(env, params, state)
-        latency = jnp.where(among, state.recent_latency, jnp.inf)
-        within = latency <= (1 + buffer) * latency.min()
-        return smallest(jax.random.uniform(key, (env.num_experts,)), within)
-
-    return router
+    among = candidates(env, state, params)
+    latency = jnp.where(among, state.recent_latency, jnp.inf)
+    within = latency <= (1 + buffer) * latency.min()
+    return smallest(jax.random.uniform(key, (env.num_experts,)), within)
 
 
-def vllm_data_parallel(env: RoutingEnvironment) -> Router:
+def vllm_data_parallel(
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
+) -> jax.Array:
     """The expert with the smallest 4 * waiting + running; ties go to the lowest index.
 
     vLLM's load balancing between data-parallel engines, `DPLBAsyncMPClient.get_core_engine_for_request`
     (https://github.com/vllm-project/vllm/blob/v0.10.2/vllm/v1/engine/core_client.py), with counts that are always
     fresh; later versions weigh waiting requests by KV use.
     """
-
-    def router(observation: Any, state: EnvState, params: EnvParams, key: jax.Array) -> jax.Array:
-        running = state.engines.num_running
-        waiting = state.engines.num_requests - running
-        return smallest(4 * waiting + running, candidates(env, params, state))
-
-    return router
+    running = state.engines.num_running
+    waiting = state.engines.num_requests - running
+    return smallest(4 * waiting + running, candidates(env, state, params))
 
 
 def llm_d(
     env: RoutingEnvironment,
+    key: jax.Array,
+    observation: Any,
+    state: EnvState,
+    params: EnvParams,
+    *,
     queue_weight: float | jax.Array = 2.0,
     kv_weight: float | jax.Array = 2.0,
     load_weight: float | jax.Array = 1.0,
-) -> Router:
+) -> jax.Array:
     """The expert with the highest weighted sum of llm-d's scores, any of equals.
 
     Over the candidates, with w requests waiting: queue (max w - w) / (max w - min w), 1 where all are equal; KV cache
@@ -103,25 +102,26 @@ def llm_d(
     https://github.com/kubernetes-sigs/gateway-api-inference-extension/tree/main/pkg/epp/scheduling/framework/plugins/scorer
     and https://github.com/llm-d/llm-d-inference-scheduler/blob/main/pkg/plugins/scorer/load_aware.go.
     """
-
-    def router(observation: Any, state: EnvState, params: EnvParams, key: jax.Array) -> jax.Array:
-        engines, among = state.engines, candidates(env, params, state)
-        waiting = engines.num_requests - engines.num_running
-        most, least = jnp.where(among, waiting, -1).max(), jnp.where(among, waiting, env.slots).min()
-        queue = jnp.where(most > least, (most - waiting) / jnp.maximum(most - least, 1), 1.0)
-        kv = 1 - used_blocks(params.engines, engines) / params.engines.usable_blocks
-        load = 0.5 * (1 - jnp.minimum(waiting, 128) / 128)
-        return smallest_at_random(-(queue_weight * queue + kv_weight * kv + load_weight * load), among, key)
-
-    return router
+    engines, among = state.engines, candidates(env, state, params)
+    waiting = engines.num_requests - engines.num_running
+    most, least = jnp.where(among, waiting, -1).max(), jnp.where(among, waiting, env.slots).min()
+    queue = jnp.where(most > least, (most - waiting) / jnp.maximum(most - least, 1), 1.0)
+    kv = 1 - used_blocks(engines, params.engines) / params.engines.usable_blocks
+    load = 0.5 * (1 - jnp.minimum(waiting, 128) / 128)
+    return smallest_at_random(-(queue_weight * queue + kv_weight * kv + load_weight * load), among, key)
 
 
 def routellm(
     env: RoutingEnvironment,
+    key: jax.Array,
+    observation: Any,
+    state: EnvState,
+    params: EnvParams,
+    *,
     threshold: float | jax.Array = 0.0,
     strong: int | jax.Array = 0,
     weak: int | jax.Array = 1,
-) -> Router:
+) -> jax.Array:
     """The strong expert where its predicted score is at least `threshold` above the weak one's, else the weak one.
 
     RouteLLM's rule with two models and a cutoff on the predicted chance that the strong one wins
@@ -129,25 +129,25 @@ def routellm(
     predicted scores. Which two of N experts, and the cutoff, are tuned. Where the chosen one is barred the other takes
     its place, and where both are, the first that is not.
     """
-
-    def router(observation: Any, state: EnvState, params: EnvParams, key: jax.Array) -> jax.Array:
-        score, expert = state.request.predicted_score, jnp.arange(env.num_experts)
-        wins = score[strong] - score[weak] >= threshold
-        chosen, other = jnp.where(wins, strong, weak), jnp.where(wins, weak, strong)
-        cost = jnp.where(expert == chosen, 0, jnp.where(expert == other, 1, 2))
-        return smallest(cost, candidates(env, params, state))
-
-    return router
+    score, expert = state.request.predicted_score, jnp.arange(env.num_experts)
+    wins = score[strong] - score[weak] >= threshold
+    chosen, other = jnp.where(wins, strong, weak), jnp.where(wins, weak, strong)
+    cost = jnp.where(expert == chosen, 0, jnp.where(expert == other, 1, 2))
+    return smallest(cost, candidates(env, state, params))
 
 
-def score_minus_load(env: RoutingEnvironment, weight: float | jax.Array = 0.05) -> Router:
+def score_minus_load(
+    env: RoutingEnvironment,
+    key: jax.Array,
+    observation: Any,
+    state: EnvState,
+    params: EnvParams,
+    *,
+    weight: float | jax.Array = 0.05,
+) -> jax.Array:
     """The expert with the highest predicted score - `weight` * requests there, running and waiting.
 
     The weight is tuned, so that this is the strongest rule that looks at no more than one number of each expert.
     """
-
-    def router(observation: Any, state: EnvState, params: EnvParams, key: jax.Array) -> jax.Array:
-        cost = weight * env.queue_lengths(state) - state.request.predicted_score
-        return smallest(cost, candidates(env, params, state))
-
-    return router
+    cost = weight * env.queue_lengths(state) - state.request.predicted_score
+    return smallest(cost, candidates(env, state, params))

@@ -9,19 +9,19 @@ had.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator import scheduler_v0
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, anywhere, lowest, total
 from jaxroute.simulator.latency import decode_run, iteration_time, iterations_started_before, run_time
-from jaxroute.simulator.scheduler import Decision
+from jaxroute.simulator.scheduler import SchedulerOutput
 
 
-class Progress(struct.PyTreeNode):
+class EngineWork(struct.PyTreeNode):
     """What engines did while they were advanced. Counts are int32 [...], times float [...] in seconds."""
 
     iterations: jax.Array
@@ -33,58 +33,70 @@ class Progress(struct.PyTreeNode):
     block_seconds: jax.Array  # KV blocks held, integrated over busy time (in a run of decodes: growing linearly)
 
     @classmethod
-    def none(cls, shape: tuple[int, ...] = ()) -> Progress:
+    def none(cls, shape: tuple[int, ...] = ()) -> EngineWork:
         """Nothing done yet, by engines of these trailing axes."""
         count, time = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, float)
         return cls(count, count, count, count, count, time, time)
 
 
+class Jump(NamedTuple):
+    """One round of `advance`: an iteration, and the run of plain decode iterations after it."""
+
+    runs: jax.Array  # bool [...], the round takes place; where it does not, only the two `before` mean anything
+    before: EngineState
+    work_before: EngineWork
+    output: SchedulerOutput  # of the iteration
+    middle: EngineState  # after the iteration
+    work_middle: EngineWork
+    stalled: jax.Array  # bool [...], the iteration changed nothing
+    after: EngineState  # after the decode iterations
+    work_after: EngineWork
+
+
 def run_iteration(
-    params: EngineParams, state: EngineState, progress: Progress
-) -> tuple[EngineState, Progress, Decision]:
+    state: EngineState, work: EngineWork, params: EngineParams
+) -> tuple[EngineState, EngineWork, SchedulerOutput]:
     """Schedules and executes one iteration, whose tokens appear at its end."""
-    decision = rules(params).schedule(params, state)
+    own = rules(params)
+    output = own.schedule(state, params)
     duration = iteration_time(
-        params.latency, decision.prefill_tokens, decision.decodes, decision.context_tokens.astype(state.clock.dtype)
+        params.latency, output.prefill_tokens, output.decodes, output.context_tokens.astype(state.clock.dtype)
     )
     clock = state.clock + duration
     # 6: a request whose computed tokens reach its length yields a token; 3: a preempted one starts again from nothing.
-    computed = jnp.where(state.position < decision.num_running, state.computed + decision.tokens, 0)
-    sampled = (decision.tokens > 0) & (computed >= state.prompt_tokens + state.generated)
-    if decision.ignored is not None:
-        sampled &= state.unfinished()  # what is decoded once more yields nothing
+    computed = jnp.where(state.position < output.num_running, state.computed + output.tokens, 0)
+    sampled = (output.tokens > 0) & (computed >= state.prompt_tokens + state.generated)
     generated = state.generated + sampled
-    nothing = decision.prefill_tokens + decision.decodes == 0
+    nothing = output.prefill_tokens + output.decodes == 0
     after = state.replace(
         clock=clock,
-        num_running=decision.num_running,
+        num_running=output.num_running,
         computed=computed,
         generated=generated,
-        preemptions=state.preemptions + decision.preempted,
+        preemptions=state.preemptions + output.preempted,
         first_token_time=jnp.where(sampled & (state.generated == 0), clock, state.first_token_time),
         finish_time=jnp.where(sampled & (generated >= state.target_tokens), clock, state.finish_time),
     )
-    if decision.ignored is not None:
-        after = scheduler_v0.settle(params, state, after, decision.ignored, progress.iterations)
-    progress = Progress(
-        iterations=progress.iterations + 1,
-        idle_iterations=jnp.where(nothing, progress.idle_iterations + 1, 0),
-        prefill_tokens=progress.prefill_tokens + decision.prefill_tokens,
-        decodes=progress.decodes + decision.decodes,
-        context_tokens=progress.context_tokens + decision.context_tokens,
-        busy_time=progress.busy_time + duration,
-        block_seconds=progress.block_seconds + duration * decision.used_blocks,
+    after = own.after_iteration(state, after, output, work.iterations, params)
+    work = EngineWork(
+        iterations=work.iterations + 1,
+        idle_iterations=jnp.where(nothing, work.idle_iterations + 1, 0),
+        prefill_tokens=work.prefill_tokens + output.prefill_tokens,
+        decodes=work.decodes + output.decodes,
+        context_tokens=work.context_tokens + output.context_tokens,
+        busy_time=work.busy_time + duration,
+        block_seconds=work.block_seconds + duration * output.used_blocks,
     )
-    return after, progress, decision
+    return after, work, output
 
 
 def _iterations_until_full(
-    params: EngineParams,
     blocks_after: Callable[[jax.Array], jax.Array],
     usable: jax.Array,
     batch: jax.Array,
     context: jax.Array,
     enough: jax.Array,
+    block_size: jax.Array,
 ) -> jax.Array:
     """Decode iterations for which `usable` KV blocks are enough, int32 [...]; any number from `enough` on means enough.
 
@@ -92,8 +104,8 @@ def _iterations_until_full(
     The loop runs only where memory is that short.
     """
     batch = jnp.maximum(batch, 1)
-    spare = usable * params.block_size - context
-    low = (spare - batch * (params.block_size - 1)) // batch
+    spare = usable * block_size - context
+    low = (spare - batch * (block_size - 1)) // batch
 
     def is_open(low: jax.Array, high: jax.Array) -> jax.Array:
         return (low < high) & (low < enough)
@@ -109,14 +121,14 @@ def _iterations_until_full(
 
 
 def run_decodes(
-    params: EngineParams,
     state: EngineState,
-    progress: Progress,
+    work: EngineWork,
     stalled: jax.Array,
     until: jax.Array,
+    params: EngineParams,
     most_iterations: jax.Array | int,
     stall_iterations: jax.Array | int,
-) -> tuple[EngineState, Progress]:
+) -> tuple[EngineState, EngineWork]:
     """Runs the plain iterations that follow, up to the next event; none where the next iteration is something else.
 
     `stalled`, bool [...]: the last iteration changed nothing, so that it repeats until something arrives.
@@ -127,20 +139,22 @@ def run_decodes(
     context = total(jnp.where(running, state.computed, 0))
 
     def blocks_after(iterations: jax.Array | int) -> jax.Array:
-        return total(jnp.where(running, own.held_blocks(params, state.computed + iterations), 0))
+        return total(jnp.where(running, own.held_blocks(state.computed + iterations, params), 0))
 
-    plain = own.only_decodes(params, state, running, batch, blocks_after)
+    plain = own.only_decodes(state, running, batch, blocks_after, params)
     to_completion = lowest(jnp.where(running, state.target_tokens - state.generated, LARGE))
-    to_stall = stall_iterations - progress.idle_iterations
+    to_stall = stall_iterations - work.idle_iterations
     gap = until - state.clock
     first, growth = decode_run(params.latency, batch, context.astype(state.clock.dtype))
     count = jnp.minimum(
-        jnp.minimum(jnp.where(stalled, to_stall, to_completion), most_iterations - progress.iterations),
+        jnp.minimum(jnp.where(stalled, to_stall, to_completion), most_iterations - work.iterations),
         iterations_started_before(first, growth, jnp.maximum(gap, 0)),
     )
     count = jnp.where((plain | stalled) & (gap > 0), count, 0)
     usable = params.usable_blocks - own.spare_blocks if own.spare_blocks else params.usable_blocks
-    to_full = _iterations_until_full(params, blocks_after, usable, batch, context, jnp.where(stalled, 0, count))
+    to_full = _iterations_until_full(
+        blocks_after, usable, batch, context, jnp.where(stalled, 0, count), params.block_size
+    )
     count = jnp.where(stalled, count, jnp.minimum(count, to_full))
     count = jnp.maximum(count, 0)
 
@@ -157,58 +171,76 @@ def run_decodes(
         generated=generated,
         finish_time=jnp.where(finished, clock, state.finish_time),
     )
-    progress = progress.replace(
-        iterations=progress.iterations + count,
-        idle_iterations=jnp.where(stalled, progress.idle_iterations + count, progress.idle_iterations),
-        decodes=progress.decodes + tokens,
-        context_tokens=progress.context_tokens + context * count + batch * (count * (count + 1) // 2),
-        busy_time=progress.busy_time + duration,
-        block_seconds=progress.block_seconds + duration * held.astype(duration.dtype),
+    work = work.replace(
+        iterations=work.iterations + count,
+        idle_iterations=jnp.where(stalled, work.idle_iterations + count, work.idle_iterations),
+        decodes=work.decodes + tokens,
+        context_tokens=work.context_tokens + context * count + batch * (count * (count + 1) // 2),
+        busy_time=work.busy_time + duration,
+        block_seconds=work.block_seconds + duration * held.astype(duration.dtype),
     )
-    return state, progress
+    return state, work
+
+
+def jump(
+    state: EngineState,
+    work: EngineWork,
+    until: jax.Array,
+    params: EngineParams,
+    most_iterations: jax.Array | int = LARGE,
+    stall_iterations: jax.Array | int = LARGE,
+) -> Jump:
+    """The next round of an `advance` with these bounds; engines that it may not run stay as they are."""
+    runs = may_run(state, work, until, params, most_iterations, stall_iterations)
+    middle, work_middle, output = run_iteration(state, work, params)
+    stalled = total((output.tokens > 0) | output.preempted) == 0
+    if rules(params).ignores:
+        stalled &= ~stalled  # all False, but not a constant, which Triton does not take
+    run = run_decodes(middle, work_middle, stalled, until, params, most_iterations, stall_iterations)
+    after, work_after = jax.tree.map(lambda new, old: jnp.where(runs, new, old), run, (state, work))
+    return Jump(runs, state, work, output, middle, work_middle, stalled, after, work_after)
 
 
 def advance(
-    params: EngineParams,
     state: EngineState,
-    progress: Progress,
+    work: EngineWork,
     until: jax.Array,
+    params: EngineParams,
     most_iterations: jax.Array | int = LARGE,
     stall_iterations: jax.Array | int = LARGE,
-) -> tuple[EngineState, Progress]:
+    on_jump: Callable[[Any, Jump], Any] | None = None,
+    seen: Any = None,
+) -> tuple[EngineState, EngineWork, Any]:
     """Runs engines by jumps: every iteration that starts before `until` (float [...], s from the present; rule 9).
 
-    Ends sooner when the queue is empty, when `progress` counts `most_iterations`, or `stall_iterations` empty ones in a
-    row. Requests that finish are marked, not removed.
+    Ends sooner when the queue is empty, when `work` counts `most_iterations`, or `stall_iterations` empty ones in a
+    row. Requests that finish are marked, not removed. `seen`, any pytree, becomes `on_jump(seen, jump)` after every
+    round, and is returned last.
     """
 
-    def goes_on(carry: tuple[EngineState, Progress]) -> jax.Array:
-        return may_run(params, carry[0], carry[1], until, most_iterations, stall_iterations)
+    def goes_on(carry: tuple[EngineState, EngineWork, Any]) -> jax.Array:
+        return anywhere(may_run(carry[0], carry[1], until, params, most_iterations, stall_iterations))
 
-    def jump(carry: tuple[EngineState, Progress]) -> tuple[EngineState, Progress]:
-        state, progress, decision = run_iteration(params, *carry)
-        stalled = total((decision.tokens > 0) | decision.preempted) == 0
-        if rules(params).ignores:
-            stalled &= ~stalled  # all False, but not a constant, which Triton does not take
-        jumped = run_decodes(params, state, progress, stalled, until, most_iterations, stall_iterations)
-        runs = goes_on(carry)
-        return jax.tree.map(lambda new, old: jnp.where(runs, new, old), jumped, carry)
+    def one(carry: tuple[EngineState, EngineWork, Any]) -> tuple[EngineState, EngineWork, Any]:
+        state, work, seen = carry
+        done = jump(state, work, until, params, most_iterations, stall_iterations)
+        return done.after, done.work_after, seen if on_jump is None else on_jump(seen, done)
 
-    return jax.lax.while_loop(lambda carry: anywhere(goes_on(carry)), jump, (state, progress))
+    return jax.lax.while_loop(goes_on, one, (state, work, seen))
 
 
 def may_run(
-    params: EngineParams,
     state: EngineState,
-    progress: Progress,
+    work: EngineWork,
     until: jax.Array,
+    params: EngineParams,
     most_iterations: jax.Array | int = LARGE,
     stall_iterations: jax.Array | int = LARGE,
 ) -> jax.Array:
     """bool [...]: the next iteration belongs to an advance with these bounds (see `advance`)."""
     return (
-        (total(rules(params).present(params, state)) > 0)
+        (total(rules(params).occupies(state, params)) > 0)
         & (state.clock < until)
-        & (progress.iterations < most_iterations)
-        & (progress.idle_iterations < stall_iterations)
+        & (work.iterations < most_iterations)
+        & (work.idle_iterations < stall_iterations)
     )

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxroute.simulator.advance import Progress, advance
+from jaxroute.simulator.advance import EngineWork, advance
 from jaxroute.simulator.engine import LARGE, EngineParams, EngineState
 
 HAS_TRITON = find_spec("jax.experimental.pallas.triton") is not None
@@ -29,24 +29,25 @@ CHANGED = ("num_running", "clock", "generated", "computed", "preemptions", "firs
 
 
 def advance_engines(
-    params: EngineParams,
     state: EngineState,
-    progress: Progress,
+    work: EngineWork,
     until: jax.Array,
+    params: EngineParams,
     most_iterations: jax.Array | int = LARGE,
     stall_iterations: jax.Array | int = LARGE,
-) -> tuple[EngineState, Progress]:
-    """`advance`, with its arguments and result; on an NVIDIA GPU one kernel, also under `jax.vmap`.
+) -> tuple[EngineState, EngineWork]:
+    """`advance` without an observer; on an NVIDIA GPU one kernel, also under `jax.vmap`.
 
     Only slots out of use can differ, which hold nothing: the kernel leaves them as they were.
     """
     if not HAS_TRITON:
-        return advance(params, state, progress, until, most_iterations, stall_iterations)
-    bounds = (until, jnp.int32(most_iterations), jnp.int32(stall_iterations))
-    return jax.lax.platform_dependent(params, state, progress, *bounds, cuda=advance_in_kernel, default=advance)
+        return advance(state, work, until, params, most_iterations, stall_iterations)[:2]
+    inputs = (state, work, until, params, jnp.int32(most_iterations), jnp.int32(stall_iterations))
+    loop = lambda *inputs: advance(*inputs)[:2]  # noqa: E731
+    return jax.lax.platform_dependent(*inputs, cuda=advance_in_kernel, default=loop)
 
 
-def advance_in_kernel(*inputs: Any, interpret: bool = False) -> tuple[EngineState, Progress]:
+def advance_in_kernel(*inputs: Any, interpret: bool = False) -> tuple[EngineState, EngineWork]:
     """`advance` of engines [...] as a kernel of one program an engine; `interpret` it where there is no GPU.
 
     `inputs` are the six arguments of `advance`, all arrays; what engines share may have fewer or shorter axes, and is
@@ -56,13 +57,13 @@ def advance_in_kernel(*inputs: Any, interpret: bool = False) -> tuple[EngineStat
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    _, state, progress, *_ = inputs
+    state, work, *_ = inputs
     engines = state.clock.shape
     block = pl.next_power_of_2(state.num_slots)
 
     def program(*refs: Any) -> None:
         ins, outs = refs[: len(inputs)], refs[len(inputs) :]
-        _, state, _, until, *_ = ins
+        state, _, until, *_ = ins
         # Nothing is moved of engines that are busy until then, and of slots out of use.
         used = jnp.where(state.clock[...] < until[...], state.num_requests[...], 0)
         in_use = jnp.arange(block, dtype=jnp.int32) < used
@@ -76,8 +77,8 @@ def advance_in_kernel(*inputs: Any, interpret: bool = False) -> tuple[EngineStat
             else:
                 ref[...] = value
 
-        state, progress = advance(*jax.tree.map(load, ins))
-        jax.tree.map(store, outs, ([getattr(state, name) for name in CHANGED], progress))
+        state, work, _ = advance(*jax.tree.map(load, ins))
+        jax.tree.map(store, outs, ([getattr(state, name) for name in CHANGED], work))
 
     def spec(leaf: Any) -> pl.BlockSpec:
         """One engine's part of a leaf: a scalar, or `block` slots, of which the last may not exist."""
@@ -90,19 +91,19 @@ def advance_in_kernel(*inputs: Any, interpret: bool = False) -> tuple[EngineStat
 
         return pl.BlockSpec((*[block] * slots, *[None] * len(sizes)), part)
 
-    outputs = jax.eval_shape(lambda: ([getattr(state, name) for name in CHANGED], progress))
+    outputs = jax.eval_shape(lambda: ([getattr(state, name) for name in CHANGED], work))
     leaves, structure = jax.tree.flatten(inputs)
     number = jax.tree.unflatten(structure, range(len(leaves)))
-    changed, progress = pl.pallas_call(
+    changed, work = pl.pallas_call(
         program,
         out_shape=outputs,
         grid=engines,
         in_specs=jax.tree.map(spec, inputs),
         out_specs=jax.tree.map(spec, outputs),
         # The state is written where it was read: what is not written stays as it was.
-        input_output_aliases={getattr(number[1], name): place for place, name in enumerate(CHANGED)},
+        input_output_aliases={getattr(number[0], name): place for place, name in enumerate(CHANGED)},
         compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="advance",
     )(*inputs)
-    return state.replace(**dict(zip(CHANGED, changed, strict=True))), progress
+    return state.replace(**dict(zip(CHANGED, changed, strict=True))), work

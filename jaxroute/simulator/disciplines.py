@@ -1,4 +1,4 @@
-"""The scheduling disciplines by name, and what each of them decides: a rule is in the file its function comes from.
+"""The scheduling disciplines by name: a discipline is a file of rules and a row of the table here.
 
 `EngineParams.discipline` is static, so a program contains the rules of one discipline only.
 """
@@ -12,27 +12,32 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute.simulator import scheduler, scheduler_orca, scheduler_v0
-from jaxroute.simulator.engine import EngineParams, EngineState, blocks_for, total
-from jaxroute.simulator.scheduler import Decision
+from jaxroute.simulator.engine import NEVER, EngineParams, EngineState, blocks_for, total
+from jaxroute.simulator.scheduler import SchedulerOutput
 
 
 class Discipline(NamedTuple):
-    """Functions of an engine's parameters, with any trailing axes."""
+    """Everything that is particular to a discipline: functions of engines with any trailing axes, and constants."""
 
-    schedule: Callable[[EngineParams, EngineState], Decision]
-    only_decodes: Callable[..., jax.Array]  # the iterations that follow are a run of decodes, while memory lasts
-    can_serve: Callable[[EngineParams, jax.Array, jax.Array], jax.Array]  # by prompt and output tokens: it can finish
-    present: Callable[[EngineParams, EngineState], jax.Array]  # bool [S, ...]: takes part in the engine's work
-    held_blocks: Callable[[EngineParams, jax.Array], jax.Array]  # KV blocks of a request with so many tokens in them
+    schedule: Callable[[EngineState, EngineParams], SchedulerOutput]
+    only_decodes: Callable[..., jax.Array]  # bool [...]: a run of decodes follows, while memory lasts (`scheduler`)
+    can_serve: Callable[[jax.Array, jax.Array, EngineParams], jax.Array]  # by prompt and output tokens: it can finish
+    occupies: Callable[[EngineState, EngineParams], jax.Array]  # bool [S, ...]: takes part in the engine's work
+    finished: Callable[[EngineState, EngineParams], jax.Array]  # bool [S, ...]: the engine is done with the request
+    after_iteration: Callable[
+        ..., EngineState
+    ]  # of (before, after, output, iteration number, params): the true `after`
+    held_blocks: Callable[[jax.Array, EngineParams], jax.Array]  # KV blocks of a request with so many tokens in them
     admissible_blocks: Callable[[EngineParams], jax.Array]  # KV blocks that admissions may fill
     longest: Callable[[EngineParams], jax.Array]  # tokens, prompt and output, at which a request ends
     spare_blocks: int = 0  # KV blocks that stay free in an iteration of decodes
     grows: bool = True  # a decode may take a KV block
     ignores: bool = False  # requests that can never fit are dropped, and so the engine never stalls
+    finished_stay: bool = False  # a finished request may keep its seat for some iterations more
     null_blocks: int = 1  # of `num_gpu_blocks`, those that no request can hold
 
 
-def _blocks_of_tokens(params: EngineParams, tokens: jax.Array) -> jax.Array:
+def _blocks_of_tokens(tokens: jax.Array, params: EngineParams) -> jax.Array:
     return blocks_for(tokens, params.block_size)
 
 
@@ -40,9 +45,21 @@ def _all_blocks(params: EngineParams) -> jax.Array:
     return params.usable_blocks
 
 
-def _unfinished(params: EngineParams, state: EngineState) -> jax.Array:
+def _unfinished(state: EngineState, params: EngineParams) -> jax.Array:
     del params
     return state.unfinished()
+
+
+def _has_last_token(state: EngineState, params: EngineParams) -> jax.Array:
+    del params
+    return (state.position < state.num_requests) & (state.finish_time < NEVER)
+
+
+def _nothing_more(
+    before: EngineState, after: EngineState, output: SchedulerOutput, iteration: jax.Array, params: EngineParams
+) -> EngineState:
+    del before, output, iteration, params
+    return after
 
 
 DISCIPLINES = {
@@ -50,7 +67,9 @@ DISCIPLINES = {
         schedule=scheduler.schedule,
         only_decodes=scheduler.only_decodes,
         can_serve=scheduler.can_serve,
-        present=_unfinished,
+        occupies=_unfinished,
+        finished=_has_last_token,
+        after_iteration=_nothing_more,
         held_blocks=_blocks_of_tokens,
         admissible_blocks=_all_blocks,
         longest=lambda params: params.max_model_len,
@@ -59,19 +78,24 @@ DISCIPLINES = {
         schedule=scheduler_v0.schedule,
         only_decodes=scheduler_v0.only_decodes,
         can_serve=scheduler_v0.can_serve,
-        present=scheduler_v0.present,
+        occupies=scheduler_v0.occupies,
+        finished=scheduler_v0.finished,
+        after_iteration=scheduler_v0.after_iteration,
         held_blocks=_blocks_of_tokens,
         admissible_blocks=scheduler_v0.admissible_blocks,
         longest=lambda params: params.max_model_len + 1,
         spare_blocks=1,
         ignores=True,
+        finished_stay=True,
         null_blocks=0,
     ),
     "orca": Discipline(
         schedule=scheduler_orca.schedule,
         only_decodes=scheduler_orca.only_decodes,
         can_serve=scheduler_orca.can_serve,
-        present=_unfinished,
+        occupies=_unfinished,
+        finished=_has_last_token,
+        after_iteration=_nothing_more,
         held_blocks=scheduler_orca.held_blocks,
         admissible_blocks=_all_blocks,
         longest=lambda params: params.max_model_len,
@@ -80,9 +104,9 @@ DISCIPLINES = {
 }
 
 
-def used_blocks(params: EngineParams, state: EngineState) -> jax.Array:
+def used_blocks(state: EngineState, params: EngineParams) -> jax.Array:
     """int32 [...]: KV blocks that the running requests hold."""
-    blocks = rules(params).held_blocks(params, state.computed)
+    blocks = rules(params).held_blocks(state.computed, params)
     return total(jnp.where(state.position < state.num_running, blocks, 0))
 
 

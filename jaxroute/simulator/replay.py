@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.errors import UserError, known
+from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.engine_config import engine_from_config
-from jaxroute.simulator.recorded import Outcome, Recording, replay_by_jumps
+from jaxroute.simulator.recorded import Recording, ReplayOutcome, replay_by_jumps
 from jaxroute.workload import load_trace
 
 ENGINES = {"V1": "vllm_v1", "V0": "vllm_v0", "orca": "orca"}
@@ -113,7 +114,7 @@ def _check_request(request: Any, kind: str, where: str) -> None:
             raise UserError(f"{where}: {key} is out of range: {value!r}")
 
 
-def result(outcome: Outcome, ids: np.ndarray, times: np.ndarray) -> dict[str, Any]:
+def result(outcome: ReplayOutcome, ids: np.ndarray, times: np.ndarray, engine: EngineParams) -> dict[str, Any]:
     """The JSON of a finished run: absolute times in seconds, null for what did not happen."""
 
     def absolute(since: jax.Array) -> list[float | None]:
@@ -124,7 +125,7 @@ def result(outcome: Outcome, ids: np.ndarray, times: np.ndarray) -> dict[str, An
     joined = int(outcome.joined)
     last_joined = float(times[joined - 1]) if joined else 0.0
     preemptions, emitted = np.asarray(outcome.preemptions).tolist(), np.asarray(outcome.emitted).tolist()
-    ignored = outcome.ignored_iteration
+    ignored = outcome.ignored_iteration if rules(engine).ignores else None
     status = "ok" if outcome.drained else "stalled" if outcome.stalled else "max_iterations"
     return {
         "status": status,
@@ -139,7 +140,7 @@ def result(outcome: Outcome, ids: np.ndarray, times: np.ndarray) -> dict[str, An
             for position in np.argsort(ids)
         },
         "summary": {
-            "iterations": int(outcome.progress.iterations),
+            "iterations": int(outcome.work.iterations),
             "preemptions": sum(preemptions),
             "end_time": float(outcome.end) + last_joined,
         },
@@ -156,5 +157,5 @@ def _v0_end(ignored_iteration: int, finish: float | None) -> dict[str, Any]:
 def replay(spec: Mapping[str, Any], where: str = "spec") -> dict[str, Any]:
     """Runs a spec (see `load_spec`) in the precision that JAX is set to; returns what the command writes."""
     engine, recording, ids, times = engine_and_recording(spec, where)
-    outcome = jax.jit(replay_by_jumps)(engine, recording)
-    return result(jax.device_get(outcome), ids, times)
+    outcome = jax.jit(replay_by_jumps)(recording, engine)
+    return result(jax.device_get(outcome), ids, times, engine)

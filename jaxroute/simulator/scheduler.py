@@ -23,8 +23,8 @@ from flax import struct
 from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, anywhere, blocks_for, lowest, prefix_sum, total
 
 
-class Decision(struct.PyTreeNode):
-    """What one iteration does, for queues of S slots."""
+class SchedulerOutput(struct.PyTreeNode):
+    """What one iteration does, for queues of S slots; named as in vLLM."""
 
     num_running: jax.Array  # int32 [...], the boundary afterwards
     tokens: jax.Array  # int32 [S, ...], tokens scheduled for each slot, 0 for the others
@@ -42,34 +42,34 @@ def prefill_limit(params: EngineParams) -> jax.Array:
     return jnp.where(threshold > 0, threshold, LARGE)
 
 
-def schedule(params: EngineParams, state: EngineState) -> Decision:
+def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
     """The decision for the iteration that starts now. Numbers in comments are the rules of simulation.md section 1."""
     position = state.position
-    present = state.unfinished()
+    unfinished = state.unfinished()
     running = position < state.num_running
     length = state.prompt_tokens + state.generated
 
     # 2 and 4: tokens that each request asks for.
     room = jnp.where(running, params.max_model_len - 1 - state.computed, LARGE)
     wanted = jnp.minimum(jnp.minimum(length - state.computed, prefill_limit(params)), room)
-    wanted = jnp.where(present, jnp.maximum(wanted, 0), 0)
+    wanted = jnp.where(unfinished, jnp.maximum(wanted, 0), 0)
     budget = params.max_num_batched_tokens
 
     def take_turns(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        _, present, wanted, _ = carry
+        _, unfinished, wanted, _ = carry
         # Each gets what those before it leave of the budget.
         capped = jnp.minimum(wanted, budget)
         tokens = jnp.clip(budget - (prefix_sum(capped) - capped), 0, wanted)
         # 3 and 5: blocks held afterwards by everyone up to here; for an admission also with the whole prompt.
-        blocks = jnp.where(present, blocks_for(state.computed + tokens, params.block_size), 0)
+        blocks = jnp.where(unfinished, blocks_for(state.computed + tokens, params.block_size), 0)
         blocks_up_to = prefix_sum(blocks)
         fits = blocks_up_to <= params.usable_blocks
         whole = blocks_up_to - blocks + blocks_for(length, params.block_size)
         whole_fits = (whole <= params.usable_blocks) | ~params.reserve_full_isl
         unchunked = (tokens == wanted) | params.enable_chunked_prefill
-        seated = prefix_sum(present) <= params.max_num_seqs
+        seated = prefix_sum(unfinished) <= params.max_num_seqs
         passes = fits & (running | ((tokens > 0) & unchunked & whole_fits & seated))
-        failed = lowest(jnp.where(present & ~passes, position, LARGE))
+        failed = lowest(jnp.where(unfinished & ~passes, position, LARGE))
         # All true, but not a constant, which Triton does not take as the result of a loop's round.
         return ample | ~ample, passes, tokens, jnp.minimum(failed, state.num_requests)
 
@@ -78,20 +78,22 @@ def schedule(params: EngineParams, state: EngineState) -> Decision:
     # a branch is not. What it works on must come in by the carry and change there: XLA computes what a loop does not
     # change ahead of it.
     most = jnp.where(running | ~params.reserve_full_isl, state.computed + wanted, length)
-    most_blocks = total(jnp.where(present, blocks_for(most, params.block_size), 0))
-    ample = (total(wanted) <= budget) & (most_blocks <= params.usable_blocks) & (total(present) <= params.max_num_seqs)
-    all_at_once = (ample, present, wanted, state.num_requests)
+    most_blocks = total(jnp.where(unfinished, blocks_for(most, params.block_size), 0))
+    ample = (
+        (total(wanted) <= budget) & (most_blocks <= params.usable_blocks) & (total(unfinished) <= params.max_num_seqs)
+    )
+    all_at_once = (ample, unfinished, wanted, state.num_requests)
     _, _, tokens, num_running = jax.lax.while_loop(lambda carry: anywhere(~carry[0]), take_turns, all_at_once)
 
     blocks = blocks_for(state.computed + tokens, params.block_size)
-    scheduled = present & (position < num_running)
+    scheduled = unfinished & (position < num_running)
     tokens = jnp.where(scheduled, tokens, 0)
     decode = (tokens == 1) & (state.generated > 0) & (state.computed == length - 1)
     decodes = total(decode)
-    return Decision(
+    return SchedulerOutput(
         num_running=num_running,
         tokens=tokens,
-        preempted=present & running & (position >= num_running),
+        preempted=unfinished & running & (position >= num_running),
         prefill_tokens=total(tokens) - decodes,
         decodes=decodes,
         context_tokens=total(jnp.where(tokens > 0, state.computed + tokens, 0)),
@@ -100,21 +102,21 @@ def schedule(params: EngineParams, state: EngineState) -> Decision:
 
 
 def only_decodes(
-    params: EngineParams,
     state: EngineState,
     running: jax.Array,
     batch: jax.Array,
     blocks_after: Callable[[jax.Array | int], jax.Array],
+    params: EngineParams,
 ) -> jax.Array:
     """bool [...]: the iterations that follow decode `running` (bool [S, ...], `batch` of them, int32 [...]), and nobody
     else gets on, while memory lasts. `blocks_after` gives the KV blocks that they hold after so many iterations.
     """
     decoding = (state.generated > 0) & (state.computed == state.prompt_tokens + state.generated - 1)
     plain = (total(running & decoding) == batch) & (batch > 0) & (batch <= params.max_num_batched_tokens)
-    return plain & _is_blocked(params, state, batch, blocks_after(1))
+    return plain & _is_blocked(state, batch, blocks_after(1), params)
 
 
-def _is_blocked(params: EngineParams, state: EngineState, batch: jax.Array, next_blocks: jax.Array) -> jax.Array:
+def _is_blocked(state: EngineState, batch: jax.Array, next_blocks: jax.Array, params: EngineParams) -> jax.Array:
     """bool [...]: the head of `waiting` cannot join a batch of `batch` decodes that will hold `next_blocks`.
 
     Rules 4 and 5. While the batch only decodes it stays so: seats and budget do not change, blocks only become scarcer.
@@ -134,7 +136,7 @@ def _is_blocked(params: EngineParams, state: EngineState, batch: jax.Array, next
     )
 
 
-def can_serve(params: EngineParams, prompt_tokens: jax.Array, output_tokens: jax.Array) -> jax.Array:
+def can_serve(prompt_tokens: jax.Array, output_tokens: jax.Array, params: EngineParams) -> jax.Array:
     """bool [...]: a request of these lengths could ever finish (rule 8)."""
     length = jnp.minimum(prompt_tokens + output_tokens, params.max_model_len)
     feasible = blocks_for(length - 1, params.block_size) <= params.usable_blocks

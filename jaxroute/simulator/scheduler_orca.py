@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute.simulator.engine import EngineParams, EngineState, blocks_for, prefix_sum, total
-from jaxroute.simulator.scheduler import Decision
+from jaxroute.simulator.scheduler import SchedulerOutput
 
 
 def reserved_blocks(params: EngineParams) -> jax.Array:
@@ -21,30 +21,30 @@ def reserved_blocks(params: EngineParams) -> jax.Array:
     return blocks_for(params.max_model_len, params.block_size)
 
 
-def held_blocks(params: EngineParams, tokens: jax.Array) -> jax.Array:
+def held_blocks(tokens: jax.Array, params: EngineParams) -> jax.Array:
     """int32, KV blocks that a request with so many `tokens` in the cache holds; none before it runs."""
     return jnp.where(tokens > 0, reserved_blocks(params), 0)
 
 
-def can_serve(params: EngineParams, prompt_tokens: jax.Array, output_tokens: jax.Array) -> jax.Array:
+def can_serve(prompt_tokens: jax.Array, output_tokens: jax.Array, params: EngineParams) -> jax.Array:
     """bool [...]: the longest sequence has a place, and the prompt leaves it room for a token."""
     del output_tokens
     return (prompt_tokens < params.max_model_len) & (reserved_blocks(params) <= params.usable_blocks)
 
 
-def schedule(params: EngineParams, state: EngineState) -> Decision:
+def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
     """The decision for the iteration that starts now: everyone who runs decodes, and who finds a place is prefilled."""
-    position, present = state.position, state.unfinished()
-    rank = prefix_sum(present)
+    position, unfinished = state.position, state.unfinished()
+    rank = prefix_sum(unfinished)
     has_place = (rank <= params.max_num_seqs) & (rank * reserved_blocks(params) <= params.usable_blocks)
     # Who runs has a place: those before it only become fewer.
-    scheduled = present & has_place
+    scheduled = unfinished & has_place
     tokens = jnp.where(scheduled, state.prompt_tokens + state.generated - state.computed, 0)
     decodes = total(scheduled & (position < state.num_running))
-    return Decision(
-        num_running=state.num_requests - total(present & ~has_place),
+    return SchedulerOutput(
+        num_running=state.num_requests - total(unfinished & ~has_place),
         tokens=tokens,
-        preempted=jnp.zeros_like(present),
+        preempted=jnp.zeros_like(unfinished),
         prefill_tokens=total(tokens) - decodes,
         decodes=decodes,
         context_tokens=total(jnp.where(scheduled, state.computed + tokens, 0)),
@@ -53,11 +53,11 @@ def schedule(params: EngineParams, state: EngineState) -> Decision:
 
 
 def only_decodes(
-    params: EngineParams,
     state: EngineState,
     running: jax.Array,
     batch: jax.Array,
     blocks_after: Callable[[jax.Array | int], jax.Array],
+    params: EngineParams,
 ) -> jax.Array:
     """bool [...]: the iterations that follow decode `running`, and nobody else gets on."""
     del running, blocks_after

@@ -25,28 +25,28 @@ from jaxroute.simulator.engine import (
     prefix_sum,
     total,
 )
-from jaxroute.simulator.scheduler import Decision
+from jaxroute.simulator.scheduler import SchedulerOutput
 
 
-def _lingers(params: EngineParams, state: EngineState) -> jax.Array:
+def _lingers(state: EngineState, params: EngineParams) -> jax.Array:
     """bool [S, ...]: finished, but the engine has not looked at that yet (rule 11)."""
     assert params.async_output_proc is not None
     ended = (state.finish_time > IGNORED) & (state.finish_time < NEVER)
     return params.async_output_proc & (state.position < state.num_requests) & ended & (state.computed > 0)
 
 
-def present(params: EngineParams, state: EngineState) -> jax.Array:
+def occupies(state: EngineState, params: EngineParams) -> jax.Array:
     """bool [S, ...]: the request waits, runs, or has finished and still holds its seat."""
-    return state.unfinished() | _lingers(params, state)
+    return state.unfinished() | _lingers(state, params)
 
 
-def can_serve(params: EngineParams, prompt_tokens: jax.Array, output_tokens: jax.Array) -> jax.Array:
+def can_serve(prompt_tokens: jax.Array, output_tokens: jax.Array, params: EngineParams) -> jax.Array:
     """bool [...]: the prompt would not be ignored (rule 3); one that grows too large later is, then."""
     del output_tokens
-    return (prompt_tokens < params.max_model_len) & ~_too_large(params, prompt_tokens)
+    return (prompt_tokens < params.max_model_len) & ~_too_large(prompt_tokens, params)
 
 
-def _too_large(params: EngineParams, length: jax.Array) -> jax.Array:
+def _too_large(length: jax.Array, params: EngineParams) -> jax.Array:
     """Rule 3 (a) and (b): a request of this `length` is ignored when it is the head of `waiting`."""
     longest = jnp.minimum(params.max_model_len, params.max_num_batched_tokens)
     return (length > longest) | (blocks_for(length, params.block_size) > admissible_blocks(params))
@@ -58,15 +58,15 @@ def admissible_blocks(params: EngineParams) -> jax.Array:
     return params.usable_blocks - params.watermark_blocks
 
 
-def schedule(params: EngineParams, state: EngineState) -> Decision:
+def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
     """The decision for the iteration that starts now. Numbers in comments are the rules of simulation.md section 1a."""
     position, length = state.position, state.prompt_tokens + state.generated
-    running = present(params, state) & (position < state.num_running)
+    running = occupies(state, params) & (position < state.num_running)
     waiting = state.unfinished() & (position >= state.num_running)
     held = jnp.where(running, blocks_for(state.computed, params.block_size), 0)
 
     # 3: everyone before the first that has to wait is admitted or ignored.
-    too_large = waiting & _too_large(params, length)
+    too_large = waiting & _too_large(length, params)
     candidate = waiting & ~too_large
     need = jnp.where(candidate, blocks_for(length, params.block_size), 0)
     fits = total(held) + prefix_sum(need) <= admissible_blocks(params)
@@ -92,7 +92,7 @@ def schedule(params: EngineParams, state: EngineState) -> Decision:
 
     tokens = jnp.where(prefills, jnp.where(admitted, length, 0), decodes & survives)
     scheduled = total(tokens)
-    return Decision(
+    return SchedulerOutput(
         num_running=jnp.minimum(stop, lowest(jnp.where(preempted, position, LARGE))),
         tokens=tokens,
         preempted=preempted,
@@ -104,27 +104,35 @@ def schedule(params: EngineParams, state: EngineState) -> Decision:
     )
 
 
-def settle(
-    params: EngineParams, before: EngineState, after: EngineState, ignored: jax.Array, iteration: jax.Array
-) -> EngineState:
-    """`after` the iteration of this number: frees what lingered `before` it, and marks who was `ignored` in it.
+def finished(state: EngineState, params: EngineParams) -> jax.Array:
+    """bool [S, ...]: the request has its last token or was ignored, and does not hold its seat any more."""
+    ended = (state.position < state.num_requests) & (state.finish_time < NEVER)
+    return ended & ~_lingers(state, params)
 
-    The `computed` of an ignored request is the number of the iteration.
+
+def after_iteration(
+    before: EngineState, after: EngineState, output: SchedulerOutput, iteration: jax.Array, params: EngineParams
+) -> EngineState:
+    """`after` the iteration of this number (int32 [...]): what is decoded once more yields no token (rule 11) and then
+    gives up its blocks (15); requests that were ignored are marked (3), with the iteration's number as `computed`.
     """
-    computed = jnp.where(before.unfinished(), after.computed, before.computed)
-    computed = jnp.where(_lingers(params, before), 0, computed)  # 15
+    assert output.ignored is not None
+    unfinished = before.unfinished()
+    computed = jnp.where(unfinished, after.computed, jnp.where(_lingers(before, params), 0, before.computed))
+    finish_time = jnp.where(unfinished, after.finish_time, before.finish_time)
     return after.replace(
-        computed=jnp.where(ignored, iteration, computed),
-        finish_time=jnp.where(ignored, IGNORED, after.finish_time),
+        generated=jnp.where(unfinished, after.generated, before.generated),
+        computed=jnp.where(output.ignored, iteration, computed),
+        finish_time=jnp.where(output.ignored, IGNORED, finish_time),
     )
 
 
 def only_decodes(
-    params: EngineParams,
     state: EngineState,
     running: jax.Array,
     batch: jax.Array,
     blocks_after: Callable[[jax.Array | int], jax.Array],
+    params: EngineParams,
 ) -> jax.Array:
     """bool [...]: the iterations that follow decode `running`, and nobody else gets on, while memory lasts.
 
@@ -134,5 +142,5 @@ def only_decodes(
     length = total(jnp.where(head, state.prompt_tokens + state.generated, 0))
     need = blocks_for(length, params.block_size)
     waits = (batch >= params.max_num_seqs) | (blocks_after(0) + need > admissible_blocks(params))
-    blocked = (state.num_running == state.num_requests) | (waits & ~_too_large(params, length))
-    return (batch > 0) & (total(_lingers(params, state)) == 0) & blocked
+    blocked = (state.num_running == state.num_requests) | (waits & ~_too_large(length, params))
+    return (batch > 0) & (total(_lingers(state, params)) == 0) & blocked

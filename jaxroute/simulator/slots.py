@@ -5,8 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxroute.simulator.disciplines import rules
-from jaxroute.simulator.engine import NEVER, EngineParams, EngineState, Tree, prefix_sum, total
+from jaxroute.simulator.engine import NEVER, EngineState, Tree, prefix_sum, total
 
 
 def append(
@@ -30,12 +29,6 @@ def append(
     )
 
 
-def finished(params: EngineParams, state: EngineState) -> jax.Array:
-    """bool [S, ...]: the slot holds a request that the engine is done with: finished or, under vllm_v0, ignored."""
-    done = (state.position < state.num_requests) & (state.finish_time < NEVER)
-    return done if params.async_output_proc is None else done & ~rules(params).present(params, state)
-
-
 _AT_ONCE = 3
 """Requests of one engine that a round of `remove` takes out; more than one rarely finish between two arrivals."""
 
@@ -55,7 +48,8 @@ def remove(state: EngineState, carried: Tree, done: jax.Array) -> tuple[EngineSt
         gaps = prefix_sum(done)
         leaves_now = done & (gaps <= _AT_ONCE)
         gaps = jnp.minimum(gaps, _AT_ONCE)
-        # What wraps around never matches: so many gaps ahead of it there cannot be.
+        # A slot i < by that `shifted` wraps around to the end has at most i + 1 <= by gaps up to it, and `by` of them
+        # only if it is a gap itself: so it is never taken for a slot that moves up.
         comes = [(shifted(gaps, by) == by) & ~shifted(leaves_now, by) for by in range(_AT_ONCE)]
 
         def fill(leaf: jax.Array) -> jax.Array:

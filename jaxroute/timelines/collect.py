@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams
+from jaxroute.evaluation.episodes import as_pytree
 from jaxroute.routers.choice import Router
 from jaxroute.timelines.record import Log, Results, Routed, replay, run_episode
 
@@ -92,7 +93,7 @@ def collect(
     """
     # The penalty is part of the reward, which is not shown.
     env = dataclasses.replace(env, metrics="exact", penalty="off")
-    policies = [jax.tree_util.Partial(router) for router in routers.values()]
+    policies = [as_pytree(router) for router in routers.values()]
     episodes = []
     for index, label in enumerate(routers):
         routed, metrics = run_episode(env, policies, jnp.int32(index), params, key)

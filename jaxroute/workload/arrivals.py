@@ -23,8 +23,7 @@ from jax.typing import ArrayLike
 from jaxroute.errors import UserError
 
 
-@struct.dataclass
-class WorkloadState:
+class WorkloadState(struct.PyTreeNode):
     """Where a workload stands between two arrivals. Both fields are bounded, so float32 loses nothing in a long run."""
 
     cursor: (
@@ -43,8 +42,7 @@ def _positive(value: float, name: str) -> jax.Array:
     return jnp.asarray(value, float)
 
 
-@struct.dataclass
-class PoissonArrivals:
+class PoissonArrivals(struct.PyTreeNode):
     """Exponential gaps with mean 1 / rate."""
 
     rate: jax.Array  # float [], requests per second, traced
@@ -65,8 +63,7 @@ class PoissonArrivals:
         return state, -jnp.log(uniforms[0]) / self.rate, jnp.int32(0)
 
 
-@struct.dataclass
-class TraceArrivals:
+class TraceArrivals(struct.PyTreeNode):
     """The gaps of a recorded trace, in order, again from its first row after the last.
 
     `gaps[i]` leads from row i - 1 to row i; `gaps[0]` leads from the last row to the first when the trace loops, and is
@@ -124,8 +121,7 @@ class TraceArrivals:
         return _state(following, 0.0), gap, row
 
 
-@struct.dataclass
-class PiecewiseArrivals:
+class PiecewiseArrivals(struct.PyTreeNode):
     """A Poisson process whose rate is constant on each of K pieces and repeats after the last one.
 
     Exact: the gap is where the cumulative hazard (rate integrated over time) has grown by an exponential of mean 1. The
@@ -183,8 +179,7 @@ class PiecewiseArrivals:
         return following, jnp.where(within, here, beyond), jnp.int32(0)
 
 
-@struct.dataclass
-class MarkovArrivals:
+class MarkovArrivals(struct.PyTreeNode):
     """Bursts: a Poisson process whose rate jumps between two regimes at random times (a two-state Markov-modulated
     Poisson process; Fischer and Meier-Hellstern, <https://doi.org/10.1016/0166-5316(93)90035-S>).
 

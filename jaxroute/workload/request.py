@@ -6,8 +6,7 @@ import jax
 from flax import struct
 
 
-@struct.dataclass
-class Request:
+class Request(struct.PyTreeNode):
     """One arriving request for N experts; every field is traced.
 
     The true output lengths and scores belong to the simulator and the reward; a router may only see the predicted ones.

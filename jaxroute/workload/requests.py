@@ -79,8 +79,7 @@ def _tokens(logarithm: jax.Array) -> jax.Array:
     return jnp.clip(jnp.exp(logarithm), MIN_TOKENS, MAX_TOKENS).astype(jnp.int32)
 
 
-@struct.dataclass
-class FrozenRequests:
+class FrozenRequests(struct.PyTreeNode):
     """The frozen generator of `paper-3` and `paper-6`; its constants and their meaning stand in `frozen.py`."""
 
     score_mean: jax.Array  # float [N], each expert's mean score, 0 to 1, traced
@@ -109,8 +108,7 @@ class FrozenRequests:
         )
 
 
-@struct.dataclass
-class TableRequests:
+class TableRequests(struct.PyTreeNode):
     """Requests from a table of T rows on the device; every request is a row drawn uniformly, with replacement."""
 
     rows: Request  # traced, every field with a leading axis [T]
@@ -143,8 +141,7 @@ class TableRequests:
         return jax.tree.map(lambda column: column[drawn], self.rows)
 
 
-@struct.dataclass
-class TraceRequests:
+class TraceRequests(struct.PyTreeNode):
     """Lengths from the row of the trace that arrives; scores and predictions by the frozen generator's rules.
 
     A trace records one output length, so every expert's true length is that one. The predicted length has the frozen

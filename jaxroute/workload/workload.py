@@ -14,8 +14,7 @@ from jaxroute.workload.request import Request
 from jaxroute.workload.requests import FrozenRequests, TableRequests, TraceRequests
 
 
-@struct.dataclass
-class Workload:
+class Workload(struct.PyTreeNode):
     """What arrives and when, for N experts. A pytree of traced leaves: a sweep vmaps over rates or mean scores.
 
     The kinds of arrivals and requests are part of the tree's structure, so choosing between them is free in a run.
