@@ -193,8 +193,10 @@ def test_trace_keeps_to_the_format_and_holds_every_iteration_and_request(written
         iterations = [event for event in own if event["ph"] == "X" and event["cat"] == "iteration"]
         assert len(iterations) == episode.pieces.iterations.sum()
         assert {event["name"] for event in iterations} >= {"prefill", "decode", "mixed"}
-        assert sum(e["args"]["np"] for e in iterations) == episode.pieces.prefill_tokens.sum()
-        assert sum(e["args"]["nd"] for e in iterations) == (episode.pieces.decodes * episode.pieces.iterations).sum()
+        assert sum(e["args"]["prefill_tokens"] for e in iterations) == episode.pieces.prefill_tokens.sum()
+        assert (
+            sum(e["args"]["decodes"] for e in iterations) == (episode.pieces.decodes * episode.pieces.iterations).sum()
+        )
         assert len(slices[process, 1000 * process]) == LENGTH
         flows = [event for event in own if event["ph"] in "stf"]
         fates = np.bincount(episode.requests.fate, minlength=4)

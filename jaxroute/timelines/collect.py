@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxroute.environment.disturbances import FAILED, Disturbances
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams
 from jaxroute.evaluation.episodes import as_pytree
@@ -66,6 +67,15 @@ class Pieces(NamedTuple):
     preempted: np.ndarray  # requests that lost their place at its start
 
 
+class Disturbed(NamedTuple):
+    """A part of an episode in which an expert is slower, hangs, or gives worse or better answers."""
+
+    expert: int
+    start: float  # s since the episode began, as is the next
+    end: float
+    label: str
+
+
 class Episode(NamedTuple):
     """What the pictures of an episode are made of."""
 
@@ -76,6 +86,7 @@ class Episode(NamedTuple):
     requests: Requests
     pieces: Pieces
     metrics: dict[str, np.ndarray]  # of this episode, from the environment itself (`metrics.summarize`)
+    disturbed: tuple[Disturbed, ...]
 
     @property
     def end(self) -> float:
@@ -102,8 +113,30 @@ def collect(
         arrival = np.concatenate([[0.0], np.cumsum(routed.gap, dtype=np.float64)])
         requests, pieces = _requests(routed, results, arrival[:-1], len(experts)), _pieces(log, arrival)
         usable = np.asarray(params.engines.usable_blocks)
-        episodes.append(Episode(label, experts, usable, float(params.latency_limit), requests, pieces, metrics))
+        limit = float(params.latency_limit)
+        episode = Episode(label, experts, usable, limit, requests, pieces, metrics, ())
+        episodes.append(episode._replace(disturbed=_disturbed(params.disturbances, arrival[:-1], episode.end)))
     return episodes
+
+
+def _disturbed(disturbances: Disturbances | None, arrival: np.ndarray, end: float) -> tuple[Disturbed, ...]:
+    if disturbances is None:
+        return ()
+    starts, slowness, quality = (np.asarray(table) for table in jax.tree.leaves(disturbances))
+    # A change comes with the arrival of its first decision; those behind the last decision never come.
+    times = np.append(arrival, end)[np.minimum(np.append(starts, len(arrival)), len(arrival))]
+    found = []
+    for piece, expert in np.argwhere((slowness != 1) | (quality != 1)):
+        slow, good = slowness[piece, expert], quality[piece, expert]
+        labels = [f"iterations take {slow:.3g} times as long"] if slow != 1 else []
+        if slow >= FAILED:
+            labels = ["hangs"]
+        if good != 1:
+            labels.append(f"scores times {good:.3g}")
+        if times[piece] < times[piece + 1]:
+            span = float(times[piece]), float(times[piece + 1])
+            found.append(Disturbed(int(expert), *span, ", ".join(labels)))
+    return tuple(found)
 
 
 def _requests(routed: Routed, results: Results, arrival: np.ndarray, num_experts: int) -> Requests:

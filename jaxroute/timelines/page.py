@@ -17,7 +17,7 @@ from jaxroute.drawing import INK
 from jaxroute.evaluation.tables import ROWS
 from jaxroute.timelines.collect import FATES, Episode, Pieces
 from jaxroute.timelines.layout import iteration_kind, merged, of_expert, rows
-from jaxroute.timelines.picture import FATE_COLOURS, RUNNING_COLOUR, WAITING_COLOUR
+from jaxroute.timelines.picture import DISTURBED_COLOUR, FATE_COLOURS, RUNNING_COLOUR, WAITING_COLOUR
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _KINDS = ("empty", "decode", "prefill", "mixed")  # as in the template
@@ -61,6 +61,7 @@ def _data(episodes: Sequence[Episode]) -> dict[str, Any]:
         "ink": INK,
         "running": RUNNING_COLOUR,
         "waiting": WAITING_COLOUR,
+        "disturbed": DISTURBED_COLOUR,
         "episodes": [_episode(episode) for episode in episodes],
     }
 
@@ -81,6 +82,10 @@ def _episode(episode: Episode) -> dict[str, Any]:
         "output": requests.output_tokens.tolist(),
         "score": [round(score, 3) for score in requests.score.tolist()],
         "preemptions": requests.preemptions.tolist(),
+        "disturbed": [
+            {"expert": part.expert, "span": _times(np.array([part.start, part.end])), "label": part.label}
+            for part in episode.disturbed
+        ],
         "pieces": [
             _pieces(merged(of_expert(episode.pieces, expert)), int(episode.usable_blocks[expert])) for expert in experts
         ],
@@ -94,8 +99,8 @@ def _pieces(pieces: Pieces, usable_blocks: int) -> dict[str, Any]:
         "end": _times(pieces.end),
         "kind": [_KINDS.index(kind) for kind in kinds],
         "iterations": pieces.iterations.tolist(),
-        "np": pieces.prefill_tokens.tolist(),
-        "nd": pieces.decodes.tolist(),
+        "prefill": pieces.prefill_tokens.tolist(),
+        "decodes": pieces.decodes.tolist(),
         "running": pieces.running.tolist(),
         "waiting": pieces.waiting.tolist(),
         "kv": np.rint(100 * pieces.blocks / usable_blocks).astype(int).tolist(),

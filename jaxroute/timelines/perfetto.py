@@ -41,8 +41,9 @@ def trace_text(episodes: Sequence[Episode]) -> str:
     """The trace of these episodes of the same requests, a process each, as JSON with an event a line.
 
     A process has a thread of arrivals, and for every expert one of what is routed there and one of its iterations, with
-    args np, nd and ctx (simulation.md section 2); counters of requests and KV use; and a flow for each request: its
-    arrival, its expert, the iterations that end with its first and with its last token.
+    args prefill_tokens, decodes and context_tokens (np, nd and ctx of simulation.md section 2), and one of its
+    disturbances where it has some; counters of requests and KV use; and a flow for each request: its arrival, its
+    expert, the iterations that end with its first and with its last token.
     """
     every = sum(int(episode.pieces.iterations.sum()) for episode in episodes) <= MOST_ITERATIONS
     text = ""
@@ -70,6 +71,9 @@ def _events(process: int, episode: Episode, every: bool, spacing: float) -> Iter
     for expert in experts:
         names[thread + 2 * expert] = f"{episode.experts[expert]}: routed"
         names[thread + 2 * expert + 1] = f"{episode.experts[expert]}: iterations"
+    last = thread + 2 * len(experts)
+    for expert in sorted({part.expert for part in episode.disturbed}):
+        names[last + expert] = f"{episode.experts[expert]}: disturbances"
     for place, (number, name) in enumerate(names.items()):
         kind = "process" if number == process else "thread"
         key = {"ph": "M", "pid": process, "tid": number if kind == "thread" else arrivals}
@@ -81,6 +85,10 @@ def _events(process: int, episode: Episode, every: bool, spacing: float) -> Iter
         own = single(own) if every else merged(own)
         yield from _iterations(process, thread + 2 * expert + 1, own)
         yield from _counters(process, episode, expert, own, spacing)
+    for part in episode.disturbed:
+        start, end = _microseconds([part.start, part.end])
+        slice_ = {"name": part.label, "cat": "disturbance", "ph": "X", "ts": start, "dur": end - start}
+        yield {**slice_, "pid": process, "tid": last + part.expert}
     yield from _requests(process, episode)
 
 
@@ -92,13 +100,13 @@ def _iterations(process: int, thread: int, pieces: Pieces) -> Iterator[Event]:
     columns = (pieces.prefill_tokens, pieces.decodes, pieces.context, pieces.iterations, pieces.preempted)
     times = zip(_microseconds(pieces.start), _microseconds(pieces.end), strict=True)
     for (start, end), *counts in zip(times, *(column.tolist() for column in columns), strict=True):
-        np_, nd, ctx, iterations, preempted = counts
-        args = {"np": np_, "nd": nd, "ctx": ctx}
+        prefill_tokens, decodes, context, iterations, preempted = counts
+        args = {"prefill_tokens": prefill_tokens, "decodes": decodes, "context_tokens": context}
         if iterations > 1:
-            args |= {"iterations": iterations, "last_ctx": ctx + nd * (iterations - 1)}
+            args |= {"iterations": iterations, "last_context_tokens": context + decodes * (iterations - 1)}
         if preempted:
             args["preempted"] = preempted
-        name = iteration_kind(np_, nd)
+        name = iteration_kind(prefill_tokens, decodes)
         slice_ = {"name": name, "cat": "iteration", "ph": "X", "ts": start, "dur": max(end - start, 1)}
         yield {**slice_, "pid": process, "tid": thread, "args": args}
 

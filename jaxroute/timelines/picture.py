@@ -16,10 +16,10 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxroute.drawing import INK, OTHER_COLOUR, STYLE, TRAINED_COLOUR
 from jaxroute.files import whole_file
-from jaxroute.timelines.collect import DROPPED, MET, MISSED, REJECTED, Episode
+from jaxroute.timelines.collect import DROPPED, MET, MISSED, REJECTED, Disturbed, Episode
 from jaxroute.timelines.layout import queues, rows
 
-MISSED_COLOUR, REJECTED_COLOUR = "#d9622b", "#8a3fa0"
+MISSED_COLOUR, REJECTED_COLOUR, DISTURBED_COLOUR = "#d9622b", "#8a3fa0", "#e0a800"
 RUNNING_COLOUR, WAITING_COLOUR = OTHER_COLOUR, "#e0a800"
 FATE_COLOURS = {MET: TRAINED_COLOUR, MISSED: MISSED_COLOUR, DROPPED: INK, REJECTED: REJECTED_COLOUR}
 _LEGEND = {MET: "QoS met", MISSED: "QoS missed", DROPPED: "dropped by the router", REJECTED: "rejected by the expert"}
@@ -52,6 +52,7 @@ def timeline_picture(path: Path, episodes: Sequence[Episode]) -> None:
             for expert, name in enumerate(experts):
                 _draw_lane(axes[expert], episode, lanes[expert], tallest)
                 axes[expert].annotate(name, (0, 1.02), xycoords="axes fraction", va="bottom", fontsize=9)
+                _draw_disturbed(axes[expert], [part for part in episode.disturbed if part.expert == expert])
             _draw_queue(axes[-1], times, *pair, 1.08 * longest)
             axes[-1].set(xlabel="seconds", xlim=(0, end))
             if column:
@@ -88,6 +89,15 @@ def _draw_lane(axes: Axes, episode: Episode, row: np.ndarray, tallest: int) -> N
     axes.set_ylim(0, tallest)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.tick_params(axis="x", length=0)
+
+
+def _draw_disturbed(axes: Axes, disturbed: Sequence[Disturbed]) -> None:
+    for part in disturbed:
+        axes.axvspan(part.start, part.end, color=DISTURBED_COLOUR, alpha=0.25, linewidth=0, zorder=0)
+        middle = (part.start + part.end) / 2
+        axes.annotate(
+            part.label, (middle, 1.02), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9
+        )
 
 
 def _draw_turned_away(axes: Axes, episode: Episode) -> None:
