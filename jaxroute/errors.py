@@ -21,12 +21,12 @@ class Interrupted(KeyboardInterrupt):
         self.code = 128 + number
 
 
-def known(name: Any, names: Iterable[str], what: str) -> str:
-    """`name`, if it is one of `names`; else a `UserError` with the nearest."""
+def known(name: Any, names: Iterable[str], what: str, where: str = "") -> str:
+    """`name`, if it is one of `names`; else a `UserError`, which begins with `where`, with the nearest ones."""
     names = list(names)
     if name not in names:
         near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.0)
-        raise UserError(f"unknown {what} '{name}'; the nearest are {', '.join(near)}")
+        raise UserError(f"{where}unknown {what} '{name}'; the nearest are {', '.join(near)}")
     return name
 
 

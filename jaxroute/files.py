@@ -1,11 +1,68 @@
-"""Files of a run: each is written under a temporary name first, so that what bears its own name is whole."""
+"""YAML and JSON files read, with one line for what cannot be; files written so that they are whole or not there."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxroute.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2: `off` is a text, not false, and `3e-4` a number, not a text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text holds. Raises `yaml.YAMLError`."""
+    return yaml.load(text, _Loader)  # noqa: S506 (a subclass of SafeLoader)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises `UserError` for one that cannot be read, with the line."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; give the path of a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}: line {line}: not YAML ({error.problem}); correct it") from None
+    except yaml.YAMLError:
+        raise UserError(f"{path}: not YAML; give the path of a YAML file") from None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises `UserError` for one that cannot be read, with the line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a JSON file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; give the path of a JSON file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: line {error.lineno}: not JSON ({error.msg}); correct it, or give a file of the right kind"
+        ) from None
 
 
 @contextmanager

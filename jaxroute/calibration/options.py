@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jaxroute.calibration.logs import ServerLog
 from jaxroute.errors import UserError, known
+from jaxroute.files import read_json, read_yaml
 from jaxroute.simulator.engine_config import DEFAULTS
 
 SEARCHED = ("num_gpu_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
@@ -53,7 +51,9 @@ def load_options(path: str | Path | None) -> ServerOptions:
     if path is None:
         return ServerOptions("no engine file")
     path = Path(path)
-    tree = _load(path)
+    tree = read_json(path) if path.suffix.lower() == ".json" else read_yaml(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must be a mapping of engine options")
     if path.suffix.lower() == ".json":
         given = {}
         for key, value in _leaves(tree):
@@ -62,10 +62,7 @@ def load_options(path: str | Path | None) -> ServerOptions:
                 given.setdefault(key, value)
     else:
         for key in tree:
-            try:
-                known(key, [*DEFAULTS, *_SERVER], "engine option")
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from None
+            known(key, [*DEFAULTS, *_SERVER], "engine option", f"{path}: ")
         given = {key: value for key, value in tree.items() if value is not None}
     given.pop("latency", None)  # what is looked for
     server = {key: given.pop(key, default) for key, default in _SERVER.items()}
@@ -80,20 +77,6 @@ def load_options(path: str | Path | None) -> ServerOptions:
         if server[key] is not None and not isinstance(server[key], kind):
             raise UserError(f"{path}: {key} must be {what}, not {server[key]!r}")
     return ServerOptions(str(path), given, **server)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
-    try:
-        tree = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not {path.suffix[1:].upper() or 'YAML'} ({' '.join(str(error).split())})") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: must be a mapping of engine options")
-    return tree
 
 
 def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

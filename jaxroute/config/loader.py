@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from difflib import SequenceMatcher
@@ -16,26 +15,11 @@ import yaml
 import jaxroute
 from jaxroute.config.schema import Config
 from jaxroute.errors import UserError, known
+from jaxroute.files import parse_yaml, read_yaml
 from jaxroute.routers import ROUTERS
 
 Tree = dict[str, Any]
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
-class Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2: `off` is a text, not false, and `3e-4` a number, not a text."""
-
-
-Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
-)
 
 
 def config_folder() -> Path:
@@ -127,21 +111,6 @@ def continuous_keys(section: Any = Config, prefix: str = "") -> set[str]:
     return keys
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises `UserError` for one that cannot be read, with the line."""
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 (a subclass of SafeLoader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; give the path of a YAML file") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}: line {line}: not YAML ({error.problem})") from None
-    except yaml.YAMLError:
-        raise UserError(f"{path}: not YAML") from None
-
-
 def dotted_values(config: Config) -> dict[str, Any]:
     """Every value of the configuration by its `section.key`."""
     return {key: attrgetter(key)(config) for key in dotted_keys()}
@@ -162,7 +131,7 @@ def _override_tree(override: str) -> Tree:
     if not equals or not key:
         raise UserError(f"command line: {override!r} is not an override; write section.key=value")
     try:
-        value = yaml.load(text, Loader)  # noqa: S506 (a subclass of SafeLoader)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"command line: {key}: {text!r} is not a YAML value") from None
     return _nested(key, value)

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 
 from jaxroute.environment.disturbances import FAILED, Disturbances
 from jaxroute.environment.environment import RoutingEnvironment
@@ -23,6 +22,7 @@ from jaxroute.environment.registry import (
 )
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError, known
+from jaxroute.files import read_yaml
 from jaxroute.simulator.catalogue import load_profile
 from jaxroute.simulator.engine_config import engine_from_config
 from jaxroute.workload.arrivals import Arrivals, MarkovArrivals, PoissonArrivals, TraceArrivals
@@ -106,7 +106,7 @@ ENGINE_KEYS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block
 def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnvironment, EnvParams]:
     """Experts from a YAML file, as docs/environment.md describes it."""
     path = _needs(path, "cluster", "a YAML file of experts (docs/environment.md)")
-    tree = _mapping(path, _load_yaml(path), "the file", CLUSTER_KEYS)
+    tree = _mapping(path, read_yaml(path), "the file", CLUSTER_KEYS)
     listed = tree.get("experts")
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{path}: experts: must be a list of one or more experts")
@@ -128,9 +128,8 @@ def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnv
         blocks = expert["kv_blocks"]
         if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
             raise UserError(f"{path}: {where}: kv_blocks must be a whole number of at least 1, not {blocks!r}")
-        latency = expert["latency"]
         config = {
-            "latency": [_float(value) for value in latency] if isinstance(latency, list) else latency,
+            "latency": expert["latency"],
             "num_gpu_blocks": blocks + 1,  # vLLM keeps one
             **{key: expert[key] for key in ENGINE_KEYS if key in expert},
         }
@@ -147,38 +146,15 @@ def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnv
     return environment_of(len(listed), options), params_of(workload, stacked, limit, scale)
 
 
-def _load_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"{path}: {line}not YAML ({getattr(error, 'problem', None) or 'unreadable'})") from error
-
-
 def _mapping(path: Path, tree: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: {where}: must be a mapping with the keys {', '.join(keys)}")
     for key in tree:
-        try:
-            known(key, keys, "key")
-        except UserError as error:
-            raise UserError(f"{path}: {where}: {error}") from None
+        known(key, keys, "key", f"{path}: {where}: ")
     return tree
 
 
-def _float(value: Any) -> Any:
-    """`value`, or as a number a text such as 3e-5, which YAML 1.1 takes for one."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
 def _positive(path: Path, key: str, value: Any) -> float:
-    value = _float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise UserError(f"{path}: {key} must be a number above 0, not {value!r}")
     return float(value)

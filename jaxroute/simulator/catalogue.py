@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jaxroute.errors import UserError, known
+from jaxroute.files import read_yaml
 from jaxroute.simulator.engine_config import DEFAULTS, engine_from_config
 from jaxroute.simulator.roofline import roofline_by_name
 
@@ -43,31 +42,13 @@ def load_profile(name: str | Path) -> dict[str, Any]:
             raise UserError(f"profile {name}: a guess is named roofline:GPU:MODEL, such as roofline:l40s:qwen2.5-7b")
         return {"name": name, "guess": True, "engine": {**DEFAULTS, **roofline_by_name(parts[1], parts[2])}}
     path = Path(name) if is_path_or_guess(name) else FOLDER / f"{known(name, shipped(), 'profile')}.yaml"
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("engine"), dict):
         raise UserError(f"{path}: key engine: a mapping of engine options is missing")
     for key in tree:
-        try:
-            known(key, KEYS, "key")
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-    latency = tree["engine"].get("latency")
-    if isinstance(latency, list):  # YAML 1.1 takes 3e-5 for a text
-        tree["engine"]["latency"] = [_number(value) for value in latency]
+        known(key, KEYS, "key", f"{path}: ")
     if "latency" not in tree["engine"] or "num_gpu_blocks" not in tree["engine"]:
         raise UserError(f"{path}: engine: needs latency and num_gpu_blocks")
     engine_from_config(tree["engine"], f"{path}: engine")
     tree["engine"] = {**DEFAULTS, **tree["engine"]}
     return tree
-
-
-def _number(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value

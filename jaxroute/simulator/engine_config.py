@@ -55,10 +55,7 @@ def engine_from_config(
     defaults, null_blocks = defaults_of(discipline), DISCIPLINES[discipline].null_blocks
     least = {**_SMALLEST, "num_gpu_blocks": null_blocks + 1}
     for key in config:
-        try:
-            known(key, [*defaults, *also_known], "engine option")
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+        known(key, [*defaults, *also_known], "engine option", f"{where}: ")
     values = {**DEFAULTS, **defaults, **{key: value for key, value in config.items() if key in defaults}}
     if values["max_num_batched_tokens"] is None:
         longest = values["max_model_len"]

@@ -7,7 +7,6 @@ or a CSV of requests in order of time with the columns `arrival_time,prompt_len,
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.errors import UserError, known
+from jaxroute.files import read_json
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.engine_config import engine_from_config
@@ -35,14 +35,7 @@ def load_spec(path: Path) -> dict[str, Any]:
     """Reads SPEC, JSON or CSV by its ending, into a dictionary with `config` and `requests`. Raises `UserError`."""
     if path.suffix.lower() == ".csv":
         return {"config": {}, "requests": _csv_requests(path)}
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
-    try:
-        spec = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}: not JSON ({error.msg}); a CSV must end in .csv") from error
+    spec = read_json(path)
     if not isinstance(spec, dict) or not isinstance(spec.get("requests"), list):
         raise UserError(f"{path}: key requests: a list of requests is missing")
     if not isinstance(spec.setdefault("config", {}), dict):
@@ -65,10 +58,7 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
     Raises `UserError`, naming the request.
     """
     config, requests = spec["config"], spec["requests"]
-    try:
-        discipline = ENGINES[known(spec.get("engine", "V1"), ENGINES, "engine")]
-    except UserError as error:
-        raise UserError(f"{where}: key engine: {error}") from None
+    discipline = ENGINES[known(spec.get("engine", "V1"), ENGINES, "engine", f"{where}: key engine: ")]
     engine = engine_from_config(config, f"{where}: config", tuple(RUN_DEFAULTS), discipline)
     run = {key: config.get(key, default) for key, default in RUN_DEFAULTS.items()}
     for key, value in run.items():

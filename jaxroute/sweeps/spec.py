@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from jaxroute.config.loader import change_config, continuous_keys, dotted_keys, load_config, nearest_keys, read_yaml
+from jaxroute.config.loader import change_config, continuous_keys, dotted_keys, load_config, nearest_keys
 from jaxroute.config.schema import Config
 from jaxroute.errors import UserError
+from jaxroute.files import read_yaml
 
 KEYS = ("config", "fixed", "parameters", "samples", "sampling_seed", "seeds", "rungs", "keep")
 VALUES, RANGES = ("grid", "choice"), ("uniform", "log_uniform")
