@@ -52,7 +52,7 @@ def timed(chunk: Callable[[Any], Any], state: Any, repeats: int) -> tuple[float,
 
 
 def measure_sweep(group: Group, trainings: Sequence[Training], sizes: Sequence[int], repeats: int) -> list[Row]:
-    trainer = build_trainer(group.config, group.experiment)
+    trainer = build_trainer(group.experiment)
     inputs = group.inputs[trainings[0].trial]
     state = trainer.init(jax.random.key(trainings[0].seed), inputs.training_params, inputs.hyperparameters)
 

@@ -21,7 +21,7 @@ ROWS = [Row(0, 0), Row(2, 0), Row(5, 5), Row(4, 0), Row(1, 5), Row(0, 5)]  # tri
 
 def main(path: Path) -> None:
     (group,), _ = make_groups(load_spec(path))
-    trainer = build_trainer(group.config, group.experiment)
+    trainer = build_trainer(group.experiment)
     alone = []
     for trial, seed in ROWS:
         inputs = group.inputs[trial]

@@ -190,20 +190,6 @@ def test_metrics_of_what_did_not_happen_are_nan() -> None:
     assert np.isfinite(metrics["reward"])
 
 
-def test_a_router_makes_half_of_the_decisions_of_the_warm_up() -> None:
-    def last_action(observation: Any, env_state: Any, env_params: Any, key: jax.Array) -> jax.Array:
-        return jnp.int32(3)
-
-    params, hyper = contextual(), CONTEXTUAL_HYPER.replace(warmup_frames=jnp.int32(10**9))
-    trainer = make_trainer(CONTEXTUAL, CONTEXTUAL_NETWORK, CONTEXTUAL_CONFIG, warm_start=last_action)
-    guided, random = (
-        maker.train_chunk(maker.init(jax.random.key(0), params, hyper), params, hyper)[0].buffer.outcomes.action[:30]
-        for maker in (trainer, CONTEXTUAL_TRAINER)
-    )
-    share = (random == 3).mean()
-    np.testing.assert_allclose((guided == 3).mean(), 0.5 + 0.5 * share, atol=0.1)
-
-
 def test_trains_with_64_bit_numbers_too() -> None:
     with jax.enable_x64(True):
         params, hyper = contextual(), hyperparameters(warmup_frames=80)

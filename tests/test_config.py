@@ -198,7 +198,6 @@ def test_saved_configuration_is_read_back_whole(tmp_path):
         ("agent.gamma=1.1", "agent.gamma: expected a number above 0, at most 1, got 1.1"),
         ("training.buffer_capacity=1000", "training.buffer_capacity: expected a multiple of training.num_envs (64)"),
         ("training.rate_range=[3]", "training.rate_range: expected two numbers above 0, the smaller first"),
-        ("training.warm_start=look", "unknown router in training.warm_start 'look'; the nearest are lookahead"),
         ("network.kind=mlp", "network.kind: expected one of han, flat"),
         ("training.frames=63", "training.frames=63: expected 128 or more, two steps of training.num_envs=64"),
         ("evaluation.episodes=1", "evaluation.episodes: expected a whole number of 2 or more"),

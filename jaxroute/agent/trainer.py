@@ -84,17 +84,10 @@ class Trainer(NamedTuple):
     train_chunk: Callable[[TrainState, Any, Hyperparameters], tuple[TrainState, dict[str, Any]]]
 
 
-def make_trainer(
-    env: Any,
-    network: nn.Module,
-    config: SACConfig,
-    params_axes: Any = None,
-    warm_start: Callable[..., jax.Array] | None = None,
-) -> Trainer:
+def make_trainer(env: Any, network: nn.Module, config: SACConfig, params_axes: Any = None) -> Trainer:
     """The training program of a routing environment (or one of the same interface) and a network (see `sac`).
 
-    `params_axes`: `in_axes` of the environment's parameters over environments, where these differ. `warm_start`: a
-    router that makes every other decision of the warm-up, `router(observation, env_state, env_params, key) -> action`.
+    `params_axes`: `in_axes` of the environment's parameters over environments, where these differ.
     """
 
     def init(key: jax.Array, env_params: Any, hyper: Hyperparameters) -> TrainState:
@@ -132,13 +125,6 @@ def make_trainer(
         zero = UpdateMetrics(**{name: jnp.zeros((), jnp.float32) for name in UpdateMetrics.__dataclass_fields__})
         return jax.lax.fori_loop(0, updates, one, (learner, zero))
 
-    def guided(action: jax.Array, state: TrainState, env_params: Any) -> jax.Array:
-        """int32 [num_envs]: half of the actions are those of `warm_start`."""
-        choice_key, router_key = jax.random.split(jax.random.fold_in(state.key, 0))
-        keys = jax.random.split(router_key, config.num_envs)
-        routed = jax.vmap(warm_start, (0, 0, params_axes, 0))(state.observation, state.env_state, env_params, keys)  # pyright: ignore
-        return jnp.where(jax.random.bernoulli(choice_key, shape=action.shape), routed, action)
-
     def step(state: TrainState, env_params: Any, hyper: Hyperparameters) -> tuple[TrainState, dict[str, Any]]:
         """One transition in each environment, then the updates; its metrics are sums to be divided over the chunk."""
         key, action_key, env_key, sample_key = jax.random.split(state.key, 4)
@@ -148,8 +134,6 @@ def make_trainer(
         logits = sac.policy_logits(network, state.learner.params, state.observation)
         logits = jnp.where(warming_up & sac.allowed_actions(logits), 0.0, logits)
         action = jax.random.categorical(action_key, logits).astype(jnp.int32)
-        if warm_start is not None:
-            action = jax.lax.cond(warming_up, guided, lambda action, *_: action, action, state, env_params)
         observation, env_state, reward, terminated, truncated, info = jax.vmap(env.step, (0, 0, 0, params_axes))(
             jax.random.split(env_key, config.num_envs), state.env_state, action, env_params
         )

@@ -123,7 +123,7 @@ def train(
         Interrupted: a signal came; the state and the parameters after the chunk under way are saved in `run` before.
     """
     env_params, hyper, sac = experiment.training_params, experiment.hyperparameters, experiment.sac
-    trainer = build_trainer(config, experiment)
+    trainer = build_trainer(experiment)
     inputs = jax.random.key(config.training.seed), env_params, hyper
     per_chunk = sac.num_envs * sac.steps_per_chunk
     chunks = -(-config.training.frames // per_chunk)

@@ -19,7 +19,6 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import SCENARIOS, make
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError
-from jaxroute.routers import make_router
 from jaxroute.workload import (
     PiecewiseArrivals,
     PoissonArrivals,
@@ -100,11 +99,9 @@ def build(config: Config) -> Experiment:
     return Experiment(env, params, network, Hyperparameters(**agent), sac, notes, varied, axes, experts)
 
 
-def build_trainer(config: Config, experiment: Experiment) -> Trainer:
+def build_trainer(experiment: Experiment) -> Trainer:
     """The training program of an experiment."""
-    name = config.training.warm_start
-    warm_start = None if name is None else make_router(name, experiment.env)
-    return make_trainer(experiment.env, experiment.network, experiment.sac, experiment.params_axes, warm_start)
+    return make_trainer(experiment.env, experiment.network, experiment.sac, experiment.params_axes)
 
 
 def build_network(config: NetworkConfig) -> nn.Module:

@@ -241,8 +241,6 @@ def _cross_check(config: Config) -> None:
         )
     for name in config.evaluation.routers:
         known(name, ["trained", *ROUTERS], "router in evaluation.routers")
-    if training.warm_start is not None:
-        known(training.warm_start, ROUTERS, "router in training.warm_start")
     if config.network.hidden % config.network.heads:
         raise UserError(f"network.hidden: expected a multiple of network.heads ({config.network.heads})")
     if training.frames < 2 * training.num_envs:

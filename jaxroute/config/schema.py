@@ -130,7 +130,6 @@ class TrainingConfig:
     steps_per_chunk: Count  # steps of all environments between two lines of metrics
     rate_range: Span | None  # poisson: rate, trace: rate_scale, spread over the environments; None: as evaluated
     latency_limit_range: Span | None  # L, spread over the environments; None: as evaluated
-    warm_start: str | None  # router that makes every other decision of the warm-up; None: all are random
     checkpoint_seconds: NonNegative  # from one save of the whole state to the next; 0: after every chunk
     checkpoints_kept: Count
     loggers: Loggers  # where metrics go beside metrics.jsonl

@@ -120,5 +120,5 @@ def _static(config: Config, experiment: Experiment) -> Any:
     return (
         (experiment.env, experiment.network, experiment.sac, jax.tree.structure(_inputs(experiment)), shapes),
         jax.tree.structure(experiment.params_axes),
-        (training.frames, training.warm_start, evaluation.episodes, evaluation.seed),
+        (training.frames, evaluation.episodes, evaluation.seed),
     )

@@ -46,7 +46,7 @@ class Program:
         config, experiment = group.config, group.experiment
         sac = experiment.sac
         self.frames_per_chunk = sac.num_envs * sac.steps_per_chunk
-        trainer = build_trainer(config, experiment)
+        trainer = build_trainer(experiment)
 
         def init(keys: jax.Array, varied: list[jax.Array], shared: list[jax.Array]) -> Any:
             """One after another: it is short, and as a batch it takes longer to compile than to run."""
