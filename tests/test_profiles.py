@@ -10,8 +10,9 @@ import pytest
 import jaxroute
 from jaxroute.environment.registry import make_params
 from jaxroute.errors import UserError
+from jaxroute.simulator.gpus import GPUS
 from jaxroute.simulator.latency import iteration_time
-from jaxroute.simulator.profiles import EXPERTS, PROFILES
+from jaxroute.simulator.profiles import EXPERTS
 
 
 def test_the_frozen_scenario_is_what_it_says():
@@ -47,7 +48,7 @@ def test_experts_may_have_hardware_and_caches_of_their_own():
     engines = make_params(experts, profile=["rtx3090", "a100", "h100"]).engines
     blocks = np.asarray(engines.usable_blocks)
     for expert, gpu, found in zip(experts, ("rtx3090", "a100", "h100"), blocks, strict=True):
-        room = 0.9e9 * PROFILES[gpu].memory_gb - 1e9 * EXPERTS[expert].weights_gb
+        room = 0.9e9 * GPUS[gpu].memory_gb - 1e9 * EXPERTS[expert].weights_gb
         assert room / EXPERTS[expert].kv_bytes / 16 - 3 < found < room / EXPERTS[expert].kv_bytes / 16
     engines = make_params(experts, kv_cache_tokens=[160, 320, 16]).engines
     assert engines.usable_blocks.tolist() == [10, 20, 1]

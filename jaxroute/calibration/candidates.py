@@ -20,9 +20,7 @@ from flax import struct
 from jaxroute.simulator.advance import EngineWork, jump
 from jaxroute.simulator.cluster import collect, join
 from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, empty_engine
-
-WAITING_WEIGHT = 4
-"""What a waiting request counts to vLLM's data-parallel balancing; a running one counts 1."""
+from jaxroute.simulator.load_balancing import data_parallel_load
 
 
 class LogRequests(struct.PyTreeNode):
@@ -96,7 +94,7 @@ def _route(requests: LogRequests, run: _Run) -> _Run:
     ready = _ready(requests, run)
     running = run.state.num_running
     waiting = run.state.num_requests - running + run.given - run.joined
-    engine = jnp.argmin(WAITING_WEIGHT * waiting + running, axis=0)  # [K]
+    engine = jnp.argmin(data_parallel_load(waiting, running), axis=0)  # [K]
     count, lanes = requests.arrival.shape[0], jnp.arange(engine.shape[0])
     place = jnp.where(ready, run.given[engine, lanes], count)
     chosen = ready & (jnp.arange(running.shape[0])[:, None] == engine)

@@ -11,7 +11,9 @@ import numpy as np
 from jaxroute.calibration.candidates import Candidates, LogRequests, prompt_left, simulate
 from jaxroute.calibration.logs import ServerLog
 from jaxroute.calibration.search import METRICS
-from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.simulator.cluster import AFTER_ALL
+from jaxroute.simulator.engine import LARGE
+from jaxroute.simulator.engine_config import BLOCK_SIZE, engine_from_config
 from jaxroute.simulator.replay import replay
 
 STATISTICS = ("mean", "p50", "p95", "p99")
@@ -37,7 +39,7 @@ def prompts(log: ServerLog, server: Server) -> np.ndarray:
     """Prompt tokens less what the prefix cache saves, int32 [R]."""
     if log.shared_tokens is None or not server.prefix_hits:
         return log.prompt_tokens
-    size = server.engine.get("block_size", 16)
+    size = server.engine.get("block_size", BLOCK_SIZE)
     left = prompt_left(jnp.asarray(log.prompt_tokens), jnp.asarray(log.shared_tokens), server.prefix_hits, size)
     return np.asarray(left)
 
@@ -87,7 +89,7 @@ def _simulate(log: ServerLog, server: Server, num_rounds: int = 0) -> Any:
         jnp.zeros(len(log), jnp.int32),
     )
     servers = Candidates(one, jnp.zeros(1))
-    latest, rounds = jnp.asarray(1e30, float), jnp.int32(2**30)
+    latest, rounds = jnp.asarray(AFTER_ALL, float), jnp.int32(LARGE)
     return simulate(servers, requests, latest, rounds, len(log), server.num_engines, num_rounds)
 
 

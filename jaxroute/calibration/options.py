@@ -10,7 +10,7 @@ from typing import Any
 from jaxroute.calibration.logs import ServerLog
 from jaxroute.errors import UserError, known
 from jaxroute.files import read_json, read_yaml
-from jaxroute.simulator.engine_config import DEFAULTS
+from jaxroute.simulator.engine_config import BLOCK_SIZE, DEFAULTS
 
 SEARCHED = ("num_gpu_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
 """Options that are looked for where they are not given."""
@@ -93,7 +93,7 @@ def check_fits(log: ServerLog, options: ServerOptions) -> None:
     """Raises `UserError` where the engine as given could never have served a request of the log."""
     engine = options.engine
     longest = engine.get("max_model_len")
-    blocks, size = engine.get("num_gpu_blocks"), engine.get("block_size", DEFAULTS["block_size"])
+    blocks, size = engine.get("num_gpu_blocks"), engine.get("block_size", BLOCK_SIZE)
     budget = engine.get("max_num_batched_tokens")
     for position in range(len(log)):
         prompt, output = int(log.prompt_tokens[position]), int(log.output_tokens[position])

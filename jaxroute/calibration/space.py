@@ -16,7 +16,7 @@ from jaxroute.calibration.candidates import Candidates
 from jaxroute.calibration.logs import ServerLog
 from jaxroute.calibration.options import ServerOptions
 from jaxroute.simulator.engine import EngineParams, LatencyModel
-from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.simulator.engine_config import BLOCK_SIZE, engine_from_config
 
 LATENCY = ("base", "per_prefill_token", "per_decode", "per_context_token", "knee_tokens", "per_token_above_knee")
 """Coefficients in the order of `LatencyModel`."""
@@ -137,7 +137,7 @@ def search_space(log: ServerLog, options: ServerOptions) -> Space:
     engine = dict(options.engine)
     running = max(peak_running(log) // options.data_parallel_size, 1)
     if "num_gpu_blocks" not in engine:
-        size = engine.get("block_size", 16)
+        size = engine.get("block_size", BLOCK_SIZE)
         held = peak_tokens(log) / options.data_parallel_size
         least = max(-(-log.longest // size) + 1, 2)
         start = max(1.3 * held / size, 1.05 * least)

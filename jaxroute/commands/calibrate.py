@@ -31,7 +31,8 @@ from jaxroute.calibration.uncertainty import IDENTIFIED, Interval, intervals
 from jaxroute.errors import UserError, command
 from jaxroute.files import write_text
 from jaxroute.runs.devices import use_all_cores
-from jaxroute.simulator.roofline import GPUS, MODELS, known_in, roofline_by_name
+from jaxroute.simulator.gpus import GPUS
+from jaxroute.simulator.roofline import MODELS, known_in, roofline_by_name
 
 LANES = 64
 """Candidates at once on each device."""

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Annotated, Any, Literal, NamedTuple
 
+from jaxroute.simulator.engine_config import BLOCK_SIZE
+from jaxroute.workload.files import MOST_TOKENS
+
 
 class Range(NamedTuple):
     """What a value must satisfy beyond its type; `text` ends the sentence "expected ..."."""
@@ -20,7 +23,10 @@ NonNegative = Annotated[float, Range("a number of 0 or more", lambda value: isfi
 Fraction = Annotated[float, Range("a number from 0 to 1", lambda value: 0 <= value <= 1)]
 Whole = Annotated[int, Range("a whole number of 0 or more", lambda value: value >= 0)]
 Count = Annotated[int, Range("a whole number of 1 or more", lambda value: value >= 1)]
-KVTokens = Annotated[int, Range("a whole number from 16 to 2097151", lambda value: 16 <= value < 2**21)]
+KVTokens = Annotated[
+    int,
+    Range(f"a whole number from {BLOCK_SIZE} to {MOST_TOKENS}", lambda value: BLOCK_SIZE <= value <= MOST_TOKENS),
+]
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)]
 EvaluationEpisodes = Annotated[int, Range("a whole number of 2 or more, for an interval", lambda value: value >= 2)]
 Discount = Annotated[float, Range("a number above 0, at most 1", lambda value: 0 < value <= 1)]

@@ -12,6 +12,7 @@ from jaxroute.environment.impact import expected_length
 from jaxroute.environment.state import EnvParams, EnvState
 from jaxroute.routers.choice import candidates, smallest, smallest_at_random
 from jaxroute.simulator.disciplines import used_blocks
+from jaxroute.simulator.load_balancing import data_parallel_load
 
 
 def random(env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams) -> jax.Array:
@@ -72,15 +73,10 @@ def latency_based(
 def vllm_data_parallel(
     env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
 ) -> jax.Array:
-    """The expert with the smallest 4 * waiting + running; ties go to the lowest index.
-
-    vLLM's load balancing between data-parallel engines, `DPLBAsyncMPClient.get_core_engine_for_request`
-    (https://github.com/vllm-project/vllm/blob/v0.10.2/vllm/v1/engine/core_client.py), with counts that are always
-    fresh; later versions weigh waiting requests by KV use.
-    """
+    """The expert with the smallest `data_parallel_load`, vLLM's load balancing; ties go to the lowest index."""
     running = state.engines.num_running
     waiting = state.engines.num_requests - running
-    return smallest(4 * waiting + running, candidates(env, state, params))
+    return smallest(data_parallel_load(waiting, running), candidates(env, state, params))
 
 
 def llm_d(

@@ -10,13 +10,17 @@ import jax.numpy as jnp
 
 from jaxroute.errors import UserError, known
 from jaxroute.simulator.disciplines import DISCIPLINES
-from jaxroute.simulator.engine import EngineParams, LatencyModel
+from jaxroute.simulator.engine import LARGE, EngineParams, LatencyModel
+from jaxroute.workload.files import MOST_TOKENS
+
+BLOCK_SIZE = 16
+"""Tokens of a KV block, vLLM's default."""
 
 DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 256,
     "max_num_batched_tokens": 2048,
     "enable_chunked_prefill": True,
-    "block_size": 16,
+    "block_size": BLOCK_SIZE,
     "num_gpu_blocks": 10001,
     "max_model_len": 8192,
     "reserve_full_isl": True,
@@ -26,10 +30,10 @@ DEFAULTS: dict[str, Any] = {
 """The latency is [c0, c1, c2, c3] or [c0, c1, c2, c3, knee, c4] of `LatencyModel`; these values are dyadic."""
 
 _NOT_IN_V0 = ("enable_chunked_prefill", "reserve_full_isl", "long_prefill_token_threshold")
+# Recorded schedules have the key unchecked_budget, and the tests' random cases reach small budgets by it.
 _ONLY_IN_V0 = {"num_gpu_blocks": 10000, "watermark": 0.01, "async_output_proc": True, "unchecked_budget": False}
 
 _SMALLEST = {"long_prefill_token_threshold": 0, "max_model_len": 2}
-_MOST_TOKENS = 2**21
 
 
 def defaults_of(discipline: str) -> dict[str, Any]:
@@ -67,7 +71,7 @@ def engine_from_config(
                 raise UserError(f"{where}: {key} must be true or false, not {value!r}")
         elif isinstance(default, int):
             smallest = least.get(key, 1)
-            if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < 2**30:
+            if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < LARGE:
                 raise UserError(f"{where}: {key} must be a whole number of at least {smallest}, not {value!r}")
     watermark, is_async = None, None
     if discipline == "vllm_v0":
@@ -75,8 +79,8 @@ def engine_from_config(
         watermark = jnp.int32(int(values["watermark"] * values["num_gpu_blocks"]))
         is_async = jnp.bool_(values["async_output_proc"])
     usable = values["num_gpu_blocks"] - null_blocks
-    if usable * values["block_size"] >= _MOST_TOKENS:
-        raise UserError(f"{where}: num_gpu_blocks * block_size must stay below {_MOST_TOKENS} tokens")
+    if usable * values["block_size"] > MOST_TOKENS:
+        raise UserError(f"{where}: num_gpu_blocks * block_size must be at most {MOST_TOKENS} tokens")
     return EngineParams(
         latency=latency_model(values["latency"], where),
         usable_blocks=jnp.int32(usable),

@@ -20,7 +20,8 @@ from jaxroute.errors import UserError, known
 from jaxroute.simulator import catalogue
 from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine import EngineParams
-from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.simulator.engine_config import BLOCK_SIZE, engine_from_config
+from jaxroute.simulator.gpus import GPUS, MEMORY_USED
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Profile:
     """An engine whose latency and KV cache are given, whatever the expert."""
 
     latency: tuple[float, ...]  # s: c0, c1, c2, c3 and, with a knee, knee tokens and c4
-    usable_blocks: int  # KV blocks of 16 tokens
+    usable_blocks: int  # KV blocks of `BLOCK_SIZE` tokens
     max_num_seqs: int
     max_model_len: int
     latency_limit: float  # s a token, a limit that suits the profile
@@ -60,50 +61,45 @@ class Profile:
     engine: Mapping[str, Any] = field(default_factory=dict)  # further options, by vLLM's names
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU: milliseconds of the linear layers of a 7B model at 1, 256 and 2,048 tokens, memory and its bandwidth."""
+REFERENCE_WEIGHTS_GB = 13.5
+"""Of the 7B model whose linear layers `Gpu.linear_ms` timed."""
 
-    linear_ms: tuple[float, float, float]
-    memory_gb: float
-    bandwidth_gb_s: float
 
-    def profile(self, name: str, expert_name: str) -> Profile:
-        """What this GPU is for an expert; `UserError` where its weights leave no room for a KV cache."""
-        expert = EXPERTS[expert_name]
-        one, knee, many = (1e-3 * ms * expert.weights_gb / _REFERENCE_WEIGHTS_GB for ms in self.linear_ms)
-        slope, steep = (knee - one) / 255, (many - knee) / (2048 - 256)
-        room = _MEMORY_USED * self.memory_gb - expert.weights_gb
-        if room <= 0:
-            raise UserError(
-                f"expert {expert_name} does not fit profile {name}: {expert.weights_gb} GB of weights, "
-                f"{_MEMORY_USED * self.memory_gb:.1f} GB of memory; choose a larger GPU"
-            )
-        return Profile(
-            latency=(one, slope, slope, expert.kv_bytes / (1e9 * self.bandwidth_gb_s), 256, max(steep - slope, 0.0)),
-            usable_blocks=int(1e9 * room / expert.kv_bytes) // 16 - 1,
-            max_num_seqs=256,
-            max_model_len=2048,
-            latency_limit=0.060,
-            token_scale=256.0,
+def profile_of_gpu(name: str, expert_name: str) -> Profile:
+    """What a GPU of `GPUS` with measured linear layers is for an expert.
+
+    Raises `UserError` where the expert's weights leave no room for a KV cache.
+    """
+    gpu, expert = GPUS[name], EXPERTS[expert_name]
+    assert gpu.linear_ms is not None
+    one, knee, many = (1e-3 * ms * expert.weights_gb / REFERENCE_WEIGHTS_GB for ms in gpu.linear_ms)
+    slope, steep = (knee - one) / 255, (many - knee) / (2048 - 256)
+    room = MEMORY_USED * gpu.memory_gb - expert.weights_gb
+    if room <= 0:
+        raise UserError(
+            f"expert {expert_name} does not fit profile {name}: {expert.weights_gb} GB of weights, "
+            f"{MEMORY_USED * gpu.memory_gb:.1f} GB of memory; choose a larger GPU"
         )
+    return Profile(
+        latency=(one, slope, slope, expert.kv_bytes / (1e9 * gpu.bandwidth_gb_s), 256, max(steep - slope, 0.0)),
+        usable_blocks=int(1e9 * room / expert.kv_bytes) // BLOCK_SIZE - 1,
+        max_num_seqs=256,
+        max_model_len=2048,
+        latency_limit=0.060,
+        token_scale=256.0,
+    )
 
 
-_REFERENCE_WEIGHTS_GB = 13.5  # of the 7B model that the linear layers were timed on
-_MEMORY_USED = 0.9  # share of a GPU's memory, vLLM's default gpu_memory_utilization
-
-PROFILES: dict[str, Profile | Gpu] = {
+PROFILES = {
     # The frozen scenario (simulation.md section 7): the per-token constants of the paper's first author.
-    "paper": Profile((0.015, 7.2e-5, 5e-5, 2.5e-5), 14_000 // 16, 64, 8192, 0.030, 256.0),
+    "paper": Profile((0.015, 7.2e-5, 5e-5, 2.5e-5), 14_000 // BLOCK_SIZE, 64, 8192, 0.030, 256.0),
     # Measured: Llama-3.1-8B, vLLM 0.19, 2,588 KV blocks of which vLLM keeps one; 25 us a token up to 256, then 90 us.
     "rtx4090": Profile((0.018, 2.5e-5, 2.5e-5, 1.4e-7, 256, 6.5e-5), 2587, 256, 32_768, 0.060, 2048.0),
-    "a40": Gpu((23.9, 44.6, 259.0), 48, 696),
-    "a100": Gpu((9.3, 17.8, 133.5), 80, 2039),
-    "h100": Gpu((5.6, 9.2, 40.4), 80, 3350),
-    "rtx3090": Gpu((21.7, 67.5, 519.0), 24, 936),
-    "a6000": Gpu((23.4, 51.9, 348.0), 48, 768),
 }
-"""Hardware by name."""
+"""Hardware whose engine is the same for every expert."""
+
+TIMED_GPUS = [name for name, gpu in GPUS.items() if gpu.linear_ms]
+"""GPUs whose engine follows from the expert's size."""
 
 
 def calibrated(name: str) -> Profile:
@@ -113,8 +109,8 @@ def calibrated(name: str) -> Profile:
     """
     engine = dict(catalogue.load_profile(name)["engine"])
     size, blocks = engine.pop("block_size"), engine.pop("num_gpu_blocks") - 1
-    if size != 16:
-        raise UserError(f"profile {name}: block_size is {size}; experts have KV blocks of 16 tokens")
+    if size != BLOCK_SIZE:
+        raise UserError(f"profile {name}: block_size is {size}; experts have KV blocks of {BLOCK_SIZE} tokens")
     latency = tuple(engine.pop("latency"))
     limit, scale = ceil(1500 * latency[0]) / 1000, 2048.0
     return Profile(latency, blocks, engine.pop("max_num_seqs"), engine.pop("max_model_len"), limit, scale, engine)
@@ -123,7 +119,7 @@ def calibrated(name: str) -> Profile:
 def engine_profiles(experts: Sequence[str], profile: str | Sequence[str]) -> list[Profile]:
     """The profile of each expert; `profile` is one name for all, or a name for each.
 
-    A name is one of `PROFILES` or one that `catalogue.load_profile` takes. Raises `UserError`.
+    A name is one of `PROFILES` or `TIMED_GPUS`, or one that `catalogue.load_profile` takes. Raises `UserError`.
     """
     names = [profile] * len(experts) if isinstance(profile, str) else list(profile)
     if len(names) != len(experts):
@@ -131,10 +127,14 @@ def engine_profiles(experts: Sequence[str], profile: str | Sequence[str]) -> lis
     found = []
     for expert, name in zip(experts, names, strict=True):
         known(expert, EXPERTS, "expert")
-        if name not in PROFILES and not catalogue.is_path_or_guess(name):
-            known(name, [*PROFILES, *catalogue.shipped()], "profile")
-        hardware = PROFILES[name] if name in PROFILES else calibrated(name)
-        found.append(hardware.profile(name, expert) if isinstance(hardware, Gpu) else hardware)
+        if name in PROFILES:
+            found.append(PROFILES[name])
+        elif name in TIMED_GPUS:
+            found.append(profile_of_gpu(name, expert))
+        else:
+            if not catalogue.is_path_or_guess(name):
+                known(name, [*PROFILES, *TIMED_GPUS, *catalogue.shipped()], "profile")
+            found.append(calibrated(name))
     return found
 
 
@@ -157,9 +157,11 @@ def cluster(
         given = [kv_cache_tokens] * len(experts) if isinstance(kv_cache_tokens, int) else list(kv_cache_tokens)
         if len(given) != len(experts):
             raise UserError(f"kv_cache_tokens: {len(given)} numbers for {len(experts)} experts; give one, or one each")
-        if min(given) < 16:
-            raise UserError(f"kv_cache_tokens must be at least 16, the tokens of one KV block, not {min(given)}")
-        blocks = [tokens // 16 for tokens in given]
+        if min(given) < BLOCK_SIZE:
+            raise UserError(
+                f"kv_cache_tokens must be at least {BLOCK_SIZE}, the tokens of one KV block, not {min(given)}"
+            )
+        blocks = [tokens // BLOCK_SIZE for tokens in given]
     engines = []
     for expert, profile, usable in zip(experts, profiles, blocks, strict=True):
         config = {

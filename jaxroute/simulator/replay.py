@@ -19,10 +19,11 @@ import numpy as np
 from jaxroute.errors import UserError, known
 from jaxroute.files import read_json
 from jaxroute.simulator.disciplines import rules
-from jaxroute.simulator.engine import EngineParams
+from jaxroute.simulator.engine import LARGE, EngineParams
 from jaxroute.simulator.engine_config import engine_from_config
 from jaxroute.simulator.recorded import Recording, ReplayOutcome, replay_by_jumps
 from jaxroute.workload import load_trace
+from jaxroute.workload.files import MOST_TOKENS
 
 ENGINES = {"V1": "vllm_v1", "V0": "vllm_v0", "orca": "orca"}
 """Disciplines by the name that a file's `engine` gives them."""
@@ -62,7 +63,7 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
     engine = engine_from_config(config, f"{where}: config", tuple(RUN_DEFAULTS), discipline)
     run = {key: config.get(key, default) for key, default in RUN_DEFAULTS.items()}
     for key, value in run.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**30:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < LARGE:
             raise UserError(f"{where}: config: {key} must be a whole number of at least 1, not {value!r}")
     if not requests:
         raise UserError(f"{where}: key requests: there is no request")
@@ -100,7 +101,7 @@ def _check_request(request: Any, kind: str, where: str) -> None:
         number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
             raise UserError(f"{where}: {key} must be a {'whole ' if whole else ''}number, not {value!r}")
-        if value < (0 if key == kind else 1) or (whole and value >= 2**21):
+        if value < (0 if key == kind else 1) or (whole and value > MOST_TOKENS):
             raise UserError(f"{where}: {key} is out of range: {value!r}")
 
 

@@ -11,19 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxroute.errors import UserError, known
-
-BLOCK_SIZE = 16
-MEMORY_USED = 0.9
-"""Share of a GPU's memory, vLLM's default gpu_memory_utilization."""
-
-
-@dataclass(frozen=True)
-class GpuData:
-    """Data sheet: memory and its bandwidth, and dense bf16 operations with float32 accumulation."""
-
-    memory_gb: float
-    bandwidth_gb_s: float
-    tflops: float
+from jaxroute.simulator.engine_config import BLOCK_SIZE
+from jaxroute.simulator.gpus import GPUS, MEMORY_USED, Gpu
+from jaxroute.workload.files import MOST_TOKENS
 
 
 @dataclass(frozen=True)
@@ -68,21 +58,6 @@ class ModelData:
         return 2 * self.layers * self.kv_heads * self.head_size * self.bytes_per_weight
 
 
-GPUS = {
-    "rtx3090": GpuData(24, 936, 71),
-    "rtx4090": GpuData(24, 1008, 165),
-    "rtx5090": GpuData(32, 1792, 210),
-    "rtxpro6000": GpuData(96, 1792, 504),
-    "a6000": GpuData(48, 768, 155),
-    "a40": GpuData(48, 696, 150),
-    "a100": GpuData(80, 2039, 312),
-    "l4": GpuData(24, 300, 121),
-    "l40s": GpuData(48, 864, 362),
-    "h100": GpuData(80, 3350, 989),
-    "h200": GpuData(141, 4800, 989),
-}
-"""NVIDIA's data sheets, of the SXM form where there are two."""
-
 MODELS = {
     "llama-2-7b": ModelData(32, 4096, 32, 32, 128, 11_008, 32_000, max_model_len=4096),
     "mistral-7b": ModelData(32, 4096, 32, 8, 128, 14_336, 32_000),
@@ -105,7 +80,7 @@ def known_in(text: str | None, table: dict[str, Any]) -> str | None:
     return max(found, key=len, default=None)
 
 
-def roofline(gpu: GpuData, model: ModelData, gpus: int = 1) -> dict[str, Any]:
+def roofline(gpu: Gpu, model: ModelData, gpus: int = 1) -> dict[str, Any]:
     """Engine options (`engine_config.engine_from_config`) of the model on one GPU, or split over some.
 
     Raises `UserError` where the weights leave no room for a KV cache.
@@ -121,10 +96,7 @@ def roofline(gpu: GpuData, model: ModelData, gpus: int = 1) -> dict[str, Any]:
     base, token = model.read_bytes / bandwidth, model.operations / speed
     return {
         "latency": [base, 0.0, 0.0, model.kv_bytes / bandwidth, base / token, token],
-        "num_gpu_blocks": min(blocks, 2**21 // BLOCK_SIZE - 1),
-        "block_size": BLOCK_SIZE,
-        "max_num_seqs": 256,
-        "max_num_batched_tokens": 2048,
+        "num_gpu_blocks": min(blocks, MOST_TOKENS // BLOCK_SIZE),
         "max_model_len": min(model.max_model_len, (blocks - 1) * BLOCK_SIZE),
     }
 

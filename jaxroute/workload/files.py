@@ -10,7 +10,8 @@ from typing import Any
 
 from jaxroute.errors import UserError
 
-MOST_TOKENS = 2**21 - 1  # as long a request as an engine can count
+MOST_TOKENS = 2**21 - 1
+"""Tokens of the longest request and of the largest KV cache that the simulator can count."""
 
 
 class Place:
