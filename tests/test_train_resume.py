@@ -133,6 +133,12 @@ def test_the_last_states_are_kept_and_damaged_ones_passed_over(tmp_path):
     frames, state, notes = newest_state(tmp_path, example)
     assert frames == 20 and len(notes) == 1 and "frames-000000000030" in notes[0] and "cut short" in notes[0]
 
+    with TrainingStates(tmp_path, seconds=0, kept=2) as states:
+        states.save(30, tree(30))
+        states.save(35, tree(35))
+    assert newest_state(tmp_path, example)[0] == 35
+    assert len(list(folder.iterdir())) == 4  # two states with their checksums, and nothing of the killed write
+
     with pytest.raises(UserError, match="another"):
         newest_state(tmp_path, {**example, "weights": jax.ShapeDtypeStruct((4,), jnp.float32)})
     for path in folder.glob("*/**/*"):

@@ -1,4 +1,8 @@
-"""The whole state of a training on disk, replay and random keys included, from which it goes on bit for bit."""
+"""The whole state of a training on disk, replay and random keys included, from which it goes on bit for bit.
+
+orbax's `CheckpointManager` would take more code: it calls back before a state has its name, and without saying which,
+so that checksums need a handler of our own, and it refuses to write where a damaged state is.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +72,11 @@ class TrainingStates:
         try:
             self._folder.mkdir(exist_ok=True)
             save_arrays(self._folder / f"frames-{frames:012d}", arrays)
-            for old in _complete(self._folder)[: -self._kept]:
-                _remove(old)
+            states = {path.with_suffix("") for path in self._folder.glob("frames-*")}
+            for old in states.difference(_complete(self._folder)[-self._kept :]):  # and what a killed process left
+                checksums(old).unlink(missing_ok=True)
+                for path in self._folder.glob(f"{old.name}*"):
+                    shutil.rmtree(path, ignore_errors=True)
         except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
             raise UserError(f"{self._folder}: cannot be written ({error}); free space there, then --resume") from None
 
@@ -116,11 +123,6 @@ def remove_states(run: Path) -> None:
 def _complete(folder: Path) -> list[Path]:
     """States with checksums, oldest first; what has none was being written or removed when the run was killed."""
     return sorted(path.with_suffix("") for path in folder.glob("frames-*.sha256"))
-
-
-def _remove(state: Path) -> None:
-    checksums(state).unlink()
-    shutil.rmtree(state, ignore_errors=True)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
