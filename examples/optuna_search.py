@@ -21,7 +21,7 @@ from jaxroute.config.loader import change_config, load_config
 from jaxroute.console import report_console
 from jaxroute.runs.compilation_cache import keep_compiled_programs
 from jaxroute.runs.stopping import Stop
-from jaxroute.sweeps.driver import carry_out, execute_here
+from jaxroute.sweeps.driver import execute_here, run_missing_batches
 from jaxroute.sweeps.plan import make_groups
 from jaxroute.sweeps.ranking import ranking
 from jaxroute.sweeps.results import SweepFolder
@@ -74,7 +74,9 @@ def main() -> None:
             groups, _ = make_groups(spec)
             folder = SweepFolder(Path(results) / f"round{number}", spec)
             sizes = {"devices": len(jax.local_devices()), "0": batch}
-            carry_out(spec, groups, folder, sizes, execute_here(spec, groups, sizes, folder, stop), report_console())
+            run_missing_batches(
+                spec, groups, folder, sizes, execute_here(spec, groups, sizes, folder, stop), report_console()
+            )
             qos = {place.trial: place.qos for place in ranking(folder.rows())}
             for index, trial in enumerate(asked):
                 if index in qos:

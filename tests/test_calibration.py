@@ -21,7 +21,7 @@ from jaxroute.calibration.logs import load_log
 from jaxroute.calibration.options import ServerOptions, load_options
 from jaxroute.calibration.search import Simulator, relative_errors, search
 from jaxroute.calibration.space import search_space
-from jaxroute.calibration.uncertainty import Interval, intervals
+from jaxroute.calibration.uncertainty import ParameterInterval, intervals
 from jaxroute.commands.calibrate import main, profile_text
 from jaxroute.errors import UserError
 from jaxroute.simulator.catalogue import load_profile, shipped
@@ -139,7 +139,7 @@ def test_judgement_is_zero_for_the_engine_itself_and_errors_are_relative():
 def profile(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("profile") / "mine.yaml"
     judged, split = judge(LOG, run(LOG, Server(ENGINE)), splits(LOG)[0].fitted), splits(LOG)[0]
-    found = {"base": Interval(0.0099, 0.0101, True), "per_decode": Interval(0.0, 1e-3, False)}
+    found = {"base": ParameterInterval(0.0099, 0.0101, True), "per_decode": ParameterInterval(0.0, 1e-3, False)}
     options = ServerOptions("engine.yaml", {})
     path.write_text(profile_text("mine", LOG, options, Server(ENGINE), found, ["a warning"], judged, split))
     return path

@@ -26,13 +26,15 @@ _AROUND = 384  # candidates
 _DRAWS = 300
 
 
-class Interval(NamedTuple):
+class ParameterInterval(NamedTuple):
+    """A 95 % interval of one parameter, in its own unit, and whether the log identifies it (`IDENTIFIED`)."""
+
     low: float
     high: float
     identified: bool
 
 
-def intervals(simulator: Simulator, fit: Fit, among: np.ndarray, seed: int = 0) -> dict[str, Interval]:
+def intervals(simulator: Simulator, fit: Fit, among: np.ndarray, seed: int = 0) -> dict[str, ParameterInterval]:
     """95 % intervals of the parameters that were looked for, fitted to the requests `among` (bool [R])."""
     space, (low, high) = simulator.space, simulator.space.bounds
     free = np.flatnonzero(fit.free)
@@ -51,7 +53,7 @@ def intervals(simulator: Simulator, fit: Fit, among: np.ndarray, seed: int = 0) 
         value = np.exp(centre) - parameter.offset
         sure = not at_end and np.abs(ends - value).max() <= IDENTIFIED * value
         ends = np.clip(ends, parameter.low, parameter.high)
-        found[parameter.name] = Interval(float(ends[0]), float(ends[1]), bool(sure))
+        found[parameter.name] = ParameterInterval(float(ends[0]), float(ends[1]), bool(sure))
     knee = found["knee_tokens"]
     if (knee.high - knee.low) / (knee.high + knee.low) > KNEE_KNOWN:
         for name in ("per_prefill_token", "per_token_above_knee"):

@@ -27,7 +27,7 @@ from jaxroute.calibration.options import ServerOptions, check_fits, load_options
 from jaxroute.calibration.progress import SearchProgress
 from jaxroute.calibration.search import Fit, Simulator, search
 from jaxroute.calibration.space import LATENCY, OVERHEAD, PREFIX_HITS, Space, max_model_len, peak_running, search_space
-from jaxroute.calibration.uncertainty import IDENTIFIED, Interval, intervals
+from jaxroute.calibration.uncertainty import IDENTIFIED, ParameterInterval, intervals
 from jaxroute.errors import UserError, command
 from jaxroute.files import write_text
 from jaxroute.runs.devices import use_all_cores
@@ -66,7 +66,7 @@ def roofline_guess(log: ServerLog, options: ServerOptions) -> tuple[Server, str]
     return Server(engine, options.data_parallel_size, hits), f"{gpu}, {model}"
 
 
-def warnings_of(found: dict[str, Interval], values: dict[str, float], options: ServerOptions) -> list[str]:
+def warnings_of(found: dict[str, ParameterInterval], values: dict[str, float], options: ServerOptions) -> list[str]:
     """A line for each parameter that the log does not identify."""
     lines = []
     for name, interval in found.items():
@@ -87,7 +87,7 @@ def profile_text(
     log: ServerLog,
     options: ServerOptions,
     server: Server,
-    found: dict[str, Interval],
+    found: dict[str, ParameterInterval],
     warnings: list[str],
     judged: dict[str, Any],
     split: Split,
@@ -207,7 +207,7 @@ def write_results(
     options: ServerOptions,
     space: Space,
     fitted: list[tuple[Split, Fit]],
-    found: dict[str, Interval],
+    found: dict[str, ParameterInterval],
     out: Path,
 ) -> None:
     """Judges every fit, prints the tables, and writes the profile, the picture and the page."""

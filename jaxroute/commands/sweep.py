@@ -14,7 +14,7 @@ from jaxroute.errors import UserError, command
 from jaxroute.runs.devices import use_all_cores
 from jaxroute.runs.stopping import Stop
 from jaxroute.sweeps.display import best_table
-from jaxroute.sweeps.driver import carry_out, choose_sizes, execute_here
+from jaxroute.sweeps.driver import choose_sizes, execute_here, run_missing_batches
 from jaxroute.sweeps.plan import make_groups
 from jaxroute.sweeps.ranking import ranking
 from jaxroute.sweeps.ray_cluster import check_ray, execute_on_ray
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             execute = execute_on_ray(spec, groups, sizes["devices"], folder, arguments.ray, stop)
         else:
             execute = execute_here(spec, groups, sizes, folder, stop)
-        carry_out(spec, groups, folder, sizes, execute, console)
+        run_missing_batches(spec, groups, folder, sizes, execute, console)
     shutil.rmtree(folder.work)
     rows = folder.rows()
     if not ranking(rows):

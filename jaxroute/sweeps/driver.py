@@ -31,7 +31,7 @@ def choose_sizes(spec: Spec, groups: list[Group], given: int | None, devices: Se
     return sizes
 
 
-def carry_out(
+def run_missing_batches(
     spec: Spec, groups: list[Group], folder: SweepFolder, sizes: dict[str, int], execute: Execute, console: Console
 ) -> None:
     """Runs the batches whose results are not in `folder`, and leaves them there. Raises as `execute`."""

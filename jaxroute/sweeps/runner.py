@@ -24,7 +24,7 @@ HISTORY = ("qos", "reward", "return", "entropy", "alpha", "mean_q", "critic_loss
 """Of each chunk: metrics of `Trainer`, and the number of updates so far."""
 
 
-class Progress(NamedTuple):
+class BatchState(NamedTuple):
     """What is saved of a batch on its way."""
 
     states: Any
@@ -50,12 +50,12 @@ def run_batch(
     folder = work / batch.name
     folder.mkdir(exist_ok=True)
     history = {name: np.full((length, program.size), np.nan, np.float32) for name in HISTORY}
-    done, progress, _ = newest_state(folder, Progress(program.state_shapes, history, np.zeros((), np.float32)))
-    if progress is None:
+    done, unfinished, _ = newest_state(folder, BatchState(program.state_shapes, history, np.zeros((), np.float32)))
+    if unfinished is None:
         states, spent = _first_states(program, batch, inputs, work), 0.0
     else:
-        states, spent = program.restored(progress.states), float(progress.seconds)
-        history = jax.tree.map(np.array, progress.history)
+        states, spent = program.restored(unfinished.states), float(unfinished.seconds)
+        history = jax.tree.map(np.array, unfinished.history)
     started = time.monotonic()
 
     def seconds() -> np.ndarray:
@@ -70,9 +70,9 @@ def run_batch(
                     history[name][chunk] = value
             chunk_done((chunk + 1) / length)
             if stop:
-                saved.save(chunk + 1, Progress(states, history, seconds()))
+                saved.save(chunk + 1, BatchState(states, history, seconds()))
                 raise stop.interrupted(f"stopped in {batch.name}; the same command goes on")
-            saved.offer(chunk + 1, Progress(states, history, seconds()))
+            saved.offer(chunk + 1, BatchState(states, history, seconds()))
         saved.wait()
     evaluation = jax.device_get(program.evaluate(states, inputs))
     if batch.rung + 1 < len(spec.rungs):
