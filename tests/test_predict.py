@@ -224,6 +224,15 @@ def test_bad_input_of_apply(trained: tuple[Path, Path], tmp_path: Path, capsys: 
     assert not out.exists()
 
 
+def test_without_scikit_learn_it_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    data = written(tmp_path / "data.jsonl", records(100))
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    error = failure(capsys, "train", data, "--experts", ",".join(EXPERTS), "--out", tmp_path / "out")
+    assert "needs scikit-learn, which is not installed; run pip install 'jaxroute[predict]'" in error
+
+
 def test_cut_and_foreign_models(trained: tuple[Path, Path], tmp_path: Path):
     about, arrays = ((trained[1] / name).read_bytes() for name in ("model.json", "model.npz"))
 

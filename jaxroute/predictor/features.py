@@ -5,20 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-import zlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.linalg import eigh
-from scipy.sparse import csr_array
 
 from jaxroute.errors import UserError
 
-HASH_COLUMNS = 4096
+HASH_COLUMNS = 4096  # of each kind of n-grams
 COMPONENTS = 64  # of the n-grams or of the encoder's vectors; with some hundred prompts more do not measure better
 TASK_WORDS = (
     "answer article best brainstorm calculate classify code compare convert correct create describe design detailed "
@@ -30,7 +27,7 @@ TASK_WORDS = (
 """Words that tell what kind of answer is asked for."""
 
 _WORDS = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
-_TOKENS = re.compile(_WORDS.pattern + r"|[^\w\s]")
+_TOKENS = _WORDS.pattern + r"|[^\w\s]"
 
 Encoder = Callable[[Sequence[str]], np.ndarray]
 """Texts [P] -> float32 [P, E]."""
@@ -63,31 +60,31 @@ def _surface(text: str) -> list[float]:
     ]
 
 
-def hashed_ngrams(texts: Sequence[str]) -> csr_array:
-    """float32 [P, HASH_COLUMNS], log(1 + count): words, pairs, the first one to three, runs of 3 to 5 characters.
+def hashed_ngrams(texts: Sequence[str]) -> Any:
+    """Sparse float32 [P, 2 * HASH_COLUMNS], log(1 + count): words and pairs, runs of 3 to 5 characters inside of words.
 
-    The column is the CRC-32 of the n-gram's UTF-8 form; Python's own `hash` differs from run to run.
+    scikit-learn hashes an n-gram to its column, the same on every machine. Raises `UserError` without scikit-learn.
     """
-    columns: list[int] = []
-    counts: list[int] = []
-    starts = [0]
-    for text in texts:
-        found = Counter(zlib.crc32(gram.encode("utf-8", "surrogatepass")) % HASH_COLUMNS for gram in _ngrams(text))
-        columns += found.keys()
-        counts += found.values()
-        starts.append(len(columns))
-    return csr_array((np.log1p(np.array(counts, np.float32)), columns, starts), (len(texts), HASH_COLUMNS))
+    vectorizer = partial(
+        _sklearn("feature_extraction.text").HashingVectorizer,
+        n_features=HASH_COLUMNS,
+        alternate_sign=False,
+        norm=None,
+        dtype=np.float32,
+    )
+    words = vectorizer(token_pattern=_TOKENS, ngram_range=(1, 2))
+    characters = vectorizer(analyzer="char_wb", ngram_range=(3, 5))
+    encoded = [text.encode("utf-8", "replace") for text in texts]
+    return _sklearn("pipeline").make_union(words, characters).transform(encoded).log1p()
 
 
-def _ngrams(text: str) -> list[str]:
-    tokens = _TOKENS.findall(text.lower())
-    line = f" {' '.join(tokens)} "
-    return [
-        *tokens,
-        *map(" ".join, zip(tokens, tokens[1:], strict=False)),
-        *("^" + " ".join(tokens[:size]) for size in (1, 2, 3)),
-        *("#" + line[start : start + size] for size in (3, 4, 5) for start in range(len(line) - size + 1)),
-    ]
+def _sklearn(module: str) -> Any:
+    try:
+        return importlib.import_module(f"sklearn.{module}")
+    except ImportError:
+        raise UserError(
+            "jaxroute predict needs scikit-learn, which is not installed; run pip install 'jaxroute[predict]'"
+        ) from None
 
 
 def sentence_encoder(name: str) -> Encoder:
@@ -127,48 +124,43 @@ def _model_folder(name: str) -> str:
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """What turns text into features, fitted on the training prompts' text alone. Arrays are float32."""
+    """What turns text into features, fitted on the training prompts' text alone. Arrays are float32.
+
+    A prompt's n-grams weighted by TF-IDF, or the encoder's vector, are scaled to length 1 and projected.
+    """
 
     surface_mean: np.ndarray  # [F]
     surface_std: np.ndarray  # [F]
-    weights: np.ndarray  # [D], of the columns before the projection: inverse document frequencies, or ones
+    document_frequencies: np.ndarray  # [D], inverse document frequencies of the n-grams; [0] with an encoder
     components: np.ndarray  # [D, K], right singular vectors, scaled so that the components' mean square is 1/4
 
     @classmethod
     def fit(cls, texts: Sequence[str], encoder: Encoder | None = None) -> FeatureMap:
-        """From P texts, not all alike. D is `HASH_COLUMNS`, or the encoder's."""
+        """From P texts, not all alike. D is that of `hashed_ngrams`, or the encoder's. Raises as `hashed_ngrams`."""
         plain = surface(texts)
-        vectors: Any = csr_array(encoder(texts)) if encoder else hashed_ngrams(texts)
-        columns = np.ones(vectors.shape[-1], np.float32)
-        if not encoder:
-            present = np.bincount(vectors.indices, minlength=len(columns))  # texts that have the column
-            columns = np.log((1 + len(texts)) / (1 + present)).astype(np.float32)
-        values, right = _right_singular_vectors(_unit_rows(vectors, columns), COMPONENTS)
-        scale = 0.5 * np.sqrt(len(texts) / np.mean(values**2))
-        return cls(plain.mean(0), plain.std(0) + 1e-6, columns, (scale * right).astype(np.float32))
+        frequencies = np.empty(0) if encoder else _tfidf().fit(hashed_ngrams(texts)).idf_
+        vectors = _unit_vectors(texts, encoder, frequencies)
+        svd = _sklearn("decomposition").TruncatedSVD(min(COMPONENTS, vectors.shape[1]), random_state=0).fit(vectors)
+        values = svd.singular_values_[svd.singular_values_ > 1e-5 * svd.singular_values_[0]]
+        right = svd.components_[: len(values)].T * 0.5 * np.sqrt(len(texts) / np.mean(values**2))
+        arrays = plain.mean(0), plain.std(0) + 1e-6, frequencies, right
+        return cls(*(array.astype(np.float32) for array in arrays))
 
     def __call__(self, texts: Sequence[str], encoder: Encoder | None = None) -> np.ndarray:
-        """float32 [P, K + F]. `encoder` is the one that the map was fitted with."""
-        vectors = _unit_rows(csr_array(encoder(texts)) if encoder else hashed_ngrams(texts), self.weights)
+        """float32 [P, K + F]. `encoder` is the one that the map was fitted with. Raises as `hashed_ngrams`."""
+        vectors = _unit_vectors(texts, encoder, self.document_frequencies)
         plain = np.clip((surface(texts) - self.surface_mean) / self.surface_std, -4, 4)
         return np.concatenate([vectors @ self.components, 0.5 * plain], axis=1).astype(np.float32)
 
 
-def _unit_rows(vectors: csr_array, weights: np.ndarray) -> csr_array:
-    """Rows times `weights`, of length 1 (or 0)."""
-    weighted = vectors * weights[None]
-    lengths = np.sqrt((weighted * weighted).sum(axis=1))
-    return csr_array(weighted * (1 / np.maximum(lengths, 1e-9))[:, None])
+def _tfidf() -> Any:
+    return _sklearn("feature_extraction.text").TfidfTransformer()
 
 
-def _right_singular_vectors(matrix: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Singular values [K], the largest at most `count`, and vectors [D, K] of a `csr_array` [P, D], of rank 1 or more.
-
-    By the eigenvalues of the smaller Gram matrix, which are exact whatever the rank; an iterative solver fails there.
-    """
-    wide = matrix.shape[0] <= matrix.shape[1]
-    gram = (matrix @ matrix.T if wide else matrix.T @ matrix).toarray().astype(np.float64)
-    squares, vectors = eigh(gram, subset_by_index=(max(len(gram) - count, 0), len(gram) - 1))
-    known = squares > 1e-9 * squares[-1]
-    values, vectors = np.sqrt(squares[known]), vectors[:, known]
-    return values, matrix.T @ vectors / values if wide else vectors
+def _unit_vectors(texts: Sequence[str], encoder: Encoder | None, frequencies: np.ndarray) -> Any:
+    """[P, D], rows of length 1 (or 0): sparse for n-grams, dense for an encoder's vectors."""
+    if encoder:
+        return _sklearn("preprocessing").normalize(encoder(texts))
+    tfidf = _tfidf()
+    tfidf.idf_ = frequencies
+    return tfidf.transform(hashed_ngrams(texts))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 from jaxroute.predictor.buckets import Buckets
 from jaxroute.predictor.model import Prediction, Predictor
@@ -90,6 +89,7 @@ def _overall(values: np.ndarray) -> list[float | None]:
 
 def _spearman(predicted: np.ndarray, truth: np.ndarray) -> float | None:
     """Spearman's rank correlation, None where one of the two is constant."""
-    ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (predicted, truth)]
-    size = math.sqrt(np.square(ranks[0]).sum() * np.square(ranks[1]).sum())
-    return float(ranks[0] @ ranks[1] / size) if size else None
+    if np.ptp(predicted) == 0 or np.ptp(truth) == 0:
+        return None
+    correlation: Any = spearmanr(predicted, truth)[0]
+    return float(correlation)

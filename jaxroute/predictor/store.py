@@ -21,7 +21,7 @@ from jaxroute.predictor.buckets import Buckets
 from jaxroute.predictor.features import FeatureMap
 from jaxroute.predictor.model import BucketClassifier, Predictor
 
-FORMAT = "jaxroute predictor 1"
+FORMAT = "jaxroute predictor 2"
 
 
 @dataclass(frozen=True)
