@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jaxroute
 from jaxroute.commands import COMMANDS, run
-from jaxroute.errors import command, known
+from jaxroute.errors import command, require_known
 
 
 @command
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Hands the arguments behind a command's name to it; without one, prints the list. Returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-"):
-        run(known(arguments[0], COMMANDS, "command"), arguments[1:])
+        run(require_known(arguments[0], COMMANDS, "command"), arguments[1:])
     parser = argparse.ArgumentParser(
         prog="jaxroute",
         usage="jaxroute [-h] [--version] [COMMAND ...]",

@@ -21,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
         self.code = 128 + number
 
 
-def known(name: Any, names: Iterable[str], what: str, where: str = "") -> str:
+def require_known(name: Any, names: Iterable[str], what: str, where: str = "") -> str:
     """`name`, if it is one of `names`; else a `UserError`, which begins with `where`, with the nearest ones."""
     names = list(names)
     if name not in names:

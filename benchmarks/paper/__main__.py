@@ -23,7 +23,7 @@ from benchmarks.paper.pictures import picture
 from benchmarks.paper.plan import FULL, QUICK, Question, questions
 from benchmarks.paper.prepare import missing_data, prepare
 from benchmarks.paper.tables import ablation_table, qos_table, write_csv
-from jaxroute.errors import UserError, command, known
+from jaxroute.errors import UserError, command, require_known
 from jaxroute.files import write_text
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--jobs", type=int, default=os.cpu_count(), help="processes at a time, one a core (default: all)"
     )
     arguments = parser.parse_args(argv)
-    names = [known(name, every, "question") for name in arguments.questions] or list(every)
+    names = [require_known(name, every, "question") for name in arguments.questions] or list(every)
     if not 1 <= arguments.jobs <= (os.cpu_count() or 1):
         raise UserError(f"--jobs {arguments.jobs}: expected 1 to {os.cpu_count()}, a core each")
     work = arguments.work or Path("runs") / ("paper-quick" if arguments.quick else "paper")

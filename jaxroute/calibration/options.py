@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxroute.calibration.logs import ServerLog
-from jaxroute.errors import UserError, known
+from jaxroute.errors import UserError, require_known
 from jaxroute.files import read_json, read_yaml
 from jaxroute.simulator.engine_config import BLOCK_SIZE, DEFAULTS
 
@@ -62,7 +62,7 @@ def load_options(path: str | Path | None) -> ServerOptions:
                 given.setdefault(key, value)
     else:
         for key in tree:
-            known(key, [*DEFAULTS, *_SERVER], "engine option", f"{path}: ")
+            require_known(key, [*DEFAULTS, *_SERVER], "engine option", f"{path}: ")
         given = {key: value for key, value in tree.items() if value is not None}
     given.pop("latency", None)  # what is looked for
     server = {key: given.pop(key, default) for key, default in _SERVER.items()}

@@ -10,7 +10,7 @@ from jaxroute.agent.trainer import policy_router
 from jaxroute.config.build import Experiment, build, build_network
 from jaxroute.config.loader import load_config, load_saved_config
 from jaxroute.console import print_notes, report_console
-from jaxroute.errors import UserError, command, known
+from jaxroute.errors import UserError, command, require_known
 from jaxroute.evaluation.tuning import tune
 from jaxroute.routers import ROUTER_LABELS, ROUTERS, make_router
 from jaxroute.routers.choice import Router
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _neither_router_nor_run(path: Path) -> None:
     if path.exists() or len(path.parts) > 1:
         raise UserError(f"{path}: has no config.yaml; give a folder that jaxroute train wrote, or a router")
-    known(str(path), ROUTERS, "router")
+    require_known(str(path), ROUTERS, "router")
 
 
 def _trained(experiment: Experiment, run: Path) -> Router:

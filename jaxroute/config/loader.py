@@ -14,7 +14,7 @@ import yaml
 
 import jaxroute
 from jaxroute.config.schema import Config
-from jaxroute.errors import UserError, known
+from jaxroute.errors import UserError, require_known
 from jaxroute.files import parse_yaml, read_yaml
 from jaxroute.routers import ROUTERS
 
@@ -240,7 +240,7 @@ def _cross_check(config: Config) -> None:
             "workload.requests.kind: trace takes the lengths of the arrivals' trace; set workload.arrivals.kind=trace"
         )
     for name in config.evaluation.routers:
-        known(name, ["trained", *ROUTERS], "router in evaluation.routers")
+        require_known(name, ["trained", *ROUTERS], "router in evaluation.routers")
     if config.network.hidden % config.network.heads:
         raise UserError(f"network.hidden: expected a multiple of network.heads ({config.network.heads})")
     if training.frames < 2 * training.num_envs:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams
-from jaxroute.errors import UserError, known
+from jaxroute.errors import UserError, require_known
 from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.profiles import EXPERTS, cluster, engine_profiles
 from jaxroute.workload.arrivals import Arrivals, PoissonArrivals
@@ -65,7 +65,7 @@ def make_params(
 
 def frozen_workload(experts: Sequence[str], arrivals: Arrivals) -> Workload:
     """Requests of the frozen generator for these experts, at these times."""
-    scores = [EXPERTS[known(expert, EXPERTS, "expert")].mean_score for expert in experts]
+    scores = [EXPERTS[require_known(expert, EXPERTS, "expert")].mean_score for expert in experts]
     return Workload.create(arrivals, FrozenRequests.create(scores))
 
 
@@ -129,11 +129,11 @@ def make(environment_id: str, **options: Any) -> tuple[Any, Any]:
     `cluster` need the `path` of a file.
     Raises `UserError` for an unknown name or option, with the nearest.
     """
-    return _ENVIRONMENTS[known(environment_id, _ENVIRONMENTS, "environment id")].factory(**options)
+    return _ENVIRONMENTS[require_known(environment_id, _ENVIRONMENTS, "environment id")].factory(**options)
 
 
 def environment_of(num_experts: int, options: dict[str, Any], **defaults: Any) -> RoutingEnvironment:
     """The environment with these options in place of the defaults; `UserError` for an unknown one."""
     for key in options:
-        known(key, RoutingEnvironment.__dataclass_fields__.keys() - {"num_experts"}, "environment option")
+        require_known(key, RoutingEnvironment.__dataclass_fields__.keys() - {"num_experts"}, "environment option")
     return RoutingEnvironment(num_experts=num_experts, **{**defaults, **options})

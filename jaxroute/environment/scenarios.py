@@ -21,7 +21,7 @@ from jaxroute.environment.registry import (
     register,
 )
 from jaxroute.environment.state import EnvParams
-from jaxroute.errors import UserError, known
+from jaxroute.errors import UserError, require_known
 from jaxroute.files import read_yaml
 from jaxroute.simulator.catalogue import load_profile
 from jaxroute.simulator.engine_config import engine_from_config
@@ -150,7 +150,7 @@ def _mapping(path: Path, tree: Any, where: str, keys: Sequence[str]) -> dict[str
     if not isinstance(tree, dict):
         raise UserError(f"{path}: {where}: must be a mapping with the keys {', '.join(keys)}")
     for key in tree:
-        known(key, keys, "key", f"{path}: {where}: ")
+        require_known(key, keys, "key", f"{path}: {where}: ")
     return tree
 
 

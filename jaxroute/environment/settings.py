@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxroute.environment.metrics import LEVELS, Level
-from jaxroute.errors import UserError, known
+from jaxroute.errors import UserError, require_known
 
 Penalty = Literal["predicted", "paper", "exact", "off"]
 PENALTIES: tuple[Penalty, ...] = ("predicted", "paper", "exact", "off")
@@ -28,7 +28,7 @@ class Settings:
     def __post_init__(self) -> None:
         choices = {"obs": ("graph", "flat"), "penalty": PENALTIES, "metrics": LEVELS}
         for name, allowed in choices.items():
-            known(getattr(self, name), allowed, name)
+            require_known(getattr(self, name), allowed, name)
         for name in ("num_experts", "slots", "queue_nodes", "episode_length"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise UserError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.errors import known
+from jaxroute.errors import require_known
 from jaxroute.routers import paper, planning, serving
 from jaxroute.routers.choice import RuleRouter
 
@@ -72,8 +72,8 @@ def make_router(name: str, env: RoutingEnvironment, **parameters: Any) -> RuleRo
     Raises:
         UserError: there is no such router, or it has no such parameter.
     """
-    rule = ROUTERS[known(name, ROUTERS, "router")].rule
+    rule = ROUTERS[require_known(name, ROUTERS, "router")].rule
     own = [key for key, value in inspect.signature(rule).parameters.items() if value.kind is value.KEYWORD_ONLY]
     for key in parameters:
-        known(key, own, f"parameter of the router {name}")
+        require_known(key, own, f"parameter of the router {name}")
     return RuleRouter(rule, env, parameters)

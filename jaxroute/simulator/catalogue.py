@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxroute.errors import UserError, known
+from jaxroute.errors import UserError, require_known
 from jaxroute.files import read_yaml
 from jaxroute.simulator.engine_config import DEFAULTS, engine_from_config
 from jaxroute.simulator.roofline import roofline_by_name
@@ -41,12 +41,12 @@ def load_profile(name: str | Path) -> dict[str, Any]:
         if len(parts) != 3:
             raise UserError(f"profile {name}: a guess is named roofline:GPU:MODEL, such as roofline:l40s:qwen2.5-7b")
         return {"name": name, "guess": True, "engine": {**DEFAULTS, **roofline_by_name(parts[1], parts[2])}}
-    path = Path(name) if is_path_or_guess(name) else FOLDER / f"{known(name, shipped(), 'profile')}.yaml"
+    path = Path(name) if is_path_or_guess(name) else FOLDER / f"{require_known(name, shipped(), 'profile')}.yaml"
     tree = read_yaml(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("engine"), dict):
         raise UserError(f"{path}: key engine: a mapping of engine options is missing")
     for key in tree:
-        known(key, KEYS, "key", f"{path}: ")
+        require_known(key, KEYS, "key", f"{path}: ")
     if "latency" not in tree["engine"] or "num_gpu_blocks" not in tree["engine"]:
         raise UserError(f"{path}: engine: needs latency and num_gpu_blocks")
     engine_from_config(tree["engine"], f"{path}: engine")

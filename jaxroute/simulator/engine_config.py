@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxroute.errors import UserError, known
+from jaxroute.errors import UserError, require_known
 from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine import LARGE, EngineParams, LatencyModel
 from jaxroute.workload.files import MOST_TOKENS
@@ -59,7 +59,7 @@ def engine_from_config(
     defaults, null_blocks = defaults_of(discipline), DISCIPLINES[discipline].null_blocks
     least = {**_SMALLEST, "num_gpu_blocks": null_blocks + 1}
     for key in config:
-        known(key, [*defaults, *also_known], "engine option", f"{where}: ")
+        require_known(key, [*defaults, *also_known], "engine option", f"{where}: ")
     values = {**DEFAULTS, **defaults, **{key: value for key, value in config.items() if key in defaults}}
     if values["max_num_batched_tokens"] is None:
         longest = values["max_model_len"]

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxroute.errors import UserError, known
+from jaxroute.errors import UserError, require_known
 from jaxroute.simulator import catalogue
 from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine import EngineParams
@@ -126,14 +126,14 @@ def engine_profiles(experts: Sequence[str], profile: str | Sequence[str]) -> lis
         raise UserError(f"profile: {len(names)} names for {len(experts)} experts; give one, or one for each")
     found = []
     for expert, name in zip(experts, names, strict=True):
-        known(expert, EXPERTS, "expert")
+        require_known(expert, EXPERTS, "expert")
         if name in PROFILES:
             found.append(PROFILES[name])
         elif name in TIMED_GPUS:
             found.append(profile_of_gpu(name, expert))
         else:
             if not catalogue.is_path_or_guess(name):
-                known(name, [*PROFILES, *TIMED_GPUS, *catalogue.shipped()], "profile")
+                require_known(name, [*PROFILES, *TIMED_GPUS, *catalogue.shipped()], "profile")
             found.append(calibrated(name))
     return found
 
@@ -151,7 +151,7 @@ def cluster(
     blocks under every `discipline`. vllm_v0 processes output asynchronously, its default. `max_model_len` overrides the
     profiles'; orca reserves so much for every request. Raises `UserError`.
     """
-    null_blocks = DISCIPLINES[known(discipline, DISCIPLINES, "discipline")].null_blocks
+    null_blocks = DISCIPLINES[require_known(discipline, DISCIPLINES, "discipline")].null_blocks
     blocks = [profile.usable_blocks for profile in profiles]
     if kv_cache_tokens is not None:
         given = [kv_cache_tokens] * len(experts) if isinstance(kv_cache_tokens, int) else list(kv_cache_tokens)

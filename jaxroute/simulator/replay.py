@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxroute.errors import UserError, known
+from jaxroute.errors import UserError, require_known
 from jaxroute.files import read_json
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import LARGE, EngineParams
@@ -59,7 +59,7 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
     Raises `UserError`, naming the request.
     """
     config, requests = spec["config"], spec["requests"]
-    discipline = ENGINES[known(spec.get("engine", "V1"), ENGINES, "engine", f"{where}: key engine: ")]
+    discipline = ENGINES[require_known(spec.get("engine", "V1"), ENGINES, "engine", f"{where}: key engine: ")]
     engine = engine_from_config(config, f"{where}: config", tuple(RUN_DEFAULTS), discipline)
     run = {key: config.get(key, default) for key, default in RUN_DEFAULTS.items()}
     for key, value in run.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jaxroute.errors import UserError, known
+from jaxroute.errors import UserError, require_known
 from jaxroute.simulator.engine_config import BLOCK_SIZE
 from jaxroute.simulator.gpus import GPUS, MEMORY_USED, Gpu
 from jaxroute.workload.files import MOST_TOKENS
@@ -103,4 +103,4 @@ def roofline(gpu: Gpu, model: ModelData, gpus: int = 1) -> dict[str, Any]:
 
 def roofline_by_name(gpu: str, model: str, gpus: int = 1) -> dict[str, Any]:
     """`roofline` of a GPU of `GPUS` and a model of `MODELS`; raises `UserError` for an unknown name."""
-    return roofline(GPUS[known(gpu, GPUS, "GPU")], MODELS[known(model, MODELS, "model")], gpus)
+    return roofline(GPUS[require_known(gpu, GPUS, "GPU")], MODELS[require_known(model, MODELS, "model")], gpus)
