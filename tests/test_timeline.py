@@ -27,6 +27,7 @@ from jaxroute.routers import make_router
 from jaxroute.routers.choice import Router
 from jaxroute.runs.checkpoint import save_checkpoint
 from jaxroute.simulator.latency import iteration_time
+from jaxroute.timelines import write
 from jaxroute.timelines.collect import DROPPED, MET, MISSED, REJECTED, Episode, Pieces, collect
 from jaxroute.timelines.layout import merged, of_expert, queues, rows, single
 from jaxroute.timelines.perfetto import trace_text
@@ -297,7 +298,7 @@ def test_command_runs_routers_and_a_run_on_its_configuration(written, tmp_path, 
         )
     )
     save_checkpoint(run, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
-    monkeypatch.setattr(timeline, "collect", lambda *arguments: asked.append(arguments) or written[1])
+    monkeypatch.setattr(write, "collect", lambda *arguments: asked.append(arguments) or written[1])
     assert timeline.main(["round_robin", str(run), "environment.slots=9", "--out", str(out)]) == 0
     env, params, routers, experts, key = asked[0]
     assert (env.episode_length, env.slots, params.workload.arrivals.rate) == (20, 9, 7)

@@ -53,6 +53,12 @@ def as_pytree(router: Router) -> Router:
     return jax.tree_util.Partial(router) if jax.tree_util.all_leaves([router]) else router
 
 
+def act(policies: list[Router], which: jax.Array, *inputs: Any) -> jax.Array:
+    """The action, int32 [], of policy `which` (int32 []) on a router's `inputs`."""
+    # `switch` hashes its branches, which a pytree of traced leaves is not made for.
+    return jax.lax.switch(which, [lambda *inputs, policy=policy: policy(*inputs) for policy in policies], *inputs)
+
+
 def run_episodes(
     env: RoutingEnvironment, policies: list[Router], which: jax.Array, keys: jax.Array, params: EnvParams
 ) -> dict[str, jax.Array]:
@@ -62,7 +68,7 @@ def run_episodes(
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
         observation, state = carry
-        route = jax.vmap(lambda *inputs: jax.lax.switch(which, policies, *inputs), (0, 0, 0, None))
+        route = jax.vmap(partial(act, policies, which), (0, 0, 0, None))
         actions = route(fold_in(router_keys, index), observation, state, params)
         observation, state, *_ = jax.vmap(env.step, (0, 0, 0, None))(fold_in(env_keys, index), state, actions, params)
         return (observation, state), None

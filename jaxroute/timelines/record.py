@@ -15,6 +15,7 @@ from flax import struct
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.metrics import summarize
 from jaxroute.environment.state import EnvParams
+from jaxroute.evaluation.episodes import act
 from jaxroute.routers.choice import Router
 from jaxroute.simulator.advance import EngineWork, Jump, jump
 from jaxroute.simulator.cluster import AFTER_ALL, collect, route, run_until, shift_time
@@ -93,7 +94,7 @@ def run_episode(
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, Routed]:
         observation, state = carry
-        action = jax.lax.switch(which, policies, jax.random.fold_in(router_key, index), observation, state, params)
+        action = act(policies, which, jax.random.fold_in(router_key, index), observation, state, params)
         request, step_key = state.request, jax.random.fold_in(env_key, index)
         observation, state, _, _, _, info = env.step(step_key, state, action, params)
         return (observation, state), Routed(request, action, info["elapsed"])
