@@ -13,8 +13,7 @@ import yaml
 
 import jaxroute
 from benchmarks.calibration import random_log
-from jaxroute import replay as replay_command
-from jaxroute.calibration.candidates import Candidates, Requests, Simulated, simulate
+from jaxroute.calibration.candidates import Candidates, LogRequests, Simulated, simulate
 from jaxroute.calibration.judgement import Server, judge, run, series, splits
 from jaxroute.calibration.linear import information, linear
 from jaxroute.calibration.logs import load_log
@@ -22,6 +21,7 @@ from jaxroute.calibration.options import ServerOptions, load_options
 from jaxroute.calibration.search import Simulator, relative_errors, search
 from jaxroute.calibration.space import search_space
 from jaxroute.calibration.uncertainty import ParameterInterval, intervals
+from jaxroute.commands import replay as replay_command
 from jaxroute.commands.calibrate import main, profile_text
 from jaxroute.errors import UserError
 from jaxroute.simulator.catalogue import load_profile, shipped
@@ -41,9 +41,9 @@ ENGINE = {
 LOG = random_log(np.random.default_rng(1), ENGINE, 1.2, 40, 0.0)  # waiting, preemption, full seats
 
 
-def as_requests(log) -> Requests:
+def as_requests(log) -> LogRequests:
     tokens = [jnp.asarray(values, jnp.int32) for values in (log.prompt_tokens, log.output_tokens)]
-    return Requests(jnp.asarray(log.arrival, float), *tokens, jnp.zeros(len(log), jnp.int32))
+    return LogRequests(jnp.asarray(log.arrival, float), *tokens, jnp.zeros(len(log), jnp.int32))
 
 
 def simulated(configs, num_slots: int, engines: int = 1) -> Simulated:

@@ -57,11 +57,13 @@ def compare(config: Config, experiment: Experiment, params: Any, console: Consol
     env, env_params, evaluation = experiment.env, experiment.params, config.evaluation
     routers = {}
     for name in evaluation.routers:
+        if name == "trained":
+            routers[name] = policy_router(experiment.network, params)
+            continue
         numbers = tune(name, env, env_params)
         if numbers:
             console.print(f"tuned {name}:", *(f"{key}={value}" for key, value in numbers.items()), highlight=False)
-        trained = name == "trained"
-        routers[name] = policy_router(experiment.network, params) if trained else make_router(name, env, **numbers)
+        routers[name] = make_router(name, env, **numbers)
 
     def done(name: str, values: EpisodeValues) -> None:
         console.print(f"evaluated {name}: QoS {values['qos'].mean():.4f}", highlight=False)
