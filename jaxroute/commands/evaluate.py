@@ -24,6 +24,7 @@ from jaxroute.runs.checkpoint import load_params
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the metrics of a run's router and of others. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute evaluate",
         description="Evaluate a run's trained router against others, on the same requests for each.",

@@ -22,6 +22,7 @@ from jaxroute.timelines.write import FILES, write_timeline
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    """Writes an episode's trace, picture and page. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute timeline",
         description="Write one episode under one or two routers, on the same requests, as a trace for Perfetto, a "

@@ -39,6 +39,7 @@ VERSIONS = "versions.json"
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, evaluates, and writes the folder of the run. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute train",
         description="Train a router and evaluate it against Round-Robin, Shortest Queue First, BERT Router and random.",

@@ -91,6 +91,8 @@ class RequestsConfig:
 
 @dataclass(frozen=True)
 class WorkloadConfig:
+    """The requests of an episode: when they arrive, and what they are."""
+
     arrivals: ArrivalsConfig
     requests: RequestsConfig
 
@@ -144,6 +146,8 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    """The comparison of routers on the same fresh episodes."""
+
     episodes: EvaluationEpisodes
     seed: Seed
     routers: Names  # trained, and any of `environment.routers.ROUTERS`
@@ -151,6 +155,8 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """A whole configuration, a section for each part; `section.key` names a value."""
+
     environment: EnvironmentConfig
     workload: WorkloadConfig
     network: NetworkConfig

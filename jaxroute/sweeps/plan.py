@@ -65,6 +65,7 @@ class Batch(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Of its files in the sweep's folder."""
         return f"rung{self.rung}-batch{self.number}"
 
 
