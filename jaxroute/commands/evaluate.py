@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from jaxroute.agent.trainer import policy_router
-from jaxroute.config.build import Experiment, build
+from jaxroute.config.build import Experiment, build_experiment
 from jaxroute.config.loader import load_saved_config
 from jaxroute.config.schema import Config
 from jaxroute.console import print_notes, report_console
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {"episodes": arguments.episodes, "seed": arguments.seed, "routers": routers}
     overrides = [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
     config = load_saved_config(arguments.run / "config.yaml", overrides)
-    experiment = build(config)
+    experiment = build_experiment(config)
     params = load_params(arguments.run, experiment.network, experiment.env, experiment.params)
     console = report_console()
     print_notes(console, experiment.notes)

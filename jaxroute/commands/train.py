@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxroute.commands.evaluate import compare
-from jaxroute.config.build import Experiment, build, build_trainer
+from jaxroute.config.build import Experiment, build_experiment, build_trainer
 from jaxroute.config.loader import config_text, dotted_values, load_config, load_saved_config
 from jaxroute.config.schema import Config
 from jaxroute.console import print_notes, report_console
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         remove_states(run)  # killed before it came to that
         console.print(f"{run} is finished; evaluate it again: jaxroute evaluate {run}", highlight=False)
         return 0
-    experiment = build(config)
+    experiment = build_experiment(config)
     if not resume:
         prepare_run_folder(run)
         write_text(run / VERSIONS, json.dumps({"seed": config.training.seed, **versions()}, indent=2) + "\n")

@@ -63,7 +63,7 @@ OPTIONS = (
 """Keys of the section `environment` that `jaxroute.make` takes, by the same names."""
 
 
-def build(config: Config) -> Experiment:
+def build_experiment(config: Config) -> Experiment:
     """Reads the data that the configuration names. Raises `UserError` for an unknown name or unusable data."""
     environment, training = config.environment, config.training
     options = {key: value for key in OPTIONS if (value := getattr(environment, key)) is not None}
