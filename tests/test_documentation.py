@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxroute.routers import ROUTERS
 from tests.compiling import compile_fast
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,11 @@ def test_the_quickstart_runs():
     run = subprocess.run([sys.executable, "-c", program], env=compile_fast(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert re.search(r"balanced +QoS 0\.6", run.stdout), run.stdout
+
+
+def test_the_table_of_routers_has_a_row_for_each():
+    table = (ROOT / "docs" / "routers.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(ROUTERS)
 
 
 def test_readme_has_the_one_block_that_is_run_from_the_wheel():

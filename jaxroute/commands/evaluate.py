@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="jaxroute evaluate",
         description="Evaluate a run's trained router against others, on the same requests for each.",
+        epilog=f"Routers: trained, {', '.join(ROUTERS)}",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that jaxroute train wrote")
     parser.add_argument("--episodes", type=int, help="fresh episodes, 2 or more (default: as in the run)")
