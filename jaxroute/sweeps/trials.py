@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from jaxroute.sweeps.driver import choose_sizes, execute_here, run_missing_batch
 from jaxroute.sweeps.plan import make_groups
 from jaxroute.sweeps.ranking import ranking
 from jaxroute.sweeps.results import SweepFolder
-from jaxroute.sweeps.spec import Spec, Trial
+from jaxroute.sweeps.spec import Spec, Trial, check_keys
 
 
 def train_trials(
-    config: Config, settings: Sequence[Mapping[str, Any]], out: Path, seeds: Sequence[int] = (0,)
+    config: Config, settings: Sequence[dict[str, Any]], out: Path, seeds: Sequence[int] = (0,)
 ) -> list[float | None]:
     """Trains `config` with each of the `settings` ({"section.key": value}) and each seed, all at the same time.
 
@@ -30,11 +30,13 @@ def train_trials(
     Raises:
         UserError: a key or value that cannot be, or a folder that holds something else.
     """
-    trials = tuple(
-        Trial(number, dict(values), change_config(config, values, f"trial {number}"))
-        for number, values in enumerate(settings)
-    )
-    spec = Spec(trials, tuple(seeds), rungs=(config.training.frames,), keep=1.0, text=repr((trials, seeds)))
+    trials = []
+    for number, setting in enumerate(settings):
+        source = f"trial {number}"
+        values = check_keys(setting, source)
+        trials.append(Trial(number, values, change_config(config, values, source)))
+    frames = max(trial.config.training.frames for trial in trials)
+    spec = Spec(tuple(trials), tuple(seeds), rungs=(frames,), keep=1.0, text=repr((trials, seeds)))
     groups, _ = make_groups(spec)
     folder = SweepFolder(out, spec)
     sizes = folder.sizes(lambda: choose_sizes(spec, groups, len(trials) * len(seeds), jax.local_devices()))
