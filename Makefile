@@ -20,7 +20,7 @@ help:
 	@echo "make train            train and evaluate a router (ARGS=\"--seed 1\": options of jaxroute train)"
 	@echo "make test             run the test suite (ARGS=\"-m 'not slow'\" for the fast tests)"
 	@echo "make coverage         the same, and the share of lines that ran, by file in coverage.md"
-	@echo "make lint             check style (ruff) and types (pyright)"
+	@echo "make lint             check style and docstrings (ruff), imports (import-linter) and types (pyright)"
 	@echo "make package          build wheel and source archive in dist/, try them outside of the checkout"
 	@echo "make docs             build the docs site in build/docs; a warning is an error"
 	@echo "make loggers          test the loggers with Weights & Biases and MLflow, offline, in .venv-loggers"
@@ -56,6 +56,7 @@ coverage: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 package: $(READY)

@@ -21,7 +21,7 @@ from benchmarks.engine import load_schedules
 from benchmarks.harness import Column, Parser, Row, count, machine, report, table
 from benchmarks.training import measure_training
 from jaxroute.agent.trainer import make_trainer
-from jaxroute.config.build import build
+from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import config_folder, load_config
 from jaxroute.errors import command
 
@@ -128,7 +128,7 @@ def paper(arguments: Any) -> Iterator[Row]:
         yield {**row, "minutes": minutes}
         yield {"part": "paper", "setting": f"{FRAMES:,} frames, extrapolated", "result": f"{minutes:,.1f} minutes"}
         return
-    env, params, network, hyper, sac, *_ = build(load_config(path, overrides))
+    env, params, network, hyper, sac, *_ = build_experiment(load_config(path, overrides))
     trainer = make_trainer(env, network, sac)
     start = time.perf_counter()
     state = trainer.init(jax.random.key(0), params, hyper)

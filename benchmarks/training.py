@@ -17,7 +17,7 @@ from rich.table import Table
 from benchmarks.baselines import Baselines, event_note
 from benchmarks.harness import Column, Parser, Row, machine, measure, report, table, tree_bytes
 from jaxroute.agent.trainer import make_trainer
-from jaxroute.config.build import build
+from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_config
 from jaxroute.errors import command
 
@@ -40,7 +40,7 @@ COLUMNS = (
 def measure_training(config: Path | None, overrides: Sequence[str], repeats: int, second_start: bool) -> Row:
     """One row: frames/s of chunks that learn; compile time, and what it takes with the persistent cache filled."""
     setting = load_config(config, ["agent.warmup_frames=0", *overrides])
-    env, params, network, hyper, sac, *_ = build(setting)
+    env, params, network, hyper, sac, *_ = build_experiment(setting)
     trainer = make_trainer(env, network, sac)
     state = trainer.init(jax.random.key(0), params, hyper)
     state_bytes = tree_bytes(state)

@@ -31,7 +31,6 @@ import jax.numpy as jnp
 from ppo import SHORT, Config, copies, route, train
 
 import jaxroute
-from jaxroute.evaluation.episodes import evaluate_routers
 
 
 def sample(key: jax.Array, params: Any) -> Any:
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     routers["round_robin"] = jaxroute.make_router("round_robin", env)
     for name, (order, slowness) in list(HELD_OUT.items())[: 1 if short else None]:
         held_out = variant(params, order, slowness)
-        values = evaluate_routers(env, held_out, routers, episodes=2 if short else 8, seed=1)
+        values = jaxroute.evaluate_routers(env, held_out, routers, episodes=2 if short else 8, seed=1)
         print(f"{name}:", ", ".join(f"{router} {metrics['qos'].mean():.4f}" for router, metrics in values.items()))
 
 

@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 
 import jaxroute
-from jaxroute.environment.observation import EXPERT_FEATURES
-from jaxroute.evaluation.episodes import evaluate_routers
 
-SCORE, LATENCY = EXPERT_FEATURES.index("predicted_score"), EXPERT_FEATURES.index("predicted_latency")
+SCORE = jaxroute.EXPERT_FEATURES.index("predicted_score")
+LATENCY = jaxroute.EXPERT_FEATURES.index("predicted_latency")
 MARGIN = 0.85  # of the latency limit
 
 
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     short = parser.parse_args(argv).short
     env, params = jaxroute.make("paper-3", **({"slots": 8, "episode_length": 50} if short else {}))
     routers = {"heuristic": router, "round_robin": jaxroute.make_router("round_robin", env)}
-    for name, values in evaluate_routers(env, params, routers, episodes=1 if short else 20, seed=1).items():
+    for name, values in jaxroute.evaluate_routers(env, params, routers, episodes=1 if short else 20, seed=1).items():
         print(f"{name:12} QoS {values['qos'].mean():.4f}  dropped {values['drop_rate'].mean():.1%}")
 
 

@@ -23,12 +23,6 @@ import jax.numpy as jnp
 from flax import struct
 
 import jaxroute
-from jaxroute.agent.router_network import ActorCritic
-from jaxroute.agent.trainer import make_trainer, policy_router
-from jaxroute.config.build import build
-from jaxroute.config.loader import load_config
-from jaxroute.environment.observation import GraphObservation
-from jaxroute.evaluation.episodes import evaluate_routers
 
 
 class Features(struct.PyTreeNode):
@@ -38,7 +32,7 @@ class Features(struct.PyTreeNode):
     action_mask: jax.Array  # bool [..., N + 1]
 
 
-class SetNetwork(ActorCritic):
+class SetNetwork(jaxroute.ActorCritic):
     """Policy logits [..., N + 1] and twin Q values [..., 2, N + 1]."""
 
     width: int = 64
@@ -47,7 +41,7 @@ class SetNetwork(ActorCritic):
         self.actor = ActionValues(self.width)
         self.critic, self.other_critic = ActionValues(self.width), ActionValues(self.width)
 
-    def encode(self, obs: GraphObservation) -> Features:
+    def encode(self, obs: jaxroute.GraphObservation) -> Features:
         arrived = jnp.broadcast_to(obs.arrived[..., None, :], (*obs.expert.shape[:-1], obs.arrived.shape[-1]))
         queues = [queue.sum(axis=-2) / queue.shape[-2] for queue in (obs.running, obs.waiting)]  # 0 where no request is
         return Features(jnp.concatenate([obs.expert, *queues, arrived], axis=-1), obs.action_mask)
@@ -85,10 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a few updates on a small cluster")
     short = parser.parse_args(argv).short
-    config = load_config(None, SHORT if short else ["training.frames=200000"])
-    experiment = build(config)
+    config = jaxroute.load_config(overrides=SHORT if short else ["training.frames=200000"])
+    experiment = jaxroute.build_experiment(config)
     network = SetNetwork()
-    trainer = make_trainer(experiment.env, network, experiment.sac)
+    trainer = jaxroute.make_trainer(experiment.env, network, experiment.sac)
 
     started = time.monotonic()
     state = trainer.init(jax.random.key(config.training.seed), experiment.params, experiment.hyperparameters)
@@ -97,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{config.training.frames} decisions in {time.monotonic() - started:.0f} s")
 
     routers = {
-        "own network": policy_router(network, state.learner.params),
+        "own network": jaxroute.policy_router(network, state.learner.params),
         "round_robin": jaxroute.make_router("round_robin", experiment.env),
     }
-    episodes = evaluate_routers(experiment.env, experiment.params, routers, episodes=1 if short else 20, seed=1)
-    for name, values in episodes.items():
+    env, params = experiment.env, experiment.params
+    for name, values in jaxroute.evaluate_routers(env, params, routers, episodes=1 if short else 20, seed=1).items():
         print(f"{name:12} QoS {values['qos'].mean():.4f}  dropped {values['drop_rate'].mean():.1%}")
 
 

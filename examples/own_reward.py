@@ -23,7 +23,6 @@ import numpy as np
 from ppo import SHORT, Config, copies, route, train
 
 import jaxroute
-from jaxroute.evaluation.episodes import evaluate_routers
 
 PRICES = (0.25, 0.05, 0.05)  # of a request, in units of QoS, by expert; to drop is free
 
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         variables, _ = train(jaxroute.FiveValues(variant), config, copies(params, config.num_envs), jax.random.key(0))
         routers[name] = jax.tree_util.Partial(route, variables)
     routers["round_robin"] = jaxroute.make_router("round_robin", env)
-    for name, values in evaluate_routers(env, params, routers, episodes=2 if short else 16, seed=1).items():
+    for name, values in jaxroute.evaluate_routers(env, params, routers, episodes=2 if short else 16, seed=1).items():
         qos, cost = values["qos"].mean(), (values["expert_share"] @ np.asarray(PRICES)).mean()
         print(f"{name:12} QoS - cost {qos - cost:.4f}  QoS {qos:.4f}  cost {cost:.4f}")
 

@@ -26,8 +26,6 @@ import jax
 import jax.numpy as jnp
 
 import jaxroute
-from jaxroute.environment.impact import predicted_engine
-from jaxroute.evaluation.episodes import evaluate_routers
 
 
 def believed(state: Any, params: Any) -> Any:
@@ -35,7 +33,7 @@ def believed(state: Any, params: Any) -> Any:
     request, queued = state.request, state.queued
     return state.replace(
         request=request.replace(output_tokens=request.predicted_output_tokens, score=request.predicted_score),
-        engines=predicted_engine(state.engines, queued.predicted_tokens, params.engines),
+        engines=jaxroute.predicted_engine(state.engines, queued.predicted_tokens, params.engines),
         queued=queued.replace(score=queued.predicted_score),
         step=jnp.int32(0),
     )
@@ -76,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "planning": make_planner(env, futures=2, horizon=3) if short else make_planner(env, futures=8, horizon=12),
         "round_robin": jaxroute.make_router("round_robin", env),
     }
-    for name, values in evaluate_routers(env, params, routers, episodes=1 if short else 8, seed=1).items():
+    for name, values in jaxroute.evaluate_routers(env, params, routers, episodes=1 if short else 8, seed=1).items():
         print(f"{name:12} QoS {values['qos'].mean():.4f}  dropped {values['drop_rate'].mean():.1%}")
 
 

@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import optax
 
 import jaxroute
-from jaxroute.evaluation.episodes import evaluate_routers
 
 
 class Config(NamedTuple):
@@ -170,7 +169,7 @@ def log_probability_of(logits: jax.Array, action: jax.Array) -> jax.Array:
     return jnp.take_along_axis(jax.nn.log_softmax(logits), action[..., None], axis=-1)[..., 0]
 
 
-def route(variables: Any, observation: jax.Array, state: Any, params: Any, key: jax.Array) -> jax.Array:
+def route(variables: Any, key: jax.Array, observation: jax.Array, state: Any, params: Any) -> jax.Array:
     """The likeliest action, as a router to evaluate."""
     network = ActorCritic(actions=state.request.predicted_score.shape[0] + 1)
     return jnp.argmax(network.apply(variables, observation)[0]).astype(jnp.int32)
@@ -198,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{decisions} decisions in {seconds:.0f} s, compilation included: {decisions / seconds:.0f}/s")
 
     routers = {"ppo": jax.tree_util.Partial(route, variables), "round_robin": jaxroute.make_router("round_robin", env)}
-    for name, values in evaluate_routers(env, params, routers, episodes=2 if short else 20, seed=1).items():
+    for name, values in jaxroute.evaluate_routers(env, params, routers, episodes=2 if short else 20, seed=1).items():
         print(f"{name:12} QoS {values['qos'].mean():.4f}  dropped {values['drop_rate'].mean():.1%}")
 
 

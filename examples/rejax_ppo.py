@@ -22,7 +22,6 @@ import rejax
 
 import jaxroute
 from jaxroute.adapters import to_gymnax
-from jaxroute.evaluation.episodes import evaluate_routers
 
 OWN = {
     "ent_coef": 0.003,
@@ -53,7 +52,7 @@ def compare(env: Any, params: Any, algorithm: Any, state: Any, snapshots: Any, s
     """
     env = replace(env, episode_length=50 if short else 1000)
 
-    def route(agent: Any, observation: Any, env_state: Any, params: Any, key: jax.Array) -> jax.Array:
+    def route(agent: Any, key: jax.Array, observation: Any, env_state: Any, params: Any) -> jax.Array:
         actor, statistics = agent
         trained = state.replace(actor_ts=state.actor_ts.replace(params=actor), obs_rms_state=statistics)
         return algorithm.make_act(trained)(observation, key)
@@ -63,7 +62,7 @@ def compare(env: Any, params: Any, algorithm: Any, state: Any, snapshots: Any, s
         agent = jax.tree.map(lambda leaf: leaf[len(agents)], snapshots)
         agents[steps] = jax.tree_util.Partial(route, agent)
     heuristics = {name: jaxroute.make_router(name, env) for name in ("round_robin", "shortest_queue")}
-    values = evaluate_routers(env, params, heuristics | agents, episodes=2 if short else 16, seed=1)
+    values = jaxroute.evaluate_routers(env, params, heuristics | agents, episodes=2 if short else 16, seed=1)
     return {name: float(metrics["qos"].mean()) for name, metrics in values.items()}
 
 

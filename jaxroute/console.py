@@ -14,5 +14,6 @@ def report_console() -> Console:
 
 
 def print_notes(console: Console, notes: Sequence[str]) -> None:
+    """Prints a line for each note, as it is: without markup or highlighting."""
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)

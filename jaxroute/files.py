@@ -77,5 +77,6 @@ def whole_file(path: Path) -> Generator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

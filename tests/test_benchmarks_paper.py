@@ -11,7 +11,7 @@ import pytest
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import claims, jobs, plan, tables
 from benchmarks.paper.plan import FULL, QUICK, Question, Setting, Training, questions
-from jaxroute.config.build import build
+from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_config
 from jaxroute.routers import ROUTERS
 
@@ -50,7 +50,7 @@ def test_every_setting_of_the_plan_can_be_built(size):
             assert all(tables.label_of(router) for router in (*setting.routers, *dict(setting.policies)))
             for overrides in (setting.overrides, *(run.overrides for _, runs in setting.policies for run in runs)):
                 if not any("{" in part for part in overrides):  # the others wait for recorded data
-                    build(load_config(None, list(overrides)))
+                    build_experiment(load_config(None, list(overrides)))
 
 
 def test_a_training_name_stands_for_one_training():

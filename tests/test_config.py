@@ -12,7 +12,7 @@ from jaxroute.agent.flat_network import FlatNetwork
 from jaxroute.agent.router_network import RouterNetwork
 from jaxroute.agent.sac import Hyperparameters
 from jaxroute.agent.trainer import SACConfig
-from jaxroute.config.build import build
+from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import config_folder, config_text, dotted_keys, load_config, load_saved_config, nearest_keys
 from jaxroute.errors import UserError
 
@@ -27,14 +27,14 @@ RECORD = (
 
 def message(path: Path | None, *overrides: str) -> str:
     with pytest.raises(UserError) as error:
-        build(load_config(path, overrides))
+        build_experiment(load_config(path, overrides))
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_defaults_are_the_papers_environment():
     config = load_config()
-    env, params, network, hyper, sac, notes, *_ = build(config)
+    env, params, network, hyper, sac, notes, *_ = build_experiment(config)
     assert (env.num_experts, env.num_actions, env.episode_length) == (3, 4, 5000)
     assert float(params.latency_limit) == pytest.approx(0.03)
     assert float(params.workload.arrivals.rate) == 3.0  # pyright: ignore[reportAttributeAccessIssue]
@@ -53,7 +53,7 @@ def test_sections_reach_what_they_describe():
         "workload.arrivals.rate=4",
         "network.residual=false",
     ]
-    env, params, network, *_ = build(load_config(None, overrides))
+    env, params, network, *_ = build_experiment(load_config(None, overrides))
     assert (env.num_experts, env.slots, env.penalty) == (6, 8, "off")
     assert float(params.latency_limit) == pytest.approx(0.05)
     np.testing.assert_array_equal(params.engines.usable_blocks, [100] * 6)
@@ -61,7 +61,7 @@ def test_sections_reach_what_they_describe():
 
 
 def test_experts_take_the_place_of_the_scenarios():
-    env, params, *_ = build(load_config(None, ["environment.experts=[koala-7B, baize-7b]"]))
+    env, params, *_ = build_experiment(load_config(None, ["environment.experts=[koala-7B, baize-7b]"]))
     assert env.num_experts == params.workload.num_experts == 2
 
 
@@ -69,14 +69,14 @@ def test_hardware_of_each_expert():
     overrides = ["environment.kv_cache_tokens=[160, 320, 48e1]", "environment.profile=[paper, rtx4090, a100]"]
     config = load_config(None, overrides)
     assert config.environment.kv_cache_tokens == (160, 320, 480)
-    engines = build(config).params.engines
+    engines = build_experiment(config).params.engines
     np.testing.assert_array_equal(engines.usable_blocks, [10, 20, 30])
     np.testing.assert_array_equal(engines.max_num_seqs, [64, 256, 256])
 
 
 def test_ranges_are_spread_over_the_environments_of_training():
     ranges = ["training.rate_range=[1, 8]", "training.latency_limit_range=[0.02, 0.06]", "training.num_envs=32"]
-    experiment = build(load_config(None, ranges))
+    experiment = build_experiment(load_config(None, ranges))
     rates = np.asarray(experiment.training_params.workload.arrivals.rate)  # pyright: ignore
     limits = np.asarray(experiment.training_params.latency_limit)
     np.testing.assert_allclose(np.diff(np.log(rates)), np.log(8) / 32, rtol=1e-3)
@@ -92,17 +92,17 @@ def test_ranges_are_spread_over_the_environments_of_training():
 def test_a_range_of_rates_scales_a_trace(tmp_path):
     (tmp_path / "trace.csv").write_text(TRACE)
     overrides = [f"workload.arrivals.path={tmp_path / 'trace.csv'}", "training.rate_range=[0.5, 2]"]
-    experiment = build(load_config(config_folder() / "azure-conv.yaml", overrides))
+    experiment = build_experiment(load_config(config_folder() / "azure-conv.yaml", overrides))
     assert experiment.training_params.workload.arrivals.rate_scale.shape == (64,)  # pyright: ignore
 
 
 def test_networks_of_either_kind():
-    assert isinstance(build(load_config(None, ["network.kind=flat"])).network, FlatNetwork)
-    assert isinstance(build(load_config()).network, RouterNetwork)
+    assert isinstance(build_experiment(load_config(None, ["network.kind=flat"])).network, FlatNetwork)
+    assert isinstance(build_experiment(load_config()).network, RouterNetwork)
 
 
 def test_short_training_has_short_chunks():
-    experiment = build(load_config(None, ["training.frames=100", "training.num_envs=32"]))
+    experiment = build_experiment(load_config(None, ["training.frames=100", "training.num_envs=32"]))
     assert experiment.sac.steps_per_chunk == 4
     assert experiment.hyperparameters.warmup_frames == 50
     assert experiment.notes[0].startswith("agent.warmup_frames cut to 50")
@@ -115,7 +115,7 @@ def test_the_configurations_that_come_along(name, tmp_path):
     answers.write_text(RECORD)
     overrides = [f"workload.arrivals.path={trace}"] if "azure" in name else []
     overrides += [f"workload.requests.path={answers}"] if name == "text" else []
-    experiment = build(load_config(config_folder() / f"{name}.yaml", overrides))
+    experiment = build_experiment(load_config(config_folder() / f"{name}.yaml", overrides))
     assert experiment.env.num_experts == 3
     if name == "text":
         assert len(experiment.notes) == 2 and "frozen generator's errors" in experiment.notes[0]
@@ -263,7 +263,7 @@ def test_lengths_of_answers_are_cut_where_wished(tmp_path):
     path.write_text(RECORD)
     overrides = [f"workload.requests.path={path}", "workload.requests.max_prompt_tokens=2"]
     overrides += ["workload.requests.max_output_tokens=1"]
-    rows = build(load_config(config_folder() / "text.yaml", overrides)).params.workload.requests.rows  # pyright: ignore
+    rows = build_experiment(load_config(config_folder() / "text.yaml", overrides)).params.workload.requests.rows  # pyright: ignore
     assert rows.prompt_tokens.tolist() == [2] and rows.output_tokens.tolist() == [[1, 1, 1]]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute.config.build import Experiment, build
+from jaxroute.config.build import Experiment, build_experiment
 from jaxroute.config.loader import load_config
 from jaxroute.errors import UserError
 from jaxroute.workload import MarkovArrivals, PoissonArrivals, TraceArrivals
@@ -28,7 +28,7 @@ def paths(tmp_path, monkeypatch) -> dict[str, str]:
 
 def described(name: str, *overrides: str, paths: dict[str, str]) -> Experiment:
     path = [f"environment.path={paths[name]}"] if name in paths else []
-    return build(load_config(None, [f"environment.id={name}", *path, *overrides]))
+    return build_experiment(load_config(None, [f"environment.id={name}", *path, *overrides]))
 
 
 def test_what_a_configuration_leaves_to_the_scenario_is_the_scenarios(paths):

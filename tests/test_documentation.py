@@ -10,10 +10,12 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from jaxroute.routers import ROUTERS
 from tests.compiling import compile_fast
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +69,31 @@ def test_the_quickstart_runs():
     run = subprocess.run([sys.executable, "-c", program], env=compile_fast(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert re.search(r"balanced +QoS 0\.6", run.stdout), run.stdout
+
+
+def test_the_map_of_modules_is_that_of_the_package():
+    """Every module stands in the map of docs/architecture.md, but for each `__init__.py` that only has a docstring."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    folder, named = "", []
+    for row in re.findall(r"^\|(.*?)\|", text.split("## Map")[1].split("## ")[0], re.MULTILINE):
+        for name in re.findall(r"`([^`]+)`", row):
+            folder = name if name.endswith("/") else folder
+            named += [] if name.endswith("/") else [folder + name]
+    paths = (ROOT / "jaxroute").rglob("*.py")
+    modules = [path for path in paths if path.name != "__init__.py" or "import" in path.read_text()]
+    assert sorted(named) == sorted(str(path.relative_to(ROOT)) for path in modules)
+
+
+def test_the_layers_are_those_of_the_contract():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = text.split("## Layers")[1].split("```")[1].strip().splitlines()
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    assert [re.split(r" {2,}", line)[0] for line in drawn] == contracts[0]["layers"]
+
+
+def test_the_table_of_routers_has_a_row_for_each():
+    table = (ROOT / "docs" / "routers.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(ROUTERS)
 
 
 def test_readme_has_the_one_block_that_is_run_from_the_wheel():

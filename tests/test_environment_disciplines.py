@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxroute.config.build import build
+from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_config
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.metrics import TIMINGS
@@ -59,7 +59,8 @@ def case(request):
 
 def test_the_configuration_names_the_discipline_of_every_engine():
     engines = {
-        name: build(load_config(overrides=[f"environment.discipline={name}"])).params.engines for name in DISCIPLINES
+        name: build_experiment(load_config(overrides=[f"environment.discipline={name}"])).params.engines
+        for name in DISCIPLINES
     }
     assert {name: of.discipline for name, of in engines.items()} == {name: name for name in DISCIPLINES}
     for of in engines.values():

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import jaxroute
+from jaxroute.agent.flat_network import FlatNetwork
+from jaxroute.agent.trainer import policy_router
 from jaxroute.environment.metrics import summarize
 from jaxroute.evaluation.episodes import evaluate_routers
 from jaxroute.routers import make_router
@@ -15,18 +17,54 @@ from jaxroute.routers import make_router
 LENGTH = 24
 
 
+def make():
+    return jaxroute.make("paper-3", slots=2, episode_length=LENGTH, metrics="exact", penalty="off")
+
+
 @pytest.fixture(scope="module")
 def scenario():
-    env, params = jaxroute.make("paper-3", slots=2, episode_length=LENGTH, metrics="exact", penalty="off")
+    env, params = make()
     return env, params, jax.jit(env.reset), jax.jit(env.step)
+
+
+def drop(key, observation, state, params):
+    return jnp.int32(state.engines.num_requests.shape[0])
+
+
+def routers_of(env, params, weight: float, seed: int):
+    """Heuristics, a router with a number of its own, and a network with weights of its own."""
+    routers = {name: make_router(name, env) for name in ("round_robin", "shortest_queue", "bert_router", "random")}
+    routers |= {"drop": drop, "score_minus_load": make_router("score_minus_load", env, weight=weight)}
+    network, (observation, _) = FlatNetwork((4,)), env.reset(jax.random.key(0), params)
+    return routers | {"trained": policy_router(network, network.init(jax.random.key(seed), observation))}
 
 
 @pytest.fixture(scope="module")
 def results(scenario):
     env, params, _, _ = scenario
-    routers = {name: make_router(name, env) for name in ("round_robin", "shortest_queue", "bert_router", "random")}
-    routers["drop"] = lambda *_: jnp.int32(env.num_experts)
+    routers = routers_of(env, params, weight=0.05, seed=0)
     return evaluate_routers(env, params, routers, episodes=3, seed=1), routers
+
+
+def test_another_evaluation_compiles_nothing(results):
+    """All made anew and with other values: environment, parameters, routers, a network's weights, seed."""
+    env, params = make()
+    arrivals = params.workload.arrivals.replace(rate=jnp.float32(20.0))
+    params = params.replace(workload=params.workload.replace(arrivals=arrivals), latency_limit=jnp.float32(0.02))
+    routers = routers_of(env, params, weight=0.5, seed=1)
+    events = []
+    note = lambda event, seconds, **_: events.append(event)  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        values = evaluate_routers(env, params, routers, episodes=3, seed=2)
+        assert [event for event in events if "/compile/" in event] == []
+        jax.jit(lambda x: x + 1)(0)
+        assert [event for event in events if "/compile/" in event] != []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    before, _ = results
+    for name in before.keys() - {"drop"}:
+        assert values[name]["qos"].mean() < before[name]["qos"].mean()
 
 
 def state_with(scenario, queues: list[int], step: int = 0):
@@ -53,7 +91,7 @@ def state_with(scenario, queues: list[int], step: int = 0):
 )
 def test_choices_of_the_heuristics(scenario, name, queues, step, expected):
     env, params, _, _ = scenario
-    action = make_router(name, env)(None, state_with(scenario, queues, step), params, jax.random.key(0))
+    action = make_router(name, env)(jax.random.key(0), None, state_with(scenario, queues, step), params)
     assert action == expected and action.dtype == jnp.int32
 
 

@@ -16,7 +16,7 @@ NAMES = ("heuristic", "planning", "ppo", "domain_randomisation", "own_reward", "
 # One process for all, so that they share what is compiled. An evaluation is one more compilation for each, so only the
 # first has one; the routers of the others take one decision.
 PROGRAM = """
-import importlib, sys, jax, numpy as np
+import importlib, sys, jax, jaxroute, numpy as np
 
 def one_decision(env, params, routers, episodes, seed):
     observation, state = jax.jit(env.reset)(jax.random.key(seed), params)
@@ -28,7 +28,7 @@ for name in sys.argv[1:]:
     print(name)
     example = importlib.import_module(name)
     if name != sys.argv[1]:
-        example.evaluate_routers = one_decision
+        jaxroute.evaluate_routers = one_decision
     example.main(["--short"])
 """
 

@@ -172,7 +172,7 @@ def test_unknown_parameters_have_the_nearest(scenario):
 def test_routers_are_values(name):
     """Made twice, for environments made twice, they are equal, and one program serves both."""
     one, other = (make_router(name, jaxroute.make("paper-3")[0]) for _ in range(2))
-    assert one is not other and one == other
+    assert one is not other and one == other and hash(one) == hash(other)
     assert jax.tree.structure(one) == jax.tree.structure(other)
     assert hash(jax.tree.structure(one)) == hash(jax.tree.structure(other))
     assert one != make_router(name, jaxroute.make("paper-3", slots=7)[0])

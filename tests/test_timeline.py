@@ -17,7 +17,7 @@ import pytest
 
 from jaxroute import timelines
 from jaxroute.commands import timeline
-from jaxroute.config.build import build
+from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import config_text, load_config
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import SCENARIOS, make_params
@@ -291,7 +291,7 @@ def test_command_runs_routers_and_a_run_on_its_configuration(written, tmp_path, 
     run, out, asked = tmp_path / "run", tmp_path / "new", []
     run.mkdir()
     (run / "config.yaml").write_text(config_text(saved))
-    experiment = build(saved)
+    experiment = build_experiment(saved)
     shapes = jax.eval_shape(
         lambda: experiment.network.init(
             jax.random.key(0), experiment.env.reset(jax.random.key(0), experiment.params)[0]

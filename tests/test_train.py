@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxroute.commands import evaluate, train
-from jaxroute.config.build import build
+from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_saved_config
 from jaxroute.runs.progress import TrainingProgress
 
@@ -103,7 +103,9 @@ def test_same_seed_same_numbers(run, tmp_path):
 def test_evaluate_repeats_the_evaluation(run, capsys, monkeypatch):
     results = []
     compare = evaluate.compare
-    monkeypatch.setattr(evaluate, "build", lambda config: build(config)._replace(notes=["predictions are made"]))
+    monkeypatch.setattr(
+        evaluate, "build_experiment", lambda config: build_experiment(config)._replace(notes=["predictions are made"])
+    )
     monkeypatch.setattr(evaluate, "compare", lambda *inputs: results.append(compare(*inputs)) or results[-1])
     assert evaluate.main([str(run)]) == 0
     out = capsys.readouterr().out

@@ -17,7 +17,7 @@ from rich.console import Console
 from benchmarks.paper.plan import Setting, Training
 from jaxroute.agent.trainer import policy_router
 from jaxroute.commands.train import train
-from jaxroute.config.build import Experiment, build
+from jaxroute.config.build import Experiment, build_experiment
 from jaxroute.config.loader import config_text, load_config, load_saved_config
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.evaluation.episodes import evaluate_routers
@@ -64,7 +64,7 @@ def run_training(out: Path, job: Training, prepared: dict[str, str]) -> str:
     write_text(folder / "config.yaml", wanted)
     started = time.monotonic()
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
-        params, records = train(config, build(config), folder, Console(file=log))
+        params, records = train(config, build_experiment(config), folder, Console(file=log))
     save_checkpoint(folder, params)
     seconds = time.monotonic() - started
     _forget_programs()
@@ -141,7 +141,7 @@ def _forget_programs() -> None:
 
 @cache
 def _experiment(overrides: tuple[str, ...], episode_length: int) -> Experiment:
-    return build(load_config(None, [*overrides, f"environment.episode_length={episode_length}"]))
+    return build_experiment(load_config(None, [*overrides, f"environment.episode_length={episode_length}"]))
 
 
 @cache
@@ -157,7 +157,7 @@ def _route(name: str, env: RoutingEnvironment) -> Any:
 @cache
 def _policy(out: Path, folder: str, checksum: str) -> Any:
     run = out / "training" / folder
-    experiment = build(load_saved_config(run / "config.yaml"))
+    experiment = build_experiment(load_saved_config(run / "config.yaml"))
     network = experiment.network
     return policy_router(network, load_params(run, network, experiment.env, experiment.params))
 

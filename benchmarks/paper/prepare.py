@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.paper.plan import TEXT_CLUSTER, TEXT_MODELS
 from jaxroute.commands import predict
-from jaxroute.config.build import build
+from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_config
 from jaxroute.errors import UserError
 from jaxroute.evaluation.episodes import run_episodes
@@ -81,7 +81,9 @@ def _predict(arguments: list[str]) -> None:
 
 def load_of(violations: float, router: str, overrides: list[str], key: str) -> float:
     """The value of the configuration's `key` at which `router` misses the limit for this share of requests."""
-    experiment = build(load_config(None, [*overrides, "environment.episode_length=2000", "environment.penalty=off"]))
+    experiment = build_experiment(
+        load_config(None, [*overrides, "environment.episode_length=2000", "environment.penalty=off"])
+    )
     env = dataclasses.replace(experiment.env, metrics="histogram")
     policies = [make_router(router, env)]
     keys = jax.random.split(jax.random.key(30), 8)

@@ -51,6 +51,7 @@ class GymnasiumEnv(gymnasium.Env):
         return _row(first)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Sends the request by `action` (0 to N): (observation, reward, terminated, truncated, info)."""
         if not self._batch.started or self._next is not None:
             raise gymnasium.error.ResetNeeded("call reset before step")
         step = self._batch.step([action])
@@ -93,6 +94,10 @@ class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
         return observation, _masked(info, np.ones(self.num_envs, bool))
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Sends a request in each environment by `actions` (int [num_envs]); what it returns is [num_envs, ...].
+
+        Where an episode ends, the observation is the next episode's.
+        """
         if not self._batch.started:
             raise gymnasium.error.ResetNeeded("call reset before step")
         step = self._batch.step(actions)

@@ -40,10 +40,12 @@ class GymnaxEnvironment(environment.Environment):
 
     @property
     def default_params(self) -> GymnaxParams:
+        """The parameters that a call without `params` takes."""
         return self._params
 
     @property
     def num_actions(self) -> int:
+        """N + 1: the experts, then drop."""
         return self.env.num_actions
 
     def reset(self, key: jax.Array, params: GymnaxParams | None = None) -> tuple[Any, Any]:
@@ -61,11 +63,12 @@ class GymnaxEnvironment(environment.Environment):
         return observation, state, reward, info["terminated"], info["truncated"], info
 
     def step_env(self, *_: Any) -> Any:
+        """Raises: gymnax's `step` without its reset, which these environments do not have."""
         raise NotImplementedError("jaxroute environments reset by themselves; call step, which does not reset again")
 
     def get_obs(self, state: Any, params: GymnaxParams | None = None, key: jax.Array | None = None) -> Any:
         """The observation of a state that `reset` or `step` returned."""
-        return self.env.observe((params or self._params).params, state)
+        return self.env.observe(state, (params or self._params).params)
 
     def is_terminal(self, state: Any, params: GymnaxParams) -> jax.Array:
         """False, bool []: no state that `reset` or `step` returns is at an episode's end."""
@@ -74,9 +77,11 @@ class GymnaxEnvironment(environment.Environment):
     is_terminated = is_truncated = is_terminal
 
     def action_space(self, params: GymnaxParams | None = None) -> spaces.Discrete:
+        """0..N, as gymnax's `Discrete`; `params` change nothing."""
         return _space(self.env.action_space())
 
     def observation_space(self, params: GymnaxParams | None = None) -> spaces.Box | spaces.Dict:
+        """That of the environment in gymnax's classes; `params` change nothing."""
         return _space(self.env.observation_space())
 
 

@@ -37,9 +37,14 @@ class StableBaselines3VecEnv(VecEnv):
         return observation
 
     def step_async(self, actions: np.ndarray) -> None:
+        """Keeps `actions` (int [num_envs]) for `step_wait`."""
         self._actions = actions
 
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """(observations, rewards float [num_envs], dones bool [num_envs], infos) of the actions of `step_async`.
+
+        Where an episode is done, the observation is the next episode's.
+        """
         step = self._batch.step(self._actions)
         infos = self._rows(step.info | {"TimeLimit.truncated": step.truncated & ~step.terminated})
         done = step.terminated | step.truncated
@@ -65,6 +70,7 @@ class StableBaselines3VecEnv(VecEnv):
         self._batch.params = value
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        """What the method of the environment returns, for each of `indices`."""
         methods = self.get_attr(method_name, indices)
         return [method(*method_args, **method_kwargs) for method in methods]
 

@@ -27,14 +27,17 @@ class FlatNetwork(ActorCritic):
     mlp: tuple[int, ...] = (64, 64)
 
     def setup(self):
+        """The actor and the pair of critics, each a perceptron of its own on the whole vector."""
         self.actor = FlatValues(self.mlp, copies=1)
         self.critic = FlatValues(self.mlp, copies=2)
 
     def encode(self, obs: GraphObservation) -> FlatEmbedding:
+        """The observation itself, as one vector: there are no weights before the heads."""
         features = flatten(obs)
         return FlatEmbedding(features.reshape(-1, features.shape[-1]).T[:, None], obs.action_mask)
 
     def critics(self, embedding: FlatEmbedding) -> jax.Array:
+        """As `ActorCritic.critics`."""
         return self.critic(embedding)
 
 
@@ -49,6 +52,7 @@ class FlatValues(nn.Module):
 
     @nn.compact
     def __call__(self, embedding: FlatEmbedding) -> jax.Array:
+        """Every copy reads all of the features."""
         *batch, actions = embedding.action_mask.shape
         x = [embedding.features] * self.copies
         for width in self.mlp:

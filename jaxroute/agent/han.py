@@ -47,6 +47,7 @@ class HANLayer(nn.Module):
 
     @nn.compact
     def __call__(self, widths: tuple[int, ...]) -> LayerWeights:
+        """`widths`: F of each node type."""
         matrix, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros_init()
         vectors = nn.initializers.glorot_uniform(batch_axis=0)
         attention_shape = (len(EDGE_TYPES), self.heads, self.hidden // self.heads)
@@ -73,6 +74,7 @@ class HAN(nn.Module):
     residual: bool = True
 
     def setup(self):
+        """Its layers; the first reads raw features, each other one the embeddings of the layer before."""
         self.stack = [HANLayer(self.hidden, self.heads) for _ in range(self.layers)]
 
     def __call__(self, obs: GraphObservation) -> dict[str, jax.Array]:

@@ -72,12 +72,14 @@ class RouterNetwork(ActorCritic):
     mlp: tuple[int, ...] = (64, 64)
 
     def setup(self):
+        """One encoder; on it the actor, and the two critics as a value of the state and one of each action."""
         self.encoder = HAN(self.hidden, self.heads, self.layers, self.residual)
         self.actor = ActionValues(self.mlp, copies=1)
         self.critic = ActionValues(self.mlp, copies=2)
         self.state_critic = MLP(self.mlp, copies=2)
 
     def encode(self, obs: GraphObservation) -> Embedding:
+        """The encoder's last states of the arrived and the expert nodes, beside the expert's raw features."""
         raw, *_, last = self.encoder.states(obs)
         return Embedding(last.arrived, last.expert, raw.expert, obs.action_mask)
 
@@ -99,10 +101,12 @@ class ActionValues(nn.Module):
     copies: int
 
     def setup(self):
+        """The experts share one perceptron; dropping has another."""
         self.of_expert = MLP(self.mlp, self.copies)
         self.of_drop = MLP(self.mlp, self.copies)
 
     def __call__(self, embedding: Embedding) -> jax.Array:
+        """An expert's value from its own embedding and features, dropping's from the pooled embedding."""
         expert, arrived = embedding.expert, embedding.arrived[:, None]
         own = jnp.concatenate([expert, embedding.expert_features])
         values = [self.of_expert(own, arrived), self.of_drop(embedding.pooled, arrived)]
@@ -121,6 +125,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, own: jax.Array, shared: jax.Array) -> jax.Array:
+        """Every row of `own` is joined with the one row of `shared`."""
         first, *others = self.widths
         of_own = Dense(first, self.copies)([own] * self.copies)
         of_shared = Dense(first, self.copies, use_bias=False)([shared] * self.copies)
@@ -143,6 +148,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: list[jax.Array]) -> list[jax.Array]:
+        """`inputs`: for each copy float32 [F, rows, B]; returns for each copy float32 [width, rows, B]."""
         kernels = self.param("kernel", self.kernel_init, (self.copies, len(inputs[0]), self.width))
         outputs = [project(kernel, x) for kernel, x in zip(kernels, inputs, strict=True)]
         if not self.use_bias:

@@ -59,6 +59,10 @@ class Information(NamedTuple):
 
 
 def information(found: Linear) -> Information:
+    """What the errors say of the parameters.
+
+    An error far outside of its metric's spread counts linearly, not by its square.
+    """
     there = ~np.isnan(found.at_centre)
     scale = np.asarray([1.48 * np.median(np.abs(metric[own])) if own.any() else 1.0 for metric, own in _columns(found)])
     scale = np.maximum(scale, 1e-4)

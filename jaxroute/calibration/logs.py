@@ -58,6 +58,7 @@ class ServerLog:
 
     @property
     def measured(self) -> dict[str, np.ndarray]:
+        """The log's own latencies, as `latencies` gives them."""
         return self.latencies(self.first_token, self.finish)
 
 

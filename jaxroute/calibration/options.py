@@ -40,6 +40,7 @@ class ServerOptions:
 
     @property
     def unknown(self) -> list[str]:
+        """The options of `SEARCHED` that calibration looks for."""
         return [key for key in SEARCHED if key not in self.engine]
 
 

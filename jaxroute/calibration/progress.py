@@ -31,12 +31,14 @@ class SearchProgress:
         self._status.stop()
 
     def start(self, what: str, simulator: Simulator) -> None:
+        """A search of this name begins; `simulator` counts the candidates."""
         self._what, self._simulator = what, simulator
         self._began, self._before = time.monotonic(), simulator.evaluated
         self._printed = float("-inf")
         self._show(what)
 
     def update(self, generation: int, generations: int, loss: float) -> None:
+        """A generation is done, and this is the lowest loss so far."""
         now = time.monotonic()
         rate = (self._simulator.evaluated - self._before) / (now - self._began)
         self._show(

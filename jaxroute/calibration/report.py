@@ -96,6 +96,7 @@ PARAMETER_HEAD = ["parameter", "value", "95 % interval", ""]
 
 
 def split_row(name: str, judged: dict[str, Any]) -> list[str]:
+    """A row under `SPLIT_HEAD`: the errors on one part of the log."""
     means = [_percent(judged[metric]["error"]["mean"]) if metric in judged else "-" for metric in METRICS]
     return [name, *means, _percent(judged["e2e"]["median_error"], False), _percent(judged["makespan"]["error"])]
 

@@ -48,6 +48,7 @@ class Parameter:
     offset: float = 0.0
 
     def scaled(self, value: float) -> float:
+        """A value on the parameter's scale, log(value + offset)."""
         return float(np.log(value + self.offset))
 
 
@@ -61,14 +62,17 @@ class Space:
 
     @property
     def names(self) -> list[str]:
+        """Of the P parameters, in the order of every point."""
         return [parameter.name for parameter in self.parameters]
 
     @property
     def start(self) -> np.ndarray:
+        """The first guess on the scale of the parameters, float64 [P]."""
         return np.asarray([parameter.scaled(parameter.start) for parameter in self.parameters])
 
     @property
     def spread(self) -> np.ndarray:
+        """Standard deviations of the first generation around `start`, float64 [P]."""
         return np.asarray([parameter.spread for parameter in self.parameters])
 
     @property
@@ -79,6 +83,7 @@ class Space:
 
     @property
     def offsets(self) -> np.ndarray:
+        """What is added to each parameter before its logarithm, float64 [P]."""
         return np.asarray([parameter.offset for parameter in self.parameters])
 
     def values(self, point: np.ndarray) -> dict[str, float]:

@@ -151,6 +151,7 @@ def _writable(path: Path, option: str) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    """Fits an engine to a log; writes its profile, a picture and a page. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute calibrate",
         description="Find the engine of a real server from its request log, and say how well the log knows it.",

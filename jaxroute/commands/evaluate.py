@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from jaxroute.agent.trainer import policy_router
-from jaxroute.config.build import Experiment, build
+from jaxroute.config.build import Experiment, build_experiment
 from jaxroute.config.loader import load_saved_config
 from jaxroute.config.schema import Config
 from jaxroute.console import print_notes, report_console
@@ -24,9 +24,11 @@ from jaxroute.runs.checkpoint import load_params
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the metrics of a run's router and of others. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute evaluate",
         description="Evaluate a run's trained router against others, on the same requests for each.",
+        epilog=f"Routers: trained, {', '.join(ROUTERS)}",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that jaxroute train wrote")
     parser.add_argument("--episodes", type=int, help="fresh episodes, 2 or more (default: as in the run)")
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {"episodes": arguments.episodes, "seed": arguments.seed, "routers": routers}
     overrides = [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
     config = load_saved_config(arguments.run / "config.yaml", overrides)
-    experiment = build(config)
+    experiment = build_experiment(config)
     params = load_params(arguments.run, experiment.network, experiment.env, experiment.params)
     console = report_console()
     print_notes(console, experiment.notes)

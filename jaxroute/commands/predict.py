@@ -32,6 +32,7 @@ FEWEST_TRAINING, FEWEST_HELD_OUT = 40, 5  # different prompts
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    """Trains a predictor, or applies one to prompts. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute predict",
         description="Predict the score and the output length of each expert's answer from the prompt's text.",

@@ -19,6 +19,7 @@ from jaxroute.simulator.replay import RUN_DEFAULTS, load_spec, replay
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the times of every request of a recorded list as JSON. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute replay",
         description="Run one engine on a recorded list of requests and write when each got its first and last token.",

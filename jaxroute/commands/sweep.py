@@ -25,6 +25,7 @@ from jaxroute.sweeps.spec import load_spec
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what is missing of a sweep, then writes its table, pictures and report. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute sweep",
         description="Train with many settings and seeds, those of equal shapes as one program. Started again, the same "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxroute.agent.trainer import policy_router
-from jaxroute.config.build import Experiment, build, build_network
+from jaxroute.config.build import Experiment, build_experiment, build_network
 from jaxroute.config.loader import load_config, load_saved_config
 from jaxroute.console import print_notes, report_console
 from jaxroute.errors import UserError, command, require_known
@@ -22,6 +22,7 @@ from jaxroute.timelines.write import FILES, write_timeline
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    """Writes an episode's trace, picture and page. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute timeline",
         description="Write one episode under one or two routers, on the same requests, as a trace for Perfetto, a "
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_saved_config(runs[0] / "config.yaml", overrides)
     else:
         config = load_config(arguments.config, overrides)
-    experiment = build(config)
+    experiment = build_experiment(config)
     networks = {name: _trained(experiment, Path(name)) for name in names if Path(name) in runs}
     prepare_run_folder(arguments.out)
 

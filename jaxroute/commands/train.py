@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxroute.commands.evaluate import compare
-from jaxroute.config.build import Experiment, build, build_trainer
+from jaxroute.config.build import Experiment, build_experiment, build_trainer
 from jaxroute.config.loader import config_text, dotted_values, load_config, load_saved_config
 from jaxroute.config.schema import Config
 from jaxroute.console import print_notes, report_console
@@ -25,6 +25,7 @@ from jaxroute.errors import UserError, command
 from jaxroute.evaluation.pictures import learning_curve, qos_comparison
 from jaxroute.evaluation.tables import print_evaluation, write_evaluation
 from jaxroute.files import write_text
+from jaxroute.routers import ROUTERS
 from jaxroute.runs.checkpoint import save_checkpoint
 from jaxroute.runs.loggers import check_loggers
 from jaxroute.runs.metrics_log import MetricsLog
@@ -39,10 +40,12 @@ VERSIONS = "versions.json"
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, evaluates, and writes the folder of the run. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute train",
-        description="Train a router and evaluate it against Round-Robin, Shortest Queue First, BERT Router and random.",
-        epilog="Example: jaxroute train workload.arrivals.rate=4 agent.gamma=0.95 --seed 1",
+        description="Train a router and evaluate it beside those that evaluation.routers names.",
+        epilog="Example: jaxroute train workload.arrivals.rate=4 agent.gamma=0.95 --seed 1. "
+        f"Routers: {', '.join(ROUTERS)}",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (default: configs/default.yaml)")
     parser.add_argument("--seed", type=int, help="seed of the training, the same as training.seed=SEED")
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         remove_states(run)  # killed before it came to that
         console.print(f"{run} is finished; evaluate it again: jaxroute evaluate {run}", highlight=False)
         return 0
-    experiment = build(config)
+    experiment = build_experiment(config)
     if not resume:
         prepare_run_folder(run)
         write_text(run / VERSIONS, json.dumps({"seed": config.training.seed, **versions()}, indent=2) + "\n")

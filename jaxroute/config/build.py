@@ -47,26 +47,12 @@ class Experiment(NamedTuple):
     experts: tuple[str, ...]  # names
 
 
-OPTIONS = (
-    "path",
-    "experts",
-    "profile",
-    "kv_cache_tokens",
-    "discipline",
-    "max_model_len",
-    "slots",
-    "queue_nodes",
-    "episode_length",
-    "penalty",
-    "drop",
-)
-"""Keys of the section `environment` that `jaxroute.make` takes, by the same names."""
-
-
-def build(config: Config) -> Experiment:
+def build_experiment(config: Config) -> Experiment:
     """Reads the data that the configuration names. Raises `UserError` for an unknown name or unusable data."""
     environment, training = config.environment, config.training
-    options = {key: value for key in OPTIONS if (value := getattr(environment, key)) is not None}
+    # `make` takes all by the same names but what is traced, which is set below.
+    own = ("id", "latency_limit", "penalty_weight")
+    options = {key: value for key, value in vars(environment).items() if key not in own and value is not None}
     try:
         env, params = make(environment.id, **options)
     except UserError as error:

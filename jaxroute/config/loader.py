@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
-import jaxroute
 from jaxroute.config.schema import Config
 from jaxroute.errors import UserError, require_known
 from jaxroute.files import parse_yaml, read_yaml
@@ -24,7 +23,7 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", s
 
 def config_folder() -> Path:
     """The folder of jaxroute's own configurations: beside the package in a clone, inside it when installed."""
-    package = Path(jaxroute.__file__).parent
+    package = Path(__file__).parents[1]
     beside = package.parent / "configs"
     return beside if (beside / "default.yaml").is_file() else package / "configs"
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Annotated, Any, Literal, NamedTuple
 
+from jaxroute.environment.settings import Penalty
+from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine_config import BLOCK_SIZE
 from jaxroute.workload.files import MOST_TOKENS
 
@@ -34,6 +36,7 @@ Span = Annotated[
     tuple[Positive, ...],
     Range("two numbers above 0, the smaller first", lambda value: len(value) == 2 and value[0] <= value[1]),
 ]
+Discipline = Annotated[str, Range(f"one of {', '.join(DISCIPLINES)}", lambda value: value in DISCIPLINES)]
 Names = Annotated[tuple[str, ...], Range("a list of one or more names", bool)]
 Widths = Annotated[tuple[Count, ...], Range("a list of one or more whole numbers of 1 or more", bool)]
 
@@ -52,13 +55,13 @@ class EnvironmentConfig:
     experts: Names | None
     profile: str | Names | None  # hardware profile of every expert, or one for each
     kv_cache_tokens: KVTokens | tuple[KVTokens, ...] | None  # KV cache, the same; None: the profile's own
-    discipline: Literal["vllm_v1", "vllm_v0", "orca"] | None  # how every engine schedules (simulation.md section 1)
+    discipline: Discipline | None  # how every engine schedules (simulation.md section 1)
     max_model_len: KVTokens | None  # most tokens of a request, prompt and output; None: the profile's own
     slots: Count | None  # requests (running and waiting) that one engine can hold
     queue_nodes: Count  # running and waiting requests observed per expert, each
     episode_length: Count  # requests per episode
     latency_limit: Positive | None  # L, seconds per output token
-    penalty: Literal["predicted", "paper", "exact", "off"]  # form of the action impact estimator
+    penalty: Penalty  # form of the action impact estimator
     penalty_weight: NonNegative  # w
     drop: bool  # whether a router may drop a request
 
@@ -91,6 +94,8 @@ class RequestsConfig:
 
 @dataclass(frozen=True)
 class WorkloadConfig:
+    """The requests of an episode: when they arrive, and what they are."""
+
     arrivals: ArrivalsConfig
     requests: RequestsConfig
 
@@ -144,13 +149,17 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    """The comparison of routers on the same fresh episodes."""
+
     episodes: EvaluationEpisodes
     seed: Seed
-    routers: Names  # trained, and any of `environment.routers.ROUTERS`
+    routers: Names  # trained, and any of `routers.ROUTERS`
 
 
 @dataclass(frozen=True)
 class Config:
+    """A whole configuration, a section for each part; `section.key` names a value."""
+
     environment: EnvironmentConfig
     workload: WorkloadConfig
     network: NetworkConfig

@@ -18,7 +18,6 @@ from jaxroute.simulator.advance import EngineWork
 from jaxroute.simulator.engine import LARGE, lowest, slot_positions, total
 
 Level = Literal["off", "histogram", "exact"]
-LEVELS: tuple[Level, ...] = ("off", "histogram", "exact")
 
 TIMINGS = ("latency_per_token", "ttft", "tpot")
 """Seconds: (finish - arrival) / output tokens; first token - arrival; (finish - first token) / (output tokens - 1)."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from jaxroute.environment.metrics import LEVELS, Level
+from jaxroute.environment.metrics import Level
 from jaxroute.errors import UserError, require_known
 
 Penalty = Literal["predicted", "paper", "exact", "off"]
-PENALTIES: tuple[Penalty, ...] = ("predicted", "paper", "exact", "off")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Settings:
     drop: bool = True  # whether a router may drop a request; if not, it may where no expert could take it
 
     def __post_init__(self) -> None:
-        choices = {"obs": ("graph", "flat"), "penalty": PENALTIES, "metrics": LEVELS}
+        choices = {"obs": ("graph", "flat"), "penalty": get_args(Penalty), "metrics": get_args(Level)}
         for name, allowed in choices.items():
             require_known(getattr(self, name), allowed, name)
         for name in ("num_experts", "slots", "queue_nodes", "episode_length"):

@@ -94,6 +94,7 @@ class Dict:
         self.spaces, self.create = dict(spaces), create
 
     def sample(self, key: jax.Array) -> Any:
+        """What `create` makes of a sample of each space."""
         keys = jax.random.split(key, len(self.spaces))
         pairs = zip(self.spaces.items(), keys, strict=True)
         return self.create(**{name: space.sample(own) for (name, space), own in pairs})

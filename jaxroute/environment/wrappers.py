@@ -50,6 +50,7 @@ class FiveValues(Wrapper):
     def step(
         self, key: jax.Array, state: Any, action: jax.Array, params: Any
     ) -> tuple[Any, Any, jax.Array, jax.Array, dict[str, Any]]:
+        """(observation, state, reward, done, info) of the inner environment's step."""
         observation, state, reward, terminated, truncated, info = self.env.step(key, state, action, params)
         discount = 1 - terminated.astype(jnp.result_type(reward))
         info = {**info, "terminated": terminated, "truncated": truncated, "discount": discount}

@@ -42,6 +42,7 @@ class BucketClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array, training: bool = False) -> jax.Array:
+        """With `training`, drops features and hidden units by the "dropout" key."""
         features = nn.Dropout(0.3, deterministic=not training)(features)
         hidden = nn.relu(nn.Dense(self.hidden)(features))
         hidden = nn.Dropout(0.5, deterministic=not training)(hidden)

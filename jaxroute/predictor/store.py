@@ -37,6 +37,7 @@ class StoredPredictor:
 
 
 def save_predictor(folder: Path, stored: StoredPredictor) -> None:
+    """Writes model.npz and model.json, which holds the checksum of the former."""
     predictor = stored.predictor
     arrays = {
         f"{part}/{name}": array

@@ -61,7 +61,7 @@ ROUTERS = {
     "lookahead": RouterSpec(planning.lookahead, "Lookahead"),
     "clairvoyant": RouterSpec(planning.clairvoyant, "Clairvoyant"),
 }
-"""A new router is one entry here: configuration, help texts, tables, pictures and docs/routers.md follow from it."""
+"""A new router is one entry here: configuration, help texts, tables, pictures and tuning follow from it."""
 
 ROUTER_LABELS = {"trained": "Trained", **{name: spec.label for name, spec in ROUTERS.items()}}
 

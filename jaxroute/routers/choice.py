@@ -28,6 +28,10 @@ class RuleRouter(struct.PyTreeNode):
         """The action, int32 []."""
         return self.rule(self.env, key, observation, state, params, **self.parameters)
 
+    def __hash__(self) -> int:
+        # `jax.jit(router)` hashes it. The numbers are left out, as arrays have no hash.
+        return hash((self.rule, self.env, *self.parameters))
+
 
 def candidates(env: RoutingEnvironment, state: EnvState, params: EnvParams) -> jax.Array:
     """bool [N]: the experts that the action mask allows, or all where it allows none."""

@@ -85,6 +85,7 @@ def load_arrays(folder: Path, example: Any, remedy: str) -> Any:
 
 
 def checksums(folder: Path) -> Path:
+    """The file beside `folder` with the SHA-256 of each file in it."""
     return folder.with_name(f"{folder.name}.sha256")
 
 

@@ -9,7 +9,7 @@ import jax
 
 
 def keep_compiled_programs() -> None:
-    """Turns JAX's persistent compilation cache on, in the user's cache folder; for commands.
+    """Turns JAX's persistent compilation cache on, in the user's cache folder.
 
     A folder that the user has chosen (JAX_COMPILATION_CACHE_DIR) stays, and where none can be written nothing is kept.
     """

@@ -61,6 +61,7 @@ class TensorBoardSink:
         self._writer.close()
 
     def write(self, scalars: dict[str, float], frames: int) -> None:
+        """A point of each scalar's curve, at this many frames."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, frames)
 
@@ -92,6 +93,7 @@ class WandbSink:
         self._run.finish(exit_code=int(kind is not None))
 
     def write(self, scalars: dict[str, float], frames: int) -> None:
+        """As of the other sinks; what the server has from before a kill is left out."""
         # Steps that the server has from before a kill cannot be logged again; their numbers would be the same.
         if frames >= self._run.starting_step:
             self._run.log(scalars, step=frames, commit=True)
@@ -132,6 +134,7 @@ class MlflowSink:
         self._try(self._client.set_terminated, self._id, status)
 
     def write(self, scalars: dict[str, float], frames: int) -> None:
+        """As of the other sinks; what the server has from before a kill is left out."""
         if frames > self._logged:
             now = int(time.time() * 1000)
             metrics = [self._entities.Metric(name, value, now, frames) for name, value in scalars.items()]

@@ -11,7 +11,7 @@ import jax
 
 from jaxroute.errors import UserError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jraph", "chex", "numpy")
+PACKAGES = ("jaxroute", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jraph", "chex", "numpy")
 
 
 def prepare_run_folder(path: Path) -> None:
@@ -34,10 +34,4 @@ def versions() -> dict[str, str]:
         "platform": platform.platform(),
         "device": jax.devices()[0].device_kind,
     }
-    return {"jaxroute": _own_version(), **packages, **machine}
-
-
-def _own_version() -> str:
-    import jaxroute
-
-    return jaxroute.__version__
+    return {**packages, **machine}

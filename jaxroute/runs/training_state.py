@@ -117,6 +117,7 @@ def load_state(folder: Path, example: Any, remedy: str) -> Any:
 
 
 def remove_states(run: Path) -> None:
+    """Removes all saved states of a run, if there are any."""
     shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 

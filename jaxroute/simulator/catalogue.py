@@ -27,6 +27,7 @@ def shipped() -> list[str]:
 
 
 def is_path_or_guess(name: str) -> bool:
+    """Whether a profile is named by a YAML file or as a guess, not as one that comes with the package."""
     return name.lower().endswith((".yaml", ".yml")) or name.startswith(GUESS)
 
 

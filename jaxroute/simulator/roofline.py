@@ -45,6 +45,7 @@ class ModelData:
 
     @property
     def stored_bytes(self) -> int:
+        """What the weights take of a GPU's memory, the embedding included."""
         return self.read_bytes + self.bytes_per_weight * self.hidden * self.vocabulary
 
     @property

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxroute.agent.sac import Hyperparameters
-from jaxroute.config.build import Experiment, build
+from jaxroute.config.build import Experiment, build_experiment
 from jaxroute.config.schema import Config
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError
@@ -65,16 +65,20 @@ class Batch(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Of its files in the sweep's folder."""
         return f"rung{self.rung}-batch{self.number}"
 
 
 def make_groups(spec: Spec) -> tuple[list[Group], list[str]]:
-    """The groups of a spec in the order of their first trials, and notes on the data. Raises `UserError` as `build`."""
+    """The groups of a spec in the order of their first trials, and notes on the data.
+
+    Raises `UserError` as `build_experiment`.
+    """
     members: dict[Any, list[tuple[Trial, Experiment]]] = {}
     notes: dict[str, None] = {}
     for trial in spec.trials:
         try:
-            experiment = build(trial.config)
+            experiment = build_experiment(trial.config)
         except UserError as error:
             raise UserError(f"trial {trial.number}, {trial.values}: {error}") from None
         notes.update(dict.fromkeys(experiment.notes))

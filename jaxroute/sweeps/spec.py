@@ -61,10 +61,10 @@ def load_spec(path: Path) -> Spec:
     if given is not None and not isinstance(given, str):
         raise UserError(f"{path}: config: expected the path of a configuration, from the spec's folder; got {given!r}")
     base = load_config(path.parent / given if given else None)
-    fixed = _section(tree.get("fixed") or {}, path, "fixed")
+    fixed = check_keys(tree.get("fixed") or {}, f"{path}: fixed")
     base = change_config(base, fixed, f"{path}: fixed")
 
-    parameters = _section(tree.get("parameters") or {}, path, "parameters")
+    parameters = check_keys(tree.get("parameters") or {}, f"{path}: parameters")
     if not parameters:
         raise UserError(
             f"{path}: parameters: nothing is varied; give at least one key, such as agent.gamma: {{grid: [0.9, 0.95]}}"
@@ -103,15 +103,16 @@ def load_spec(path: Path) -> Spec:
     )
 
 
-def _section(section: Any, path: Path, name: str) -> dict[str, Any]:
+def check_keys(section: Any, source: str) -> dict[str, Any]:
+    """`section`, if it is a mapping from keys that a sweep may set. A `UserError` begins with `source`."""
     if not isinstance(section, dict):
-        raise UserError(f"{path}: {name}: expected keys of the configuration and values, got {section!r}")
+        raise UserError(f"{source}: expected keys of the configuration and values, got {section!r}")
     for key in section:
         if key in OWN_KEYS:
-            raise UserError(f"{path}: {name}: {key} is not varied in a sweep: {OWN_KEYS[key]}")
+            raise UserError(f"{source}: {key} is not varied in a sweep: {OWN_KEYS[key]}")
         if key not in dotted_keys():
             raise UserError(
-                f"{path}: {name}: unknown key {key}; nearest: {', '.join(nearest_keys(str(key), sections=False))}"
+                f"{source}: unknown key {key}; nearest: {', '.join(nearest_keys(str(key), sections=False))}"
             )
     return section
 

@@ -49,17 +49,21 @@ class PoissonArrivals(struct.PyTreeNode):
 
     @classmethod
     def create(cls, rate: float) -> PoissonArrivals:
+        """From the rate in requests per second. Raises `UserError` unless it is above 0."""
         return cls(rate=_positive(rate, "the arrival rate (requests per second)"))
 
     @property
     def draws(self) -> int:
+        """One uniform: the gap."""
         return 1
 
     def reset(self, key: jax.Array) -> WorkloadState:
+        """A process without memory has no state."""
         del key
         return _state(0, 0.0)
 
     def next(self, uniforms: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, jax.Array]:
+        """The state as it was, an exponential gap (float [], s), row 0."""
         return state, -jnp.log(uniforms[0]) / self.rate, jnp.int32(0)
 
 
@@ -105,15 +109,18 @@ class TraceArrivals(struct.PyTreeNode):
 
     @property
     def draws(self) -> int:
+        """None: a trace is what it is."""
         return 0
 
     def reset(self, key: jax.Array) -> WorkloadState:
+        """At `start_row`, or with `random_start` at any row, all alike."""
         if not self.random_start:
             return _state(self.start_row, self.start_phase)
         row = jax.random.randint(key, (), 0, self.gaps.shape[0], jnp.int32)
         return _state(row, self.gaps[row])
 
     def next(self, uniforms: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, jax.Array]:
+        """The state at the following row, what is left of this row's gap (float [], s), this row (int32 [])."""
         del uniforms
         row = state.cursor
         gap = (self.gaps[row] - state.phase) / self.rate_scale
@@ -133,6 +140,7 @@ class PiecewiseArrivals(struct.PyTreeNode):
 
     @classmethod
     def create(cls, durations: Sequence[float] | np.ndarray, rates: Sequence[float] | np.ndarray) -> PiecewiseArrivals:
+        """From the seconds and the rate (requests per second) of each piece. Raises `UserError`."""
         lengths, levels = np.asarray(durations, np.float64), np.asarray(rates, np.float64)
         if lengths.ndim != 1 or lengths.shape != levels.shape or not len(lengths):
             raise UserError(f"piecewise rates need as many durations as rates: got {lengths.size} and {levels.size}")
@@ -144,13 +152,16 @@ class PiecewiseArrivals(struct.PyTreeNode):
 
     @property
     def draws(self) -> int:
+        """One uniform: the growth of the cumulative hazard."""
         return 1
 
     def reset(self, key: jax.Array) -> WorkloadState:
+        """At the beginning of the first piece."""
         del key
         return _state(0, 0.0)
 
     def next(self, uniforms: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, jax.Array]:
+        """The state in the piece of the arrival, the gap to it (float [], s), row 0."""
         pieces = self.rates.shape[0]
         hazard = -jnp.log(uniforms[0])
         rate = self.rates[state.cursor]
@@ -194,6 +205,7 @@ class MarkovArrivals(struct.PyTreeNode):
 
     @classmethod
     def create(cls, rates: Sequence[float] | np.ndarray, durations: Sequence[float] | np.ndarray) -> MarkovArrivals:
+        """From the rate (requests per second) and the mean seconds of each regime. Raises `UserError`."""
         levels, lengths = np.asarray(rates, np.float64), np.asarray(durations, np.float64)
         if levels.shape != (2,) or not (np.isfinite(levels).all() and (levels >= 0).all() and levels.any()):
             raise UserError(f"bursts need two rates of 0 or more, not both 0, are {levels.tolist()}")
@@ -203,12 +215,15 @@ class MarkovArrivals(struct.PyTreeNode):
 
     @property
     def draws(self) -> int:
+        """Two uniforms: the gap, and the regime after it."""
         return 2
 
     def reset(self, key: jax.Array) -> WorkloadState:
+        """In a regime drawn by the share of time that each lasts."""
         return _state(jax.random.uniform(key) * jnp.sum(self.durations) >= self.durations[0], 0.0)
 
     def next(self, uniforms: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, jax.Array]:
+        """The state in the regime after the arrival, the gap to it (float [], s), row 0."""
         own, other = state.cursor, 1 - state.cursor
         rates, leaving = self.rates, 1 / self.durations
         # -D has the eigenvalues slow < fast, half their distance is d; the slow one in a form without cancellation.

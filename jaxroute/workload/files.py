@@ -21,6 +21,7 @@ class Place:
         self.path, self.line = path, line
 
     def error(self, problem: str) -> UserError:
+        """The error that names this file and line."""
         return UserError(f"{self.path}, line {self.line}: {problem}")
 
 
@@ -56,6 +57,7 @@ def read_lines(path: Path) -> Iterator[tuple[Place, str]]:
 
 
 def json_object(place: Place, line: str) -> dict[str, Any]:
+    """The JSON object on a line. Raises `UserError` at `place` where there is none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -86,17 +86,21 @@ class FrozenRequests(struct.PyTreeNode):
 
     @classmethod
     def create(cls, score_mean: Sequence[float] | np.ndarray) -> FrozenRequests:
+        """From each expert's mean score, [N] from 0 to 1. Raises `UserError`."""
         return cls(score_mean=_mean_scores(score_mean))
 
     @property
     def num_experts(self) -> int:
+        """N."""
         return self.score_mean.shape[-1]
 
     @property
     def draws(self) -> int:
+        """A uniform for each normal of the generator."""
         return 3 + 3 * self.num_experts
 
     def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
+        """A request of the generator, from `uniforms` [draws]."""
         del row
         prompt, (output, predicted_output, score, predicted_score) = _deviations(uniforms, self.num_experts)
         return Request(
@@ -115,6 +119,7 @@ class TableRequests(struct.PyTreeNode):
 
     @classmethod
     def create(cls, table: RequestTable) -> TableRequests:
+        """Moves a table to the device."""
         return cls(
             rows=Request(
                 prompt_tokens=jnp.asarray(table.prompt_tokens, jnp.int32),
@@ -127,13 +132,16 @@ class TableRequests(struct.PyTreeNode):
 
     @property
     def num_experts(self) -> int:
+        """N."""
         return self.rows.score.shape[-1]
 
     @property
     def draws(self) -> int:
+        """One uniform: which row."""
         return 1
 
     def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
+        """The row of the table that `uniforms` [1] draw."""
         del row
         count = self.rows.prompt_tokens.shape[0]
         # The product may round up to `count`.
@@ -156,6 +164,7 @@ class TraceRequests(struct.PyTreeNode):
     def create(
         cls, prompt_tokens: np.ndarray, output_tokens: np.ndarray, score_mean: Sequence[float] | np.ndarray
     ) -> TraceRequests:
+        """From the trace's lengths, int [T], and each expert's mean score, [N] from 0 to 1. Raises `UserError`."""
         return cls(
             prompt_tokens=jnp.asarray(prompt_tokens, jnp.int32),
             output_tokens=jnp.asarray(output_tokens, jnp.int32),
@@ -164,13 +173,16 @@ class TraceRequests(struct.PyTreeNode):
 
     @property
     def num_experts(self) -> int:
+        """N."""
         return self.score_mean.shape[-1]
 
     @property
     def draws(self) -> int:
+        """As many as the frozen generator takes."""
         return 3 + 3 * self.num_experts  # those of the lengths' shared terms go unused
 
     def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
+        """The lengths of `row` (int32 []), with scores and predictions from `uniforms` [draws]."""
         _, (output, predicted_output, score, predicted_score) = _deviations(uniforms, self.num_experts)
         recorded = self.output_tokens[row]
         predicted = (recorded * jnp.exp(predicted_output - output)).astype(jnp.int32)

@@ -31,6 +31,7 @@ class Workload(struct.PyTreeNode):
         requests: FrozenRequests | TableRequests | TraceRequests,
         true_lengths: bool = False,
     ) -> Workload:
+        """Raises `UserError` for requests with a trace's lengths without that trace's arrivals."""
         if isinstance(requests, TraceRequests) and (
             not isinstance(arrivals, TraceArrivals) or arrivals.gaps.shape != requests.prompt_tokens.shape
         ):
@@ -39,6 +40,7 @@ class Workload(struct.PyTreeNode):
 
     @property
     def num_experts(self) -> int:
+        """N."""
         return self.requests.num_experts
 
     def reset(self, key: jax.Array) -> WorkloadState:

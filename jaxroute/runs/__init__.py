@@ -1,0 +1,1 @@
+"""What a run leaves and needs: checkpoints, states, logs, progress, devices."""
