@@ -42,6 +42,7 @@ TRAINING = {
 command goes on from where it was killed at the one before."""
 
 SWEEP = {
+    "a chunk of a batch": Point("before", "jaxroute.sweeps.display:SweepDisplay.chunk_done"),
     "a batch's state without checksums": Point("before", "jaxroute.runs.checkpoint:write_text"),
     "a batch trained": Point("before", "jaxroute.sweeps.runner:save_arrays"),
     "the end of one training": Point("after", "jaxroute.sweeps.runner:save_arrays"),
