@@ -31,7 +31,6 @@ TRAINING = {
     "a state half written": Point("after", "jaxroute.runs.checkpoint:ocp.PyTreeCheckpointHandler.save"),
     "a state without checksums": Point("before", "jaxroute.runs.checkpoint:write_text"),
     "a state whole": Point("after", "jaxroute.runs.checkpoint:write_text"),
-    "one state too many": Point("before", "jaxroute.runs.training_state:_remove"),
     "an old state half removed": Point("before", "jaxroute.runs.training_state:shutil.rmtree"),
     "all trained": Point("before", "jaxroute.commands.train:save_checkpoint"),
     "a checkpoint": Point("after", "jaxroute.commands.train:save_checkpoint"),
@@ -42,20 +41,17 @@ TRAINING = {
 command goes on from where it was killed at the one before."""
 
 SWEEP = {
-    "a chunk of a batch": Point("before", "jaxroute.sweeps.display:SweepDisplay.chunk_done"),
     "a batch's state without checksums": Point("before", "jaxroute.runs.checkpoint:write_text"),
-    "a batch trained": Point("before", "jaxroute.sweeps.runner:save_arrays"),
-    "the end of one training": Point("after", "jaxroute.sweeps.runner:save_arrays"),
+    "a training of the second batch": Point("after", "jaxroute.sweeps.runner:save_arrays", 4),
     "a batch evaluated": Point("before", "jaxroute.sweeps.results:SweepFolder.finish"),
-    "results not in the table": Point("before", "jaxroute.sweeps.results:SweepFolder.write_table"),
-    "a batch whose states are left": Point("before", "jaxroute.sweeps.driver:forget_batch", 2),
+    "the last results not in the table": Point("before", "jaxroute.sweeps.results:SweepFolder.write_table", 5),
     "a rung whose ends are left": Point("before", "jaxroute.sweeps.driver:forget_rung"),
     "all trained, no report": Point("before", "jaxroute.commands.sweep:write_report"),
     "half a report": Point("before", "jaxroute.sweeps.report:curves_picture"),
 }
-"""Of `jaxroute sweep`, likewise."""
+"""Of `jaxroute sweep` with four batches of three trainings and then two, likewise."""
 
-POINTS = TRAINING | SWEEP
+POINTS = TRAINING | SWEEP | {"a chunk of a batch": Point("before", "jaxroute.sweeps.display:SweepDisplay.chunk_done")}
 
 
 def main(name: str, number: str, command: str, *arguments: str) -> int:
