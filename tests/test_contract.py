@@ -17,10 +17,10 @@ import pytest
 
 import jaxroute
 from jaxroute.environment.environment import DYNAMICS_VERSION
+from jaxroute.environment.few_slots import FEW_SLOTS
 from jaxroute.environment.metrics import EpisodeTotals
 from jaxroute.environment.observation import GraphObservation
 from jaxroute.environment.spaces import Box, Dict, Discrete
-from jaxroute.environment.step import FEW_SLOTS
 from jaxroute.environment.wrappers import FiveValues
 from jaxroute.testing import check_env
 from tests.record_dynamics import CASES, EPISODE, RECORD, STEPS, recorded, rollout
