@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tests.compiling import compile_fast
+from tests.compiling import ROOT, compile_fast
 
 SPEC = {
     "fixed": {
@@ -37,7 +38,6 @@ SPEC = {
     "rungs": [300],
     "keep": 0.5,
 }
-ROOT = Path(__file__).parents[1]
 TIMES = {"seconds"}  # columns that differ from run to run
 
 
@@ -48,10 +48,14 @@ def write_spec(path: Path, **changes: Any) -> Path:
     return path
 
 
-def start_sweep(folder: Path, cache: Path, *arguments: str) -> subprocess.Popen:
-    """The command in a process of its own, with its output in a file beside `folder`."""
+def start_sweep(folder: Path, cache: Path, *arguments: str, meeting: tuple[str, ...] = ()) -> subprocess.Popen:
+    """The command in a process of its own, with its output in a file beside `folder`.
+
+    `meeting`: a point of `tests.killing` and the signal that it sends itself there.
+    """
     settings = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "jaxroute.sweep", *arguments, "--out", str(folder)]
+    program = ["tests.killing", *meeting, "sweep"] if meeting else ["jaxroute.sweep"]
+    command = [sys.executable, "-m", *program, *arguments, "--out", str(folder)]
     with folder.with_suffix(".log").open("w") as log:
         return subprocess.Popen(command, cwd=ROOT, env=compile_fast() | settings, stdout=log, stderr=subprocess.STDOUT)
 
@@ -61,6 +65,16 @@ def finished_sweep(folder: Path, cache: Path, spec: Path) -> Path:
     process = start_sweep(folder, cache, str(spec), "--trials-per-batch", "3")
     assert process.wait() == 0, folder.with_suffix(".log").read_text()
     return folder
+
+
+def parts(folder: Path) -> dict[str, Any]:
+    """The results of each batch that is finished, without times."""
+    found = {path.name: json.loads(path.read_text()) for path in (folder / "parts").glob("*.json")}
+    for part in found.values():
+        for row in part["rows"]:
+            for name in TIMES:
+                del row[name]
+    return found
 
 
 def table(folder: Path) -> list[dict[str, str]]:

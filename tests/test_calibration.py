@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,10 +16,11 @@ import yaml
 import jaxroute
 from benchmarks.calibration import random_log
 from jaxroute.calibration.candidates import Candidates, LogRequests, Simulated, simulate
-from jaxroute.calibration.judgement import Server, judge, run, series, splits
+from jaxroute.calibration.judgement import Server, Times, judge, load_at_arrival, run, series, splits
 from jaxroute.calibration.linear import information, linear
 from jaxroute.calibration.logs import load_log
 from jaxroute.calibration.options import ServerOptions, load_options
+from jaxroute.calibration.report import picture
 from jaxroute.calibration.search import Simulator, relative_errors, search
 from jaxroute.calibration.space import search_space
 from jaxroute.calibration.uncertainty import ParameterInterval, intervals
@@ -207,7 +210,39 @@ def test_roofline_of_a_data_sheet():
     assert two["latency"][0] == pytest.approx(base / 2)
 
 
-def test_command_writes_profile_picture_and_page(tmp_path, capsys, monkeypatch):
+def test_picture_shows_distributions_queues_and_errors(tmp_path, figures):
+    recorded = {"t": np.array([0.0, 1.0]), "running": np.array([3, 4]), "waiting": np.array([0, 5])}
+    counts = {"t": np.array([0.0, 2.0]), "running": np.array([1, 2]), "waiting": np.array([7, 8])}
+    log = replace(LOG, series=recorded)
+    times, guess = Times(log.first_token + 1, log.finish + 1), Times(log.first_token + 2, log.finish + 2)
+    among = log.ids % 2 == 1
+    picture(tmp_path / "with.png", log, among, times, guess, counts)
+    panels = figures["with.png"].axes
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        *("TTFT", "time per output token", "end to end", "running requests", "waiting requests", "error against load")
+    ]
+    assert [axes.get_xlabel() for axes in panels[:3]] == ["s", "ms", "s"]
+    for axes, metric, scale, late in zip(panels, ("ttft", "tpot", "e2e"), (1, 1e3, 1), (1, 0, 1), strict=False):
+        values = np.sort(log.measured[metric][among])
+        assert [line.get_label() for line in axes.lines] == ["measured", "simulated", "roofline guess"]
+        for factor, line in enumerate(axes.lines):
+            np.testing.assert_allclose(line.get_xdata(), scale * (values + factor * late), rtol=1e-9)
+            np.testing.assert_allclose(line.get_ydata(), np.arange(1, among.sum() + 1) / among.sum())
+    for axes, name in zip(panels[3:5], ("running", "waiting"), strict=True):
+        assert [line.get_ydata().tolist() for line in axes.lines] == [recorded[name].tolist(), counts[name].tolist()]
+        assert axes.lines[1].get_drawstyle() == "steps-post"
+    whole, of_token, _ = panels[5].lines
+    assert [line.get_label() for line in (whole, of_token)] == ["end to end", "time per output token"]
+    np.testing.assert_array_equal(whole.get_xdata(), load_at_arrival(log)[among])
+    np.testing.assert_allclose(whole.get_ydata(), 100 / log.measured["e2e"][among])
+    np.testing.assert_allclose(of_token.get_ydata(), 0, atol=1e-6)
+
+    picture(tmp_path / "without.png", LOG, among, times, None, counts)
+    panels = figures["without.png"].axes
+    assert [len(axes.lines) for axes in panels] == [2, 2, 2, 1, 1, 3]
+
+
+def test_command_writes_profile_picture_and_page(tmp_path, capsys, monkeypatch, figures):
     monkeypatch.setattr("jaxroute.commands.calibrate.LANES", 32)  # as above, so that a program is compiled once
     path, out = tmp_path / "log.csv", tmp_path / "p.yaml"
     columns = (LOG.arrival, LOG.prompt_tokens, LOG.output_tokens, LOG.first_token, LOG.finish)
@@ -220,9 +255,12 @@ def test_command_writes_profile_picture_and_page(tmp_path, capsys, monkeypatch):
     assert "Errors on requests that were not fitted" in printed.out and "is not identified by this log" in printed.err
     assert "names no known GPU and model" in printed.out
     assert load_profile(out)["engine"]["num_gpu_blocks"] == 200
-    assert out.with_suffix(".png").stat().st_size > 20_000
     page = out.with_suffix(".html").read_text()
-    assert "data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
+    png = base64.b64encode(out.with_suffix(".png").read_bytes()).decode()
+    assert f"data:image/png;base64,{png}" in page and "http" not in page.replace("http-equiv", "")
+    judged = [line.get_xdata() for line in figures["p.png"].axes[2].lines]
+    assert [len(values) for values in judged] == [len(LOG) // 2] * 2, "no guess for no known GPU"
+    np.testing.assert_allclose(*judged, rtol=0.2)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the recorded log in ../shared/data")

@@ -88,19 +88,55 @@ def test_evaluation_file(tmp_path):
     assert other["lead_of_trained"]["mean"] == pytest.approx(0.05)
 
 
-def test_pictures_are_drawn_from_much_and_from_little(tmp_path):
+def test_learning_curves_show_every_record_and_the_best_heuristic(tmp_path, figures):
+    records = [
+        {"frames": 100, "qos": 0.5, "reward": 0.4, "entropy": None, "critic_loss": None},
+        {"frames": 200, "qos": 0.6, "reward": 0.5, "entropy": 1.0, "critic_loss": 0.1},
+        {"frames": 300, "qos": 0.7, "reward": -0.5, "entropy": 0.5, "critic_loss": 2.0},
+    ]
+    learning_curve(tmp_path / "curve.png", records, results())
+    panels = figures["curve.png"].axes
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        *("QoS", "Reward", "Entropy of the policy", "Critic loss")
+    ]
+    for axes, key in zip(panels, ("qos", "reward", "entropy", "critic_loss"), strict=True):
+        frames, values = axes.lines[0].get_data()
+        assert frames.tolist() == [100, 200, 300] and not axes.texts
+        np.testing.assert_array_equal(values, [np.nan if row[key] is None else row[key] for row in records])
+    assert [axes.get_yscale() for axes in panels] == ["linear"] * 3 + ["log"]
+    best = panels[0].lines[1]
+    assert best.get_ydata()[0] == pytest.approx(0.65) and best.get_label() == "Shortest Queue First: 0.650"
+    assert panels[0].get_legend() is not None and len(panels[1].lines) == 1
+
+
+def test_learning_curves_before_the_first_update(tmp_path, figures):
     record = {"frames": 100, "qos": 0.5, "reward": 0.4, "entropy": None, "critic_loss": None}
-    later = {"frames": 200, "qos": 0.6, "reward": 0.5, "entropy": 1.0, "critic_loss": 0.1}
-    for name, records, values in [
-        ("much", [record, later], results()),
-        ("little", [record], results(random=0.5)),
-        ("nothing", [record], results(trained=0.0)),
-    ]:
-        learning_curve(tmp_path / f"{name}-curve.png", records, values)
-        qos_comparison(tmp_path / f"{name}-qos.png", values)
-    pictures = sorted(tmp_path.iterdir())
-    assert len(pictures) == 6
-    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    learning_curve(tmp_path / "curve.png", [record], results(trained=0.5))
+    panels = figures["curve.png"].axes
+    assert [[text.get_text() for text in axes.texts] for axes in panels] == [[], [], *[["no update yet"]] * 2]
+    assert len(panels[0].lines) == 1, "no heuristic, so no line"
+
+
+def test_routers_are_compared_by_bars_and_leads(tmp_path, figures):
+    qos_comparison(tmp_path / "qos.png", results())
+    bars, leads = figures["qos.png"].axes
+    assert bars.get_title(loc="left") == "QoS over 5 episodes"
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["BERT Router", "Shortest Queue First", "Trained"]
+    np.testing.assert_allclose([bar.get_width() for bar in bars.patches], [0.40, 0.65, 0.70], rtol=1e-6)
+    assert [text.get_text() for text in bars.texts] == ["0.400 ± 0.020", "0.650 ± 0.020", "0.700 ± 0.020"]
+    ends = bars.containers[1].lines[2][0].get_segments()[0]
+    np.testing.assert_allclose(ends, [[0.4 - 0.01963, 0], [0.4 + 0.01963, 0]], atol=1e-4)
+    assert [text.get_text() for text in leads.texts] == ["+0.300 ± 0.000", "+0.050 ± 0.000"]
+    points = np.concatenate([container.lines[0].get_xydata() for container in leads.containers])
+    np.testing.assert_allclose(points, [[0.3, 0], [0.05, 1]], atol=1e-6)
+
+
+@pytest.mark.parametrize("means", [{"random": 0.5}, {"trained": 0.0}])
+def test_one_router_alone_has_no_lead(tmp_path, figures, means):
+    qos_comparison(tmp_path / "qos.png", results(**means))
+    (bars,) = figures["qos.png"].axes
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx(list(means.values()))
+    assert bars.get_xlim()[1] > max(bars.patches[0].get_width(), 1e-3)
 
 
 def test_a_file_is_whole_or_absent(tmp_path):

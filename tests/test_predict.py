@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from jaxroute.commands import predict
 from jaxroute.errors import UserError
 from jaxroute.predictor.buckets import BUCKETS, Buckets
 from jaxroute.predictor.features import FeatureMap, hashed_ngrams, sentence_encoder, surface
 from jaxroute.predictor.metrics import _spearman
-from jaxroute.predictor.model import holdout_split, prompt_keys
+from jaxroute.predictor.model import Prediction, holdout_split, prompt_keys
+from jaxroute.predictor.report import predictions_picture
 from jaxroute.predictor.store import load_predictor
 from jaxroute.workload import load_mixinstruct
 
@@ -134,8 +136,39 @@ def test_what_can_be_learned_is_learned(trained: tuple[Path, Path]):
         assert metrics[target]["rank_correlation"][-1] > 0.6
     assert metrics["score"]["bucket_accuracy"][-1] > 1.5 * metrics["score"]["bucket_accuracy_of_constant"][-1]
     assert metrics["best_expert"]["share_named"] > 0.95 > 0.7 > metrics["best_expert"]["share_of_best_on_average"]
-    assert (trained[1] / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert (trained[1] / "predictions.png").stat().st_size > 0
     assert metrics["prompts"]["training"] + metrics["prompts"]["held_out"] == 240
+
+
+def test_picture_shows_truth_against_prediction_for_each_expert(tmp_path: Path, figures: dict[str, Figure]):
+    rng = np.random.default_rng(0)
+    score, tokens = rng.random((50, 2)), rng.integers(1, 500, (50, 2))
+    predicted, probability = rng.random((50, 2)), np.zeros((50, 2, BUCKETS))
+    prediction = Prediction(predicted, np.log(tokens + 7), probability, probability)
+    predictions_picture(tmp_path / "p.png", EXPERTS, prediction, score, tokens)
+    figure = figures["p.png"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == EXPERTS * 2
+    assert [axes.get_xscale() for axes in figure.axes] == [axes.get_yscale() for axes in figure.axes]
+    assert [axes.get_xscale() for axes in figure.axes] == ["linear", "linear", "log", "log"]
+    labels = [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes]
+    assert labels == [
+        ("predicted score", "true score"),
+        ("predicted score", ""),
+        ("predicted output tokens", "true output tokens"),
+        ("predicted output tokens", ""),
+    ]
+    pairs = [(predicted, score)] * 2 + [(tokens + 7, tokens)] * 2
+    for index, (axes, (x, y)) in enumerate(zip(figure.axes, pairs, strict=True)):
+        x, y = x[:, index % 2], y[:, index % 2]
+        np.testing.assert_allclose(axes.collections[0].get_offsets(), np.stack([x, y], axis=1))
+        medians, diagonal = axes.lines
+        order = np.argsort(x, kind="stable").reshape(5, 10)
+        np.testing.assert_allclose(
+            medians.get_xydata(), np.stack([np.median(v[order], axis=1) for v in (x, y)], axis=1)
+        )
+        np.testing.assert_allclose(diagonal.get_xydata(), [[x.min()] * 2, [x.max()] * 2])
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["50 held-out prompts", "median, 5 equal shares", "true = predicted"]
 
 
 def test_apply_writes_what_the_environment_reads(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -17,10 +15,10 @@ from jaxroute.config.loader import load_config
 from jaxroute.sweeps.plan import Row, make_groups
 from jaxroute.sweeps.program import Program, trials_that_fit
 from jaxroute.sweeps.spec import load_spec
-from tests.compiling import compile_fast
-from tests.sweeping import ROOT, SPEC, TIMES, finished_sweep, start_sweep, table, write_spec
+from tests.compiling import ROOT, compile_fast
+from tests.killing import SWEEP
+from tests.sweeping import SPEC, TIMES, finished_sweep, parts, start_sweep, table, write_spec
 
-KILLS = 10
 PARAMETERS = SPEC["parameters"]
 UPDATES_20 = {
     "fixed": SPEC["fixed"] | {"training.frames": 164, "training.steps_per_chunk": 41, "training.buffer_capacity": 164}
@@ -71,39 +69,38 @@ def test_parquet_and_csv_hold_the_same(whole):
 
 
 @pytest.mark.slow
-def test_killed_at_random_it_ends_with_the_same_table(whole, spec, cache, tmp_path):
-    chance, kills, number = random.Random(1), 0, 0
-    while kills < KILLS:
-        folder, number = tmp_path / f"sweep{number}", number + 1
-        while True:
-            process = start_sweep(folder, cache, str(spec), "--trials-per-batch", "3")
-            log = folder.with_suffix(".log")
-            if kills < KILLS:
-                while "trainings of" not in log.read_text() and process.poll() is None:
-                    time.sleep(0.01)
-                time.sleep(chance.uniform(0.0, 8.0))
-                process.kill()
-            code = process.wait()
-            if code == 0:
-                break
-            assert code == -signal.SIGKILL, log.read_text()
-            kills += 1
-        assert table(folder) == table(whole)
+def test_killed_at_every_point_it_ends_with_the_same_table(whole, spec, cache, tmp_path):
+    """Each process goes on from where the one before was killed, and the last is left to end."""
+    folder = tmp_path / "sweep"
+    log, arguments = folder.with_suffix(".log"), (str(spec), "--trials-per-batch", "3")
+    for name in SWEEP:
+        process = start_sweep(folder, cache, *arguments, meeting=(name, "SIGKILL"))
+        assert process.wait() == -signal.SIGKILL, f"{name}: {log.read_text()}"
+        finished = parts(folder)
+        assert finished == {batch: part for batch, part in parts(whole).items() if batch in finished}, name
+    assert start_sweep(folder, cache, *arguments).wait() == 0, log.read_text()
+    same_results(folder, whole)
 
 
 @pytest.mark.slow
 def test_a_signal_stops_it_and_the_same_command_goes_on(whole, spec, cache, tmp_path):
     folder = tmp_path / "sweep"
-    process = start_sweep(folder, cache, str(spec), "--trials-per-batch", "3")
-    while "trainings of" not in folder.with_suffix(".log").read_text():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 128 + signal.SIGTERM
-    assert folder.with_suffix(".log").read_text().splitlines()[-1].endswith("the same command goes on")
-    assert start_sweep(folder, cache, str(spec)).wait() == 0  # at as many at a time as it began with
-    assert table(folder) == table(whole)
-    finished = start_sweep(folder, cache, str(spec))
-    assert finished.wait() == 0 and table(folder) == table(whole)
+    log = folder.with_suffix(".log")
+    process = start_sweep(
+        folder, cache, str(spec), "--trials-per-batch", "3", meeting=("a chunk of a batch", "SIGTERM")
+    )
+    assert process.wait() == 128 + signal.SIGTERM, log.read_text()
+    assert log.read_text().splitlines()[-1] == "stopped in rung0-batch0; the same command goes on"
+    # At as many at a time as it began with; the second time nothing is left to do.
+    for _ in range(2):
+        assert start_sweep(folder, cache, str(spec)).wait() == 0, log.read_text()
+        same_results(folder, whole)
+
+
+def same_results(folder: Path, whole: Path) -> None:
+    assert table(folder) == table(whole) and parts(folder) == parts(whole)
+    assert (folder / "best.yaml").read_text() == (whole / "best.yaml").read_text()
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 @pytest.mark.slow

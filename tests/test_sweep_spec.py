@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from jaxroute.commands import sweep
 from jaxroute.errors import UserError
-from jaxroute.sweeps.plan import make_batches, make_groups
+from jaxroute.sweeps.display import SweepDisplay
+from jaxroute.sweeps.plan import Batch, Row, make_batches, make_groups
 from jaxroute.sweeps.ranking import ranking, survivors
 from jaxroute.sweeps.spec import load_spec
 from tests.sweeping import SPEC, write_spec
@@ -145,6 +149,24 @@ def test_ranking_is_by_rung_and_qos_without_what_diverged():
     assert survivors(table, 0, 0.5) == [1, 3] and survivors(table, 0, 0.1) == [1]
     assert survivors(rows((0, 0, None)), 0, 0.5) == []
     assert np.isnan(ranking(rows((0, 0, 0.5), seeds=1))[0].half_width)
+
+
+@pytest.mark.parametrize(("trials", "keep", "count"), [(5, 0.5, 3), (6, 0.5, 3), (1, 0.01, 1), (10, 0.31, 4)])
+def test_the_display_counts_the_trials_that_go_on(tmp_path, trials, keep, count):
+    parameters = {"agent.gamma": {"grid": np.linspace(0.5, 0.9, trials).tolist()}}
+    spec = load_spec(write_spec(tmp_path / "spec.yaml", parameters=parameters, keep=keep))
+    console = Console(width=120, record=True, file=io.StringIO())
+    everyone, table = list(range(trials)), rows(*((trial, 0, trial / 100) for trial in range(trials)))
+    best = survivors(table, 0, keep)
+    assert best == everyone[-count:]
+    with SweepDisplay(console, spec) as display:
+        for rung, chosen in enumerate((everyone, best)):
+            batch = [Row(trial, seed) for trial in chosen for seed in spec.seeds]
+            display.finished(Batch(rung, 0, 0, batch, len(batch)), table)
+    *_, before, last = console.export_text().splitlines()
+    first, total = 2 * 300 * trials, 2 * 300 * (trials + count)
+    assert before.startswith(f"{first:,} of {total:,} frames") and last.startswith(f"{total:,} of {total:,} frames")
+    assert last.endswith(f"0:00:00 left, best trial {trials - 1}: QoS {(trials - 1) / 100 + 0.05:.4f}")
 
 
 def test_the_spec_that_comes_with_it_can_be_read():

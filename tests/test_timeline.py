@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from jaxroute import timelines
 from jaxroute.commands import timeline
@@ -31,6 +32,7 @@ from jaxroute.timelines import write
 from jaxroute.timelines.collect import DROPPED, MET, MISSED, REJECTED, Episode, Pieces, collect
 from jaxroute.timelines.layout import merged, of_expert, queues, rows, single
 from jaxroute.timelines.perfetto import trace_text
+from jaxroute.timelines.picture import FATE_COLOURS, timeline_picture
 from jaxroute.timelines.write import FILES, write_timeline
 from jaxroute.workload import FrozenRequests, PoissonArrivals, Workload
 
@@ -237,6 +239,52 @@ def test_page_is_complete_in_itself(written, trace):
     assert "Overload: 150 requests under Round-Robin and Drops &lt;some&gt;" in page
     table = re.search(r"<table>.*?</table>", page, re.DOTALL)
     assert table and all(f"<td>{episode.metrics['qos']:.4f}</td>" in table[0] for episode in written[1])
+
+
+def test_picture_shows_every_request_and_the_queue(written, tmp_path, figures):
+    episodes = written[1]
+    timeline_picture(tmp_path / "two.png", episodes)
+    figure = figures["two.png"]
+    assert len(figure.axes) == 2 * 4  # turned away, two experts and the queue, under each router
+    times = np.linspace(0, max(episode.end for episode in episodes), 1500)
+    for column, episode in enumerate(episodes):
+        away, *lanes, queue = figure.axes[column::2]
+        requests = episode.requests
+        assert away.get_title(loc="left") == f"{episode.label}: QoS {float(episode.metrics['qos']):.3f}"
+        for fate, ticks in zip((DROPPED, REJECTED), away.collections, strict=True):
+            segments = np.array(ticks.get_segments()).reshape(-1, 2, 2)
+            np.testing.assert_allclose(segments[:, 0, 0], requests.arrival[requests.fate == fate])
+            if len(segments):
+                assert to_hex(ticks.get_color()[0]) == FATE_COLOURS[fate]
+        for expert, axes in enumerate(lanes):
+            assert axes.texts[0].get_text() == EXPERTS[expert]
+            parts = (requests.arrival, requests.first_token), (requests.first_token, requests.finish)
+            wanted = [(begin, end, fate) for begin, end in parts for fate in (MET, MISSED)]
+            for (begin, end, fate), bars in zip(wanted, axes.collections, strict=True):
+                here = (requests.fate == fate) & (requests.expert == expert)
+                edges = np.array([path.vertices for path in bars.get_paths()]).reshape(here.sum(), -1, 2)
+                np.testing.assert_allclose(edges[:, :, 0].min(axis=1, initial=np.inf), begin[here])
+                np.testing.assert_allclose(edges[:, :, 0].max(axis=1, initial=-np.inf), end[here])
+                low, high = rows(requests, expert)[here] + 0.08, edges[:, :, 1].max(axis=1, initial=-np.inf)
+                np.testing.assert_allclose(edges[:, :, 1].min(axis=1, initial=np.inf), low)
+                np.testing.assert_allclose(high, low + 0.84)
+                colour = bars.get_facecolor()[0]
+                assert to_hex(colour) == FATE_COLOURS[fate] and (colour[3] == 1) == (end is requests.finish)
+        counted = np.array(queues(episode, times)).sum(axis=1)
+        running, waiting = (area.get_paths()[0].vertices[:, 1].max() for area in queue.collections)
+        assert (running, waiting) == (counted[0].max(), counted.sum(axis=0).max())
+        assert queue.get_xlabel() == "seconds"
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [
+        *("QoS met", "QoS missed", "dropped by the router", "rejected by the expert"),
+        *("paler: before the first token", "running", "waiting"),
+    ]
+
+    served = episodes[0].requests.fate < DROPPED
+    quiet = episodes[0]._replace(requests=type(episodes[0].requests)(*(f[served] for f in episodes[0].requests)))
+    timeline_picture(tmp_path / "one.png", [quiet])
+    *lanes, _ = figures["one.png"].axes
+    assert [axes.texts[0].get_text() for axes in lanes] == list(EXPERTS), "nobody was turned away"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")

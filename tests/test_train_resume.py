@@ -1,12 +1,10 @@
-"""A training that was stopped, or killed at any moment, goes on to the numbers of one that was not, bit for bit."""
+"""A training that was stopped, or killed at any point, goes on to the numbers of one that was not, bit for bit."""
 
 from __future__ import annotations
 
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -18,25 +16,33 @@ import pytest
 from jaxroute.commands import train
 from jaxroute.errors import UserError
 from jaxroute.runs.training_state import TrainingStates, newest_state
-from tests.compiling import compile_fast
+from tests.compiling import ROOT, compile_fast
+from tests.killing import TRAINING
 from tests.test_train import TINY, records, refused
 
-KILLS = 10
-ROOT = Path(__file__).parents[1]
-LONGER = [*TINY, "training.frames=600", "training.checkpoint_seconds=0"]
+# The flat network is compiled in half the time; what is saved of the other is a tree like it.
+LONGER = [
+    *TINY,
+    "training.frames=600",
+    "training.checkpoint_seconds=0",
+    "training.checkpoints_kept=1",
+    "network.kind=flat",
+    "evaluation.routers=[trained, round_robin]",
+]
 
 
-def start(folder: Path, cache: Path, *arguments: str, command: str = "train") -> subprocess.Popen:
-    """A command in a process of its own, with its output in a file beside `folder`."""
+def start(log: Path, cache: Path, *program: str) -> subprocess.Popen:
+    """A process with its output in the file `log`."""
     settings = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    environment = compile_fast() | settings
-    command = [sys.executable, "-m", f"jaxroute.{command}", *arguments]
-    with output(folder).open("w") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", *program]
+    with log.open("w") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=compile_fast() | settings, stdout=output, stderr=subprocess.STDOUT
+        )
 
 
-def output(folder: Path) -> Path:
-    return folder.with_suffix(".log")
+def goes_on(run: Path) -> list[str]:
+    return ["--resume", str(run)] if run.exists() else [*LONGER, "--out", str(run)]
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +53,9 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    process = start(folder, cache, *LONGER, "--out", str(folder))
-    assert process.wait() == 0, output(folder).read_text()
+    log = folder.with_suffix(".log")
+    assert start(log, cache, "jaxroute.train", *goes_on(folder)).wait() == 0, log.read_text()
     return folder
-
-
-def wait_for(text: str, folder: Path, process: subprocess.Popen) -> None:
-    while text not in output(folder).read_text() and process.poll() is None:
-        time.sleep(0.01)
 
 
 def same_results(run: Path, whole: Path) -> None:
@@ -64,44 +65,33 @@ def same_results(run: Path, whole: Path) -> None:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         ours, theirs = (checkpointer.restore(folder / "checkpoint") for folder in (run, whole))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    assert not (run / "training_state").exists()
+    assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 @pytest.mark.slow
-def test_killed_at_random_it_ends_with_the_same_numbers(whole, cache, tmp_path):
-    """After each kill what is there is resumed; every run is killed until all kills are used, then left to end."""
-    chance, kills, number = random.Random(0), 0, 0
-    while kills < KILLS:
-        run, number = tmp_path / f"run{number}", number + 1
-        arguments = [*LONGER, "--out", str(run)]
-        while True:
-            process = start(run, cache, *arguments)
-            if kills < KILLS:
-                wait_for("training on", run, process)
-                time.sleep(chance.uniform(0.0, 6.0))
-                process.kill()
-            code = process.wait()
-            if code == 0:
-                break
-            assert code == -signal.SIGKILL, output(run).read_text()
-            kills += 1
-            arguments = ["--resume", str(run)]
-        same_results(run, whole)
+def test_killed_at_every_point_it_ends_with_the_same_numbers(whole, cache, tmp_path):
+    """Each process goes on from where the one before was killed, and the last is left to end."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    for name in TRAINING:
+        process = start(log, cache, "tests.killing", name, "SIGKILL", "train", *goes_on(run))
+        assert process.wait() == -signal.SIGKILL, f"{name}: {log.read_text()}"
+        logged = records(run) if (run / "metrics.jsonl").exists() else []
+        assert logged == records(whole)[: len(logged)], name
+    assert start(log, cache, "jaxroute.train", *goes_on(run)).wait() == 0, log.read_text()
+    assert "is finished" in log.read_text()
+    same_results(run, whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_it_after_a_chunk(number, whole, cache, tmp_path, capsys):
-    run = tmp_path / "run"
-    process = start(run, cache, *LONGER, "--out", str(run))
-    wait_for("frames, compiled", run, process)
-    process.send_signal(number)
-    assert process.wait() == 128 + number
-    last = output(run).read_text().splitlines()[-1]
-    assert "go on: jaxroute train --resume" in last and "jaxroute evaluate" in last
-    assert 0 < len(records(run)) < 6
-    assert start(run, cache, str(run), command="evaluate").wait() == 0, output(run).read_text()
-    assert start(run, cache, "--resume", str(run)).wait() == 0, output(run).read_text()
+def test_signals_stop_it_after_a_chunk(whole, cache, tmp_path, capsys):
+    run, log = tmp_path / "run", tmp_path / "log"
+    for chunks, number in enumerate((signal.SIGINT, signal.SIGTERM), start=1):
+        process = start(log, cache, "tests.killing", "a chunk trained", number.name, "train", *goes_on(run))
+        assert process.wait() == 128 + number, log.read_text()
+        last = log.read_text().splitlines()[-1]
+        assert f"stopped after frame {100 * chunks}; go on: jaxroute train --resume {run}" in last
+        assert "jaxroute evaluate" in last and records(run) == records(whole)[:chunks]
+    assert start(log, cache, "jaxroute.train", *goes_on(run)).wait() == 0, log.read_text()
     same_results(run, whole)
     assert train.main(["--resume", str(run)]) == 0
     assert "is finished" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from jaxroute.runs.progress import SECONDS_BETWEEN_LINES
 from jaxroute.sweeps.plan import Batch
-from jaxroute.sweeps.ranking import ranking
+from jaxroute.sweeps.ranking import ranking, survivor_count
 from jaxroute.sweeps.spec import Spec
 
 BEST = 10  # trials of the table
@@ -27,10 +27,10 @@ class SweepDisplay:
     def __init__(self, console: Console, spec: Spec):
         self._console, self._spec = console, spec
         trials, frames = len(spec.trials), 0
-        self._total = 0.0  # frames of all trainings that are to come, as far as is known
+        self._total = 0.0  # frames of all trainings; fewer are trained where too many trials diverge
         for rung in spec.rungs:
             self._total += len(spec.seeds) * trials * (rung - frames)
-            trials, frames = max(1, round(spec.keep * trials)), rung
+            trials, frames = survivor_count(trials, spec.keep), rung
         self._finished = self._earlier = 0.0
         self._under_way: dict[str, float] = {}
         self._bar = Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), console=console)

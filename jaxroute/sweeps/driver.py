@@ -60,8 +60,10 @@ def run_missing_batches(
 def execute_here(spec: Spec, groups: list[Group], sizes: dict[str, int], folder: SweepFolder, stop: Stop) -> Execute:
     """Batches one after another on this machine's devices."""
 
+    key, program = None, None
+
     def execute(batches: Sequence[Batch], display: SweepDisplay) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        key, program = None, None
+        nonlocal key, program
         for batch in batches:
             # One program at a time, as each holds memory.
             if program is None or key != (batch.group, batch.size):

@@ -61,8 +61,13 @@ def ranking(rows: list[dict[str, Any]]) -> list[Ranked]:
 def survivors(rows: list[dict[str, Any]], rung: int, keep: float) -> list[int]:
     """The trials that go on after `rung`, in order: the best `keep` of those that reached it, rounded up."""
     reached = [row for row in rows if row["rung"] == rung]
-    count = math.ceil(keep * len({row["trial"] for row in reached}))
+    count = survivor_count(len({row["trial"] for row in reached}), keep)
     return sorted(trial.trial for trial in ranking(reached)[:count])
+
+
+def survivor_count(trials: int, keep: float) -> int:
+    """How many of the `trials` that reached a rung go on at most; fewer do where too many of them diverged."""
+    return math.ceil(keep * trials)
 
 
 def _qos(rows: list[dict[str, Any]]) -> dict[int, list[float]]:

@@ -76,6 +76,9 @@ def run_batch(
         saved.wait()
     evaluation = jax.device_get(program.evaluate(states, inputs))
     if batch.rung + 1 < len(spec.rungs):
+        # To take a training out of arrays on several devices is an all-reduce for each of them, and on a busy machine
+        # XLA's CPU devices may miss each other in one, and end the process.
+        states = jax.device_get(states)
         for index, row in enumerate(batch.rows):
             save_arrays(_end(work, batch.rung, row), named_arrays(_one(program, states, index)))
     installed = versions()

@@ -1,0 +1,24 @@
+"""Fixtures of several files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+
+@pytest.fixture
+def figures(monkeypatch) -> dict[str, Figure]:
+    """The figures that are written during the test by the names of their files, in order."""
+    found: dict[str, Figure] = {}
+    save = Figure.savefig
+
+    def save_and_keep(figure: Figure, path: Path, **options: Any) -> None:
+        save(figure, path, **options)
+        assert path.read_bytes().startswith(b"\x89PNG")
+        found[path.name.removeprefix(".").removesuffix(".partial")] = figure
+
+    monkeypatch.setattr(Figure, "savefig", save_and_keep)
+    return found
