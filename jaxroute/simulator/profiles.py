@@ -62,13 +62,13 @@ class Profile:
 
 
 REFERENCE_WEIGHTS_GB = 13.5
-"""Of the 7B model whose linear layers `Gpu.linear_ms` timed."""
+"""Weights of the 7B model that `Gpu.linear_ms` was measured with."""
 
 
 def profile_of_gpu(name: str, expert_name: str) -> Profile:
-    """What a GPU of `GPUS` with measured linear layers is for an expert.
+    """The profile of a GPU of `GPUS` with measured linear layers, for an expert.
 
-    Raises `UserError` where the expert's weights leave no room for a KV cache.
+    Raises `UserError` if the expert's weights leave no room for a KV cache.
     """
     gpu, expert = GPUS[name], EXPERTS[expert_name]
     assert gpu.linear_ms is not None
@@ -96,10 +96,10 @@ PROFILES = {
     # Measured: Llama-3.1-8B, vLLM 0.19, 2,588 KV blocks, one of them vLLM's; 25 us/token up to 256, then 90 us/token.
     "rtx4090": Profile((0.018, 2.5e-5, 2.5e-5, 1.4e-7, 256, 6.5e-5), 2587, 256, 32_768, 0.060, 2048.0),
 }
-"""Hardware whose engine is the same for every expert."""
+"""Profiles that are the same for every expert."""
 
 TIMED_GPUS = [name for name, gpu in GPUS.items() if gpu.linear_ms]
-"""GPUs whose engine follows from the expert's size."""
+"""GPUs whose profile depends on the size of the expert."""
 
 
 def calibrated(name: str) -> Profile:
@@ -117,9 +117,9 @@ def calibrated(name: str) -> Profile:
 
 
 def engine_profiles(experts: Sequence[str], profile: str | Sequence[str]) -> list[Profile]:
-    """The profile of each expert; `profile` is one name for all, or a name for each.
+    """The profile of each expert; `profile` is one name for all experts or a name for each.
 
-    A name is one of `PROFILES` or `TIMED_GPUS`, or one that `catalogue.load_profile` takes. Raises `UserError`.
+    A name is one of `PROFILES` or `TIMED_GPUS`, or one that `catalogue.load_profile` accepts. Raises `UserError`.
     """
     names = [profile] * len(experts) if isinstance(profile, str) else list(profile)
     if len(names) != len(experts):
