@@ -1,6 +1,6 @@
-"""jaxroute: an exact LLM serving cluster in JAX, the routing environment on it, and the router trained on that."""
+"""jaxroute: an exact simulator of LLM serving clusters in JAX, a routing environment on it, and a trained router."""
 
-# Imported for what it does: it registers the package's own environments.
+# The import registers the environments of the package.
 import jaxroute.environment.scenarios  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from jaxroute.environment.disturbances import Disturbances
 from jaxroute.environment.environment import DYNAMICS_VERSION
