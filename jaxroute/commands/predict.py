@@ -157,9 +157,7 @@ def apply(arguments: argparse.Namespace) -> int:
     if kept:
         notes.append(f"{data}: {kept} predictions that the file already had are kept")
     if seen[wanted].any():
-        notes.append(
-            f"{seen[wanted].sum()} are training prompts; each is predicted by a network not fitted to it"
-        )
+        notes.append(f"{seen[wanted].sum()} are training prompts; each is predicted by a network not fitted to it")
     console = report_console()
     print_notes(console, notes)
     console.print(f"{len(written)} of {len(lines)} prompts -> {out}", highlight=False, markup=False)
