@@ -1,7 +1,7 @@
-"""The whole suite: advance, environment, policy, training and engine, one table each, one JSON and two pictures.
+"""Runs the whole suite: advance, environment, policy, training and engine; writes tables, a JSON file and two pictures.
 
-Around `paper-6` at 6 requests/s with 48 slots one thing varies at a time: batch size, load, experts (with 1 request/s
-for each of them) and slots.
+One quantity at a time varies around `paper-6` at 6 requests/s with 48 slots: batch size, load, number of experts (with
+1 request/s per expert) and slots.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BATCHES = {
 
 
 def settings(entry: str, quick: bool) -> list[Setting]:
-    """The rows of an entry."""
+    """The rows of a benchmark."""
     base = Setting(BATCH)
     by_experts = [replace(base, experts=experts, rate=float(experts)) for experts in EXPERTS]
     by_slots = [replace(base, slots=slots) for slots in SLOTS]
@@ -56,7 +56,7 @@ def settings(entry: str, quick: bool) -> list[Setting]:
 
 
 def pictures(folder: Path, device: str, entries: dict[str, list[Row]]) -> None:
-    """Curves of what was measured with the base's batch size."""
+    """Draws the rows that were measured with the standard batch size."""
     folder.mkdir(parents=True, exist_ok=True)
     curves: list[tuple[str, str, str, Any]] = [
         ("experts", "experts, with 1 request/s each", "experts", lambda row: row["slots"] == 48),

@@ -1,8 +1,8 @@
-"""Decisions a second of the simulator alone: a request joins the shortest queue, all engines run to the next arrival,
-what finished is taken out.
+"""Decisions per second of the simulator alone: a request joins the shortest queue, all engines run to the next arrival,
+and finished requests are removed.
 
-The environment's step with penalty and metrics off, requests that were drawn beforehand, and observations that nobody
-reads, so that XLA leaves them out.
+It is the environment's step without penalty and metrics, with requests that were drawn beforehand. Observations are not
+read, so XLA leaves them out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DRAWN = 2**14
 
 
 class DrawnWorkload(flax.struct.PyTreeNode):
-    """A workload as the environment calls it, that goes through R arrivals in a circle and ignores keys."""
+    """A workload for the environment that repeats R arrivals and ignores keys."""
 
     rows: jax.Array  # float32 [R, 2 + 4N]: gap (s), then the fields of the request in their order
 
@@ -79,7 +79,7 @@ def rollout(setting: Setting, params: EnvParams) -> Scan:
     params = params.replace(workload=DrawnWorkload.of(params))
     keys = jax.random.split(jax.random.key(0), num_envs)
     _, state = jax.jit(jax.vmap(env.reset, (0, None)))(keys, params)
-    # Each environment somewhere else in the list, by a stride that is odd: so all places come up.
+    # Each environment starts elsewhere in the list; the stride is odd, so all positions are used.
     cursor = (jnp.arange(num_envs, dtype=jnp.int32) * 5077) % DRAWN
     state = state.replace(workload=state.workload.replace(cursor=cursor))
 

@@ -1,5 +1,5 @@
 """The two simulators that rates are compared with, on the same workload under Shortest Queue First: the compiled
-event-driven one on as many cores as JAX has, and the plain Python reference on one.
+event-driven simulator on as many cores as JAX has, and the plain Python reference on one core.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ except ModuleNotFoundError as error:
     event_simulator = None
 
 ARRIVALS = 50_000
-"""Requests of the streams that are drawn."""
+"""Number of requests that are drawn."""
 
 
 def draw(params: EnvParams, seed: int, size: int) -> tuple[jax.Array, Request]:
-    """Gaps float [size] (s) and requests, each field [size, ...], of the workload's own distributions."""
+    """Gaps float [size] (s) and requests, each field [size, ...], drawn from the distributions of the workload."""
 
     def one(key: jax.Array) -> tuple[jax.Array, Request]:
         _, gap, request = params.workload.sample(key, params.workload.reset(key))
@@ -41,7 +41,7 @@ def draw(params: EnvParams, seed: int, size: int) -> tuple[jax.Array, Request]:
 
 
 def on_all_cores(work: Callable[[Any], Any], items: Sequence[Any], calls: int = 5) -> float:
-    """Seconds in which a thread for each item does `work(item)`: the median of some calls after one to warm up."""
+    """Seconds in which one thread per item does `work(item)`: median of several calls after a warm-up call."""
     seconds = []
     with ThreadPoolExecutor(len(items)) as pool:
         for _ in range(calls + 1):
@@ -52,16 +52,17 @@ def on_all_cores(work: Callable[[Any], Any], items: Sequence[Any], calls: int = 
 
 
 class Baselines:
-    """The workload of an environment, drawn once; each call of `measure` times both simulators anew."""
+    """The workload of an environment, drawn once; each call of `measure` times both simulators again."""
 
     def __init__(self, params: EnvParams, slots: int):
         self.params, self.slots, self.limit = params, slots, float(params.latency_limit)
         self.streams = [jax.device_get(draw(params, core, ARRIVALS)) for core in range(cores())]
 
     def measure(self, decisions: float, seconds: float) -> Row:
-        """`event_rate` and `python_rate` in decisions/s, and `decisions` (a rate) over them. `seconds` of Python.
+        """`event_rate` and `python_rate` in decisions/s, and the rate `decisions` relative to them.
 
-        Timed next to what they are compared with, since a machine's speed changes. No event_rate without numba.
+        `seconds` is the time of the Python simulator. They are measured directly after the rate that they are compared
+        with, since the speed of a machine changes. Without numba there is no event_rate.
         """
         event, python = self._event(), self._python(seconds)
         return {
@@ -95,7 +96,7 @@ class Baselines:
 
 
 def event_note(rows: Sequence[Row]) -> str:
-    """What the columns of the ratios mean, with the rates in the first row's setting."""
+    """A note on the columns of ratios, with the rates for the setting of the first row."""
     first = rows[0]
     if first["event_rate"] is None:
         event = "x events: numba is not installed (extra `bench`)"

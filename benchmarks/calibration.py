@@ -1,7 +1,7 @@
-"""Recovery: logs of random engines with known coefficients and noise, calibrated as `jaxroute.calibrate` does.
+"""Recovery: calibrates logs of random engines with known coefficients and noise, as `jaxroute calibrate` does.
 
-Every engine serves three logs: at 0.3, 0.8 and 1.5 of the rate that it can sustain. A coefficient that the calibration
-calls identified has to come back within 5 %; the others have to be flagged.
+Every engine serves three logs at 0.3, 0.8 and 1.5 times the rate that it can sustain. The estimate of a coefficient
+that the calibration calls identified must be within 5 % of the truth; the others must be flagged.
 
     python -m benchmarks.calibration [--engines N] [--requests R] [--lanes K] [--out FILE.json]
 """
@@ -34,7 +34,7 @@ _RANGES = ((5e-3, 4e-2), (2e-5, 2e-4), (1e-5, 5e-4), (2e-8, 5e-7), (64.0, 512.0)
 
 
 def random_engine(random: np.random.Generator) -> dict[str, Any]:
-    """Options of an engine whose coefficients are spread over what GPUs of today have."""
+    """Options of an engine with random coefficients in the range of current GPUs."""
     low, high = np.log(np.asarray(_RANGES)).T
     return {
         "latency": np.exp(random.uniform(low, high)).tolist(),
@@ -48,7 +48,7 @@ def random_engine(random: np.random.Generator) -> dict[str, Any]:
 def random_log(
     random: np.random.Generator, engine: dict[str, Any], load: float, requests: int, noise: float
 ) -> ServerLog:
-    """Poisson arrivals at `load` times the engine's capacity, ShareGPT-like lengths, times with relative noise."""
+    """Poisson arrivals at `load` times the engine's capacity, ShareGPT-like lengths, and times with relative noise."""
     prompt = np.clip(np.exp(random.normal(5.3, 1.0, requests)), 4, 2000).astype(np.int32)
     output = np.clip(np.exp(random.normal(4.2, 0.8, requests)), 2, 400).astype(np.int32)
 
@@ -68,7 +68,7 @@ def random_log(
 def recover(
     log: ServerLog, engine: dict[str, Any], lanes: int, seed: int, generations: int = 60
 ) -> list[dict[str, Any]]:
-    """A row for each coefficient: true, found, interval, whether it is called identified, relative error."""
+    """One row per coefficient: true and estimated value, interval, whether it is identified, relative error."""
     options = ServerOptions("known options", {key: value for key, value in engine.items() if key != "latency"})
     simulator = Simulator(search_space(log, options), log, lanes)
     everyone = np.ones(len(log), bool)
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--engines", type=int, default=20)
     parser.add_argument("--requests", type=int, default=150)
     parser.add_argument("--lanes", type=int, default=64, help="candidates at once")
-    parser.add_argument("--first", type=int, default=0, help="number of the first engine, for parts run apart")
+    parser.add_argument("--first", type=int, default=0, help="number of the first engine, to run the engines in parts")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     keep_compiled_programs()

@@ -1,7 +1,7 @@
-"""Routing decisions a second over batch sizes, experts, loads and slots: what advance, environment and policy share.
+"""Routing decisions per second over batch sizes, experts, loads and slots: shared by advance, environment and policy.
 
-Each entry gives a `Rollout`: a scan of `steps` steps over a batch of environments, whose state goes on from call to
-call. Calls before the timed ones bring the queues to their steady length.
+Each benchmark has a `Rollout`: a scan of `steps` steps over a batch of environments. Each call continues from the state
+of the previous one. Untimed calls at first bring the queues to their steady length.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from jaxroute.errors import UserError
 from jaxroute.simulator.profiles import EXPERTS
 from jaxroute.workload import FrozenRequests, PoissonArrivals, Workload
 
-SETTLED_STEPS = 48  # after which the queues of an environment that began empty have about their steady length
+SETTLED_STEPS = 48  # number of steps after which initially empty queues have about their steady length
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Setting:
 
     num_envs: int
     experts: int = 6
-    rate: float = 6.0  # requests/s at each environment
+    rate: float = 6.0  # requests/s per environment
     slots: int = 48
-    shards: int = 1  # devices that share the environments; on CPUs a device is a core, or part of them
-    steps: int | None = None  # of every environment in a call; None: for calls of a second or so on two cores
+    shards: int = 1  # devices that share the environments; a CPU device is a core, or a part of the cores
+    steps: int | None = None  # steps of every environment per call; None: for calls of about a second on two cores
     episode_length: int = 5000  # requests, as in training
 
     def __str__(self) -> str:
@@ -62,19 +62,19 @@ class Setting:
         return self.steps or min(max(decisions // self.num_envs, 4), 1000)
 
     def params(self) -> EnvParams:
-        """Engines and requests as in `paper-6`; beyond the experts that are known they begin again."""
+        """Engines and requests as in `paper-6`; for more experts, the list of experts is repeated."""
         names = list(itertools.islice(itertools.cycle(EXPERTS), self.experts))
         requests = FrozenRequests.create([EXPERTS[name].mean_score for name in names])
         return make_params(names, workload=Workload.create(PoissonArrivals.create(self.rate), requests))
 
 
 class Scan(NamedTuple):
-    """`run(carry, key, *inputs) -> (carry, (mean QoS a decision, ...))` over `steps_per_call` steps."""
+    """`run(carry, key, *inputs) -> (carry, (mean QoS per decision, ...))` over `steps_per_call` steps."""
 
     run: Callable[..., tuple[Any, tuple[Any, ...]]]
     carry: Any
     inputs: Sequence[Any]
-    state: Any  # of the environments, to be counted
+    state: Any  # state of the environments, whose size is reported
 
 
 Rollout = Callable[[Setting, EnvParams], Scan]
@@ -104,7 +104,7 @@ def _baselines(experts: int, rate: float, slots: int) -> Baselines:
 
 
 def sharded(rollout: Rollout, setting: Setting, params: EnvParams) -> Scan:
-    """The rollout of all environments, an equal part of them on each device, which never talk to each other."""
+    """The rollout of all environments, divided evenly among the devices, without communication."""
     scan = rollout(setting, params)
     if setting.shards == 1:
         return scan
@@ -128,7 +128,7 @@ def sharded(rollout: Rollout, setting: Setting, params: EnvParams) -> Scan:
 
 
 def measure_setting(rollout: Rollout, setting: Setting, repeats: int, quick: bool) -> Row:
-    """One row: rates in decisions/s, compile time, bytes, shares of the limits, and the ratios to the baselines."""
+    """One row: rates in decisions/s, compile time, bytes, shares of the limits, and ratios to the baselines."""
     steps = setting.steps_per_call
     scan = sharded(rollout, setting, setting.params())
     state_bytes = tree_bytes(scan.state) / setting.num_envs
@@ -149,25 +149,34 @@ def measure_setting(rollout: Rollout, setting: Setting, repeats: int, quick: boo
 
 def decisions_table(title: str, rows: Sequence[Row]) -> Table:
     caption = (
-        f"{event_note(rows)}. XLA traffic: the bytes that a step accesses by XLA's cost analysis, every inner loop's "
-        "body once, caches or not; 2 x state: one reading and writing of the state; both at the median rate, over the "
+        f"{event_note(rows)}. XLA traffic: bytes that a step accesses by XLA's cost analysis, with every inner loop's "
+        "body once, caches included; 2 x state: reading and writing the state once; both at the median rate, over the "
         f"measured memory bandwidth ({rows[0]['bandwidth'] / 1e9:.3g} GB/s in the first row)"
     )
     return table(f"{title}: decisions/s", COLUMNS, rows, caption)
 
 
 def main(entry: str, description: str | None, rollout: Rollout, argv: Sequence[str] | None) -> int:
-    """The command of an entry: one row for every combination of its options."""
+    """The command of a benchmark: one row for every combination of its options."""
     parser = Parser(entry, description)
     parser.add_argument("--num-envs", type=count, nargs="+", metavar="B", help="batch sizes (default 64 256 1024)")
     parser.add_argument("--experts", type=count, nargs="+", default=[6], metavar="N", help="experts (default 6)")
     parser.add_argument("--rates", type=rate, nargs="+", default=[6.0], metavar="R", help="requests/s (default 6)")
-    parser.add_argument("--slots", type=count, nargs="+", default=[48], metavar="S", help="of an expert (default 48)")
     parser.add_argument(
-        "--shards", type=count, nargs="+", default=[1], metavar="D", help="devices that share them (default 1)"
+        "--slots", type=count, nargs="+", default=[48], metavar="S", help="slots per expert (default 48)"
     )
-    parser.add_argument("--steps", type=count, help="steps in a call (default: for calls of about a second)")
-    parser.add_argument("--episode-length", type=count, default=5000, help="requests (default 5000, as in training)")
+    parser.add_argument(
+        "--shards",
+        type=count,
+        nargs="+",
+        default=[1],
+        metavar="D",
+        help="devices that share the environments (default 1)",
+    )
+    parser.add_argument("--steps", type=count, help="steps per call (default: for calls of about a second)")
+    parser.add_argument(
+        "--episode-length", type=count, default=5000, help="requests per episode (default 5000, as in training)"
+    )
     parser.add_measuring()
     arguments = parser.read(argv)
     batches = arguments.num_envs or ([64] if arguments.quick else [64, 256, 1024])

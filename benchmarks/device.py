@@ -1,7 +1,7 @@
-"""Everything that a machine with a GPU has to show, by one command and without a network: the recorded schedules and
-random engines are equal on the device, its rates, and how long the paper's training of 1M frames takes.
+"""All checks and rates of a machine with a GPU, without a network: whether the recorded schedules and random engines
+are equal on the device, its rates, and the duration of the paper's training of 1M frames.
 
-`python -m benchmarks.device` runs all parts; --parts chooses some, where a machine is lent for minutes only.
+`python -m benchmarks.device` runs all parts; --parts selects some, if a machine is available only for minutes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ COLUMNS = (
 
 
 def schedules(arguments: Any) -> Iterator[Row]:
-    """The 15 recorded schedules of vLLM, by both ways: float64 exactly, float32 with times to 1e-4."""
+    """The 15 recorded schedules of vLLM, in both ways: exact in float64, in float32 with times within 1e-4."""
     from tests.replaying import Batch
 
     wanted = load_schedules()
@@ -65,7 +65,7 @@ def schedules(arguments: Any) -> Iterator[Row]:
 
 
 def _same(got: Any, wanted: Any, exact: bool) -> bool:
-    """Whether a replay equals the recorded schedule in everything that both tell."""
+    """Whether a replay equals the recorded schedule in all values that both have."""
     if isinstance(got, dict):
         return isinstance(wanted, dict) and all(_same(got[key], wanted[key], exact) for key in got if key in wanted)
     if isinstance(got, list):
@@ -76,7 +76,7 @@ def _same(got: Any, wanted: Any, exact: bool) -> bool:
 
 
 def fuzz(arguments: Any) -> Iterator[Row]:
-    """Random engines: by jumps and by iterations as by the plain Python reference, float64, exactly."""
+    """Random engines: jumps and iterations against the plain Python reference, exact in float64."""
     from tests.fuzz import CHUNK, differences
     from tests.reference.cases import random_case
 
@@ -96,7 +96,7 @@ def _check(part: str, setting: str, equal: int, total: int) -> Row:
 
 
 def rates(part: str, arguments: Any) -> Iterator[Row]:
-    """Decisions/s of an entry over batch sizes."""
+    """Decisions/s of a benchmark over batch sizes."""
     for num_envs in arguments.num_envs or ([64] if arguments.quick else BATCHES):
         setting = Setting(num_envs, slots=arguments.slots, steps=arguments.steps)
         row = measure_setting(ROLLOUTS[part], setting, arguments.repeats, arguments.quick)
@@ -109,7 +109,7 @@ def _rate(part: str, setting: str, row: Row, unit: str) -> Row:
 
 
 def paper(arguments: Any) -> Iterator[Row]:
-    """The paper's settings, one update of 256 a frame: `--train-envs` environments and as many updates a step."""
+    """The paper's settings, one update of 256 per frame: `--train-envs` environments, and as many updates per step."""
     envs = arguments.train_envs or (2 if arguments.quick else 32)
     steps = max((64 if arguments.quick else 2048) // envs, 1)
     path = config_folder() / "paper.yaml"
@@ -146,13 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default all")
     parser.add_argument("--cases", type=count, metavar="N", help="random engines (default 2000; 10 with --quick)")
     parser.add_argument("--num-envs", type=count, nargs="+", metavar="B", help="batch sizes (default 1024 to 65536)")
-    parser.add_argument("--slots", type=count, default=48, help="slots of an expert (default 48)")
-    parser.add_argument("--steps", type=count, help="steps in a call (default: for calls of about a second)")
-    parser.add_argument("--train-envs", type=count, metavar="E", help="environments of paper's training (default 32)")
+    parser.add_argument("--slots", type=count, default=48, help="slots per expert (default 48)")
+    parser.add_argument("--steps", type=count, help="steps per call (default: for calls of about a second)")
+    parser.add_argument("--train-envs", type=count, metavar="E", help="environments of the training (default 32)")
     parser.add_argument("--full", action="store_true", help="train the paper's 1M frames instead of extrapolating")
-    parser.add_argument(
-        "--overrides", nargs="+", default=[], metavar="key=value", help="changes of configs/paper.yaml, key as in a.b"
-    )
+    parser.add_argument("--overrides", nargs="+", default=[], metavar="key=value", help="changes of configs/paper.yaml")
     parser.add_measuring()
     arguments = parser.read(argv)
     parts = {"schedules": schedules, "fuzz": fuzz, "paper": paper}
@@ -163,9 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row)
             print(f"{part}: {row['setting']}: {row['result']}", file=sys.stderr, flush=True)
     caption = (
-        "rates in float32 on paper-6 at 6 requests/s, times in seconds; x events, x Python: over the compiled "
-        "event-driven simulator on all cores and the plain reference on one; XLA traffic and 2 x state: shares of the "
-        "measured memory bandwidth (benchmarks/README.md)"
+        "rates in float32 on paper-6 at 6 requests/s, times in seconds; x events, x Python: relative "
+        "to the compiled event-driven simulator on all cores and to the plain reference on one; XLA traffic and "
+        "2 x state: shares of the measured memory bandwidth (benchmarks/README.md)"
     )
     record = {"entry": "device", "machine": machine(argv, "device"), "rows": rows}
     report([table("device", COLUMNS, rows, caption)], record, arguments.json)

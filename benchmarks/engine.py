@@ -1,7 +1,7 @@
-"""One engine's schedule: the recorded runs of vLLM (tests/data/vllm_schedules), many engines at a time, in float32.
+"""Replays the recorded runs of vLLM (tests/data/vllm_schedules) on many engines at a time, in float32.
 
-By jumps from event to event, and iteration by iteration; each engine replays one of the 15 recordings, all padded to
-the longest. Rates are requests/s, and scheduled requests x iterations a second (`entries`).
+It runs by jumps from event to event and iteration by iteration. Each engine replays one of the 15 recordings, which are
+padded to the longest one. Rates are requests/s, and scheduled requests x iterations per second (`entries`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def load_schedules() -> list[dict[str, Any]]:
 
 
 def _baselines(schedules: Sequence[dict[str, Any]], requests: int) -> Row:
-    """Requests/s of the event-driven simulator, the recordings on each core, and of the plain reference."""
+    """Requests/s of the event-driven simulator, with all recordings on each core, and of the plain reference."""
     event = None
     if event_simulator is not None:
         replays = [event_simulator.Replay.of(schedule) for schedule in schedules]
@@ -55,7 +55,7 @@ def _baselines(schedules: Sequence[dict[str, Any]], requests: int) -> Row:
 
 
 def measure_engines(ways: Sequence[str], sizes: Sequence[int], repeats: int) -> list[Row]:
-    """A row for each way and number of engines."""
+    """One row per way and number of engines."""
     schedules = load_schedules()
     longest = max(schedule["summary"]["iterations"] for schedule in schedules)
     most_requests = max(len(schedule["requests"]) for schedule in schedules)
@@ -101,7 +101,9 @@ def engine_table(rows: Sequence[Row]) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("engine", __doc__)
     parser.add_argument("--num-engines", type=count, nargs="+", metavar="B", help="engines at a time (default 15 240)")
-    parser.add_argument("--ways", nargs="+", choices=("jumps", "iterations"), help="default both; jumps with --quick")
+    parser.add_argument(
+        "--ways", nargs="+", choices=("jumps", "iterations"), help="ways to run (default: both; with --quick jumps)"
+    )
     parser.add_measuring()
     arguments = parser.read(argv)
     ways = arguments.ways or (["jumps"] if arguments.quick else ["jumps", "iterations"])

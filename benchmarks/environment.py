@@ -1,8 +1,8 @@
-"""Decisions a second of the whole environment step under Shortest Queue First, as in training: requests drawn by key,
-the simulator, graph observation, predicted penalty, metrics, auto-reset.
+"""Decisions per second of the whole environment step under Shortest Queue First, as in training: requests drawn from
+keys, simulator, graph observation, predicted penalty, metrics, automatic reset.
 
-Parameters are traced. The drain at the end of an episode comes once in --episode-length steps, so mostly in no timed
-call unless that is made short.
+Parameters are traced. The drain at the end of an episode occurs once in --episode-length steps, so usually in no timed
+call unless episodes are short.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Act = Callable[[Any, Any, jax.Array, jax.Array], jax.Array]
 
 
 def rollout_by(act: Act, weights: Any, setting: Setting, params: EnvParams) -> Scan:
-    """The environment with `act` choosing. Whatever training uses of a step is used here too."""
+    """The environment with actions from `act`. It uses all outputs of a step that training uses."""
     num_envs = setting.num_envs
     env = RoutingEnvironment(num_experts=setting.experts, slots=setting.slots, episode_length=setting.episode_length)
     observation, state = jax.jit(jax.vmap(env.reset, (0, None)))(jax.random.split(jax.random.key(0), num_envs), params)

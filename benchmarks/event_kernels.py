@@ -1,4 +1,4 @@
-"""The compiled functions of `event_simulator`: all in one file, since numba's cache of a function only knows its own.
+"""The compiled functions of `event_simulator`. They are in one file, since numba caches a function only for its file.
 
 Numbers in comments are the rules of simulation.md section 1.
 """
@@ -42,15 +42,15 @@ ENGINE = np.dtype(
     + [(name, np.int64) for name in OPTIONS]
     + [
         ("clock", np.float64),  # s, start of the next iteration
-        ("requests", np.int64),  # in the queue, of which the first `running` run
+        ("requests", np.int64),  # requests in the queue; the first `running` of them run
         ("running", np.int64),
         ("context", np.int64),  # computed tokens of the running requests
-        ("lag", np.int64),  # decode iterations that are done but not yet written into the running requests
+        ("lag", np.int64),  # finished decode iterations that are not yet written to the running requests
         ("decoding", np.int64),  # 1: every running request only decodes
-        ("remaining", np.int64),  # iterations to the first completion, where all decode
-        ("planned", np.int64),  # plain iterations to the next event; 0: the next iteration is something else
+        ("remaining", np.int64),  # iterations to the first completion, if all requests decode
+        ("planned", np.int64),  # plain iterations to the next event; 0: the next iteration is of another kind
         ("iterations", np.int64),
-        ("idle_iterations", np.int64),  # in a row that scheduled nothing
+        ("idle_iterations", np.int64),  # consecutive iterations that scheduled nothing
         ("prefill_tokens", np.int64),
         ("decodes", np.int64),
         ("context_tokens", np.int64),
@@ -71,7 +71,7 @@ def _blocks(tokens, block_size):
 
 @compiled
 def _started_before(first, growth, gap):
-    """Iterations of a decode run that start less than `gap` seconds (> 0) after its beginning."""
+    """Number of iterations of a decode run that start less than `gap` seconds (> 0) after its beginning."""
     linear = first - 0.5 * growth
     root = 2.0 * gap / (linear + math.sqrt(linear * linear + 2.0 * growth * gap))
     count = max(math.ceil(min(root, float(LARGE))), 1)
@@ -89,7 +89,7 @@ def _run_time(first, growth, count):
 
 @compiled
 def _decode_run(engine):
-    """Seconds of the first iteration of a decode run, and what every further one adds."""
+    """Seconds of the first iteration of a decode run, and the increase per iteration."""
     batch = engine.running
     first = engine.base + engine.per_decode * batch + engine.per_context_token * (engine.context + batch)
     if batch > engine.knee_tokens:
@@ -120,14 +120,14 @@ def _is_blocked(engine, queue):
     if tokens <= 0 or (tokens < wanted and not engine.enable_chunked_prefill):
         return True
     left = engine.usable_blocks - _blocks(length if engine.reserve_full_isl else tokens, size)
-    if engine.context + batch * size <= left * size:  # fits however the blocks are rounded
+    if engine.context + batch * size <= left * size:  # fits for any rounding of blocks
         return False
     return _blocks_after(engine, queue, 1) > left
 
 
 @compiled
 def _plan(engine, queue):
-    """Plans the run of plain iterations that comes next; returns when the last of them starts (s), inf when idle."""
+    """Plans the next run of plain iterations; returns the start of the last of them (s), or inf if idle."""
     engine.planned = 0
     batch = engine.running
     if engine.requests == 0:
@@ -138,7 +138,9 @@ def _plan(engine, queue):
         return engine.clock
     count = engine.remaining
     room = engine.usable_blocks * engine.block_size
-    if engine.context + batch * (count + engine.block_size - 1) > room:  # might not fit, by how blocks are rounded
+    if (
+        engine.context + batch * (count + engine.block_size - 1) > room
+    ):  # may not fit, depending on the rounding of blocks
         low, high = 0, count
         while low < high:
             middle = (low + high + 1) // 2
@@ -156,7 +158,7 @@ def _plan(engine, queue):
 
 @compiled
 def _decode(engine, queue, count, served):
-    """Runs `count` plain iterations, and takes out what finishes with the last."""
+    """Runs `count` plain iterations, and removes the requests that finish with the last one."""
     batch = engine.running
     first, growth = _decode_run(engine)
     engine.clock += _run_time(first, growth, count)
@@ -199,7 +201,7 @@ def _finish(request, clock, served):
 
 @compiled
 def _iterate(engine, queue, served):
-    """One iteration of vLLM's scheduler, whatever it does, and its execution."""
+    """Schedules and executes one iteration of any kind."""
     size, threshold = engine.block_size, engine.long_prefill_token_threshold
     if threshold == 0:
         threshold = LARGE
@@ -306,9 +308,9 @@ def _iterate(engine, queue, served):
 
 @compiled
 def _step(engine, queue, until, most, served):
-    """Runs a busy engine to its next event, but starts nothing at or after `until` (s) and `most` iterations at most.
+    """Runs a busy engine to its next event, but at most `most` iterations and none that starts at or after `until` (s).
 
-    The engine's clock is before `until`. Returns as `_plan`.
+    The engine's clock must be before `until`. Returns the result of `_plan`.
     """
     if engine.planned > 0:
         count = min(engine.planned, most)
@@ -323,7 +325,7 @@ def _step(engine, queue, until, most, served):
 
 @compiled
 def _join(engine, queue, identifier, prompt, output, now):
-    """Puts a request at the tail of `waiting`. Returns as `_plan`."""
+    """Puts a request at the tail of `waiting`. Returns the result of `_plan`."""
     if engine.requests == 0:
         engine.clock = max(engine.clock, now)
     request = queue[engine.requests]
@@ -338,7 +340,7 @@ def _join(engine, queue, identifier, prompt, output, now):
 
 @compiled
 def replay(engines, queue, times, indices, by_iteration, prompt, output, most_iterations, stall_iterations, served):
-    """One engine, `engines[0]`, on R requests in order of arrival. Returns the index of its status in `STATUS`."""
+    """Runs `engines[0]` on R requests in order of arrival. Returns the index of its status in `STATUS`."""
     engine = engines[0]
     joined, count, skipped, status = 0, len(prompt), 0, 0
     while joined < count or engine.requests > 0:
@@ -364,7 +366,7 @@ def replay(engines, queue, times, indices, by_iteration, prompt, output, most_it
         if engine.idle_iterations >= stall_iterations and joined == count:
             status = 1
             break
-    for i in range(engine.requests):  # left unfinished
+    for i in range(engine.requests):  # unfinished requests
         lag = engine.lag if i < engine.running else 0
         served[queue[i].id].emitted = queue[i].generated + lag
     return status
@@ -372,10 +374,10 @@ def replay(engines, queue, times, indices, by_iteration, prompt, output, most_it
 
 @compiled
 def shortest_queue(engines, slots, gap, prompt, output, served, routed):
-    """A cluster of N engines, T arrivals under Shortest Queue First, then the drain; fills `served` and `routed`."""
+    """Runs N engines on T arrivals under Shortest Queue First until all are done; fills `served` and `routed`."""
     num_experts, count = len(engines), len(gap)
     queues = np.zeros((num_experts, slots), REQUEST)
-    event = np.full(num_experts, math.inf)  # when each engine's next event starts
+    event = np.full(num_experts, math.inf)  # start of each engine's next event
     length = np.zeros(num_experts, np.int64)
     now = 0.0
     for arrival in range(count + 1):
@@ -406,7 +408,7 @@ def shortest_queue(engines, slots, gap, prompt, output, served, routed):
 
 @compiled
 def _feasible(engine, prompt, output):
-    """Whether the engine could ever finish the request (rule 8)."""
+    """Whether the engine can finish the request (rule 8)."""
     if prompt >= engine.max_model_len:
         return False
     if not engine.enable_chunked_prefill and prompt + output - 1 > engine.max_num_batched_tokens:
@@ -416,7 +418,7 @@ def _feasible(engine, prompt, output):
 
 @compiled
 def totals(gap, score, latency_limit, served, routed):
-    """Completed requests, the sum of their QoS, and requests rejected for a full queue and as infeasible."""
+    """Completed requests, the sum of their QoS, and the requests rejected as the queue was full and as infeasible."""
     now, completed, qos, full, infeasible = 0.0, 0, 0.0, 0, 0
     for i in range(len(gap)):
         now += gap[i]

@@ -1,9 +1,9 @@
-"""A compiled event-driven simulator of the same engines (simulation.md sections 1 and 2): what the suite's rates are
-compared with.
+"""A compiled event-driven simulator of the same engines (simulation.md sections 1 and 2), with which the suite compares
+rates.
 
-Plain loops over one engine at a time, with vLLM's walks written as walks, and none of `jaxroute`'s arithmetic. Between
-events it does nothing: a run of plain decode iterations is planned once, up to its next completion or the block that
-cannot be had, and is only cut short where a request joins that engine. Absolute times in float64. Needs numba.
+It consists of plain loops over one engine at a time, like vLLM's own loops, and shares no arithmetic with `jaxroute`.
+A run of plain decode iterations is planned once, up to the next completion or unavailable block, and is only shortened
+if a request joins the engine. Times are absolute, in float64. It needs numba.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from jaxroute.simulator.replay import engine_and_recording
 class Arrivals(NamedTuple):
     """T requests at a cluster of N engines."""
 
-    gap: np.ndarray  # float64 [T], s since the arrival before
+    gap: np.ndarray  # float64 [T], s since the previous arrival
     prompt_tokens: np.ndarray  # int32 [T]
     output_tokens: np.ndarray  # int32 [T, N]
     score: np.ndarray  # float64 [T, N]
 
 
 class Totals(NamedTuple):
-    """What became of all requests, the drain included."""
+    """Results of all requests, including those that finish after the last arrival."""
 
     completed: int
     qos: float
@@ -39,7 +39,7 @@ class Totals(NamedTuple):
 
 
 def engine_records(params: EngineParams) -> np.ndarray:
-    """Idle engines, `ENGINE` [N] (N = 1 where the parameters have no axis)."""
+    """Idle engines, `ENGINE` [N] (N = 1 if the parameters have no axis)."""
     params = jax.device_get(params)
     engines = np.zeros(np.size(params.usable_blocks), kernels.ENGINE)
     for name in kernels.LATENCY:
@@ -51,7 +51,7 @@ def engine_records(params: EngineParams) -> np.ndarray:
 
 
 def shortest_queue(params: EngineParams, slots: int, latency_limit: float, arrivals: Arrivals) -> Totals:
-    """Routes all arrivals by Shortest Queue First (ties to the lowest index) and drains the engines [N]."""
+    """Routes all arrivals by Shortest Queue First (ties go to the lowest index) and runs the engines [N] until done."""
     count = len(arrivals.gap)
     served = np.zeros(count, kernels.SERVED)
     routed = np.zeros(count, kernels.ROUTED)
@@ -63,7 +63,7 @@ def shortest_queue(params: EngineParams, slots: int, latency_limit: float, arriv
 class Replay(NamedTuple):
     """One engine and R requests in order of arrival, ready to run."""
 
-    engine: np.ndarray  # ENGINE [1], copied by every run
+    engine: np.ndarray  # ENGINE [1]; every run copies it
     ids: np.ndarray  # int [R], positions in the spec's list
     times: np.ndarray  # float64 [R], s; zeros with arrivals by iteration
     indices: np.ndarray  # int32 [R], iterations; zeros with arrivals by time
@@ -75,7 +75,7 @@ class Replay(NamedTuple):
 
     @classmethod
     def of(cls, spec: Mapping[str, Any]) -> Replay:
-        """Reads a spec as `jaxroute.replay` does, in float64. Raises `UserError`."""
+        """Reads a spec of `jaxroute replay`, in float64. Raises `UserError`."""
         with jax.enable_x64(True):
             params, recording, ids, times = engine_and_recording(spec, "spec")
             return cls(
@@ -91,7 +91,7 @@ class Replay(NamedTuple):
             )
 
     def run(self) -> tuple[str, np.ndarray, np.ndarray]:
-        """The status, what each request got (`SERVED` [R], in order of arrival), and the engine (`ENGINE` [])."""
+        """The status, the results of requests (`SERVED` [R], in order of arrival), and the engine (`ENGINE` [])."""
         engine = self.engine.copy()
         queue = np.zeros(len(self.ids), kernels.REQUEST)
         served = np.zeros(len(self.ids), kernels.SERVED)
@@ -100,7 +100,7 @@ class Replay(NamedTuple):
         return kernels.STATUS[status], served, engine[0]
 
     def result(self) -> dict[str, Any]:
-        """Runs it; in the terms of the schedule files, with `totals` of np, nd and ctx."""
+        """Runs it; the result has the names of the schedule files, with `totals` of np, nd and ctx."""
         status, served, engine = self.run()
         when = lambda time: float(time) if math.isfinite(time) else None  # noqa: E731
         per_request = {

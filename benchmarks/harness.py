@@ -1,4 +1,4 @@
-"""What every benchmark shares: its options, timing, the machine and its memory bandwidth, tables and JSON."""
+"""Shared parts of the benchmarks: options, timing, the machine and its memory bandwidth, tables and JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong option as a `UserError`, so that it is one line, and has the options that all entries share."""
+    """A parser with the options that all benchmarks share; it reports a wrong option as a one-line `UserError`."""
 
     def __init__(self, entry: str, description: str | None):
         super().__init__(
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.add_argument("--quick", action="store_true", help="fewer and shorter calls, for a first look")
+        self.add_argument("--quick", action="store_true", help="fewer and shorter calls, for a first impression")
 
     def add_measuring(self) -> None:
         self.add_argument("--repeats", type=count, metavar="N", help="timed calls (default 5; 3 with --quick)")
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The options, checked: found out now, and not after minutes, that --json cannot be written."""
+        """The checked options; that --json cannot be written is reported now instead of after minutes."""
         arguments = self.parse_intermixed_args(argv)
         if "repeats" in arguments:
             arguments.repeats = arguments.repeats or (3 if arguments.quick else 5)
@@ -65,14 +65,14 @@ def writable(path: Path, option: str) -> None:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1, as an option's type."""
+    """The type of an option: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not '{text}'")
     return int(text)
 
 
 def rate(text: str) -> float:
-    """A finite number above 0, as an option's type."""
+    """The type of an option: a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -83,18 +83,18 @@ def rate(text: str) -> float:
 
 
 def cores() -> int:
-    """Cores that this process may use: those of XLA's threads too."""
+    """Number of cores that this process, and XLA's threads, may use."""
     return len(os.sched_getaffinity(0))
 
 
 def split_cpu(number: int) -> None:
-    """Makes the CPU so many devices, unless JAX has started already."""
+    """Makes the CPU this number of devices, unless JAX has been used already."""
     with suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", number)
 
 
 def use_devices(number: int) -> None:
-    """Makes sure of so many devices."""
+    """Checks that there are this many devices."""
     if number > 1:
         split_cpu(number)
     if jax.device_count() < number:
@@ -104,16 +104,16 @@ def use_devices(number: int) -> None:
 
 
 def spread(calls: Sequence[float], work: float) -> Row:
-    """Rates a second of calls that took so many seconds and did `work` each."""
+    """Rates per second of calls that did `work` each, from their durations in seconds."""
     return {"slowest": work / max(calls), "median": work / statistics.median(calls), "fastest": work / min(calls)}
 
 
 class Measured(NamedTuple):
-    """`row`: rates; compile_seconds; of one step of the scan, bytes and flops by XLA's cost analysis; bandwidth."""
+    """`row` has rates, compile_seconds, bytes and flops of one step by XLA's cost analysis, and bandwidth."""
 
     row: Row
     carry: Any
-    output: Any  # of the last call
+    output: Any  # output of the last call
 
 
 def measure(
@@ -125,11 +125,12 @@ def measure(
     warm_up: int = 1,
     second_start: bool = False,
 ) -> Measured:
-    """Times `run(carry, key, *inputs) -> (carry, output)`, one scan, which does `work` a call.
+    """Times `run(carry, key, *inputs) -> (carry, output)`, one scan, which does `work` per call.
 
-    Compiled apart; then `warm_up` calls that do not count and `repeats` that do, each ended by `block_until_ready`.
-    The carry is donated. With `second_start` also how long it takes to trace the program again and to read it from the
-    persistent compilation cache. The memory's bandwidth is measured right after, since a machine's speed changes.
+    Compilation is timed separately. Then there are `warm_up` untimed calls and `repeats` timed calls, each ended by
+    `block_until_ready`. The carry is donated. With `second_start`, the time to trace the program again and to read it
+    from the persistent compilation cache is measured too. The memory bandwidth is measured directly afterwards, since
+    the speed of a machine changes.
     """
 
     def compiled() -> tuple[Any, float]:
@@ -149,7 +150,7 @@ def measure(
         start = time.perf_counter()
         carry, output = jax.block_until_ready(program(carry, key, *inputs))
         calls.append(time.perf_counter() - start)
-    # XLA counts the body of a loop once: the scan's, so a step, and in it one round of every inner loop.
+    # XLA counts the body of a loop once: one step of the scan, and in it one round of every inner loop.
     cost = program.cost_analysis() or {}
     row = {
         **spread(calls[warm_up:], work),
@@ -164,7 +165,7 @@ def measure(
 
 @contextmanager
 def _persistent_cache() -> Generator[None]:
-    """An empty persistent compilation cache, and afterwards none."""
+    """Uses an empty persistent compilation cache, and afterwards none."""
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()
@@ -180,7 +181,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def bandwidth() -> float:
-    """Memory bandwidth of the default device, bytes/s: the fastest of five times ten sums a = b + 2 a, in place."""
+    """Memory bandwidth of the default device, bytes/s: the fastest of five runs of ten sums a = b + 2 a in place."""
     size = 2**24 if jax.default_backend() == "cpu" else 2**28
     a, b = jnp.ones(size, jnp.float32), jnp.ones(size, jnp.float32)
     sums = jax.jit(lambda a, b: jax.lax.fori_loop(0, 10, lambda _, a: b + 2 * a, a), donate_argnums=0)
@@ -193,7 +194,7 @@ def bandwidth() -> float:
 
 
 def machine(argv: Sequence[str] | None, entry: str) -> dict[str, Any]:
-    """What the figures hold for."""
+    """The machine and versions that the figures are for."""
     arguments = sys.argv[1:] if argv is None else argv
     device = jax.devices()[0]
     return {
@@ -208,7 +209,7 @@ def machine(argv: Sequence[str] | None, entry: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU's name, as far as the system tells it."""
+    """The name of the CPU, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -218,7 +219,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, marked where files differ from it; empty where there is no git."""
+    """The commit of the clone, marked if files differ from it; empty without git."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -234,7 +235,7 @@ class Column(NamedTuple):
 
 
 def table(title: str, columns: Sequence[Column], rows: Sequence[Row], caption: str) -> Table:
-    """Rows in which a value that is missing or NaN shows as a dash."""
+    """A table of rows; a missing or NaN value is shown as a dash."""
     shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in columns:
         shown.add_column(column.head, justify="right" if column.form else "left")
@@ -260,7 +261,7 @@ def report(shown: Sequence[Table], record: dict[str, Any], json_path: Path | Non
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
+    """Replaces NaN, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Cost per decision against experts and against slots, log-log."""
+"""Draws the cost per decision against the number of experts and of slots, log-log."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ COLOURS = {"advance": "#0b6e8a", "environment": "#c2571a", "event simulator": "#
 
 
 def cost_curves(path: Path, key: str, unit: str, title: str, rows: Mapping[str, Sequence[Row]]) -> None:
-    """Writes a PNG: microseconds a decision of each entry over `key`, a number in its rows, beside the event
-    simulator's in the runs of the first; dotted, what growth in proportion would be from the first point on.
+    """Writes a PNG: microseconds per decision of each benchmark over `key`, a number in its rows, and of the event
+    simulator in the runs of the first benchmark. Dotted lines show proportional growth from the first point.
     """
     lines = {name: [(row[key], 1e6 / row["median"]) for row in of_entry] for name, of_entry in rows.items()}
     first = next(iter(rows.values()))

@@ -1,4 +1,4 @@
-"""Decisions a second of the environment with the router's network choosing: HAN and policy head, freshly initialised,
+"""Decisions per second of the environment with actions of the router's network: an untrained HAN and policy head, with
 actions sampled from the policy as in training.
 """
 

@@ -1,8 +1,8 @@
-"""What a training costs in a sweep: seconds of a chunk per training, for several numbers of trainings at a time, over
-those of the same training alone, which are measured right before each.
+"""The time of a training in a sweep: seconds per training and chunk, for several numbers of trainings at a time,
+relative to the same training alone, which is measured directly before.
 
-The trials are the first ones of configs/sweep.yaml, or of SPEC. The first chunk, which compiles and warms up, is not
-counted: every timed one learns.
+The trials are the first ones of configs/sweep.yaml or SPEC. The first chunk, with compilation and warm-up, is not
+counted: every timed chunk learns.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COLUMNS = (
 
 
 def timed(chunk: Callable[[Any], Any], state: Any, repeats: int) -> tuple[float, float]:
-    """Median seconds of so many chunks, and seconds of the one before them, which compiles."""
+    """Median seconds of the timed chunks, and seconds of the first chunk, which compiles."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -85,7 +85,7 @@ def measure_sweep(group: Group, trainings: Sequence[Training], sizes: Sequence[i
 
 
 def picture(path: Path, device: str, rows: Sequence[Row]) -> None:
-    """Writes a PNG: the ratio over the number of trainings at a time."""
+    """Writes a PNG of the ratio over the number of trainings at a time."""
     with rc_context(STYLE):
         figure = Figure(figsize=(6.2, 3.8), layout="constrained")
         axes = figure.subplots()

@@ -1,7 +1,7 @@
-"""Frames a second of full training: environments, replay buffer and updates, as `jaxroute train` runs them.
+"""Frames per second of full training: environments, replay buffer and updates, as in `jaxroute train`.
 
-The settings are those of configs/default.yaml, or --config, changed by key=value. Without warm-up: every timed chunk
-learns. A frame is one decision.
+The settings are those of configs/default.yaml or --config, changed by key=value. The warm-up is left out, so every
+timed chunk learns. A frame is one decision.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = (
 
 
 def measure_training(config: Path | None, overrides: Sequence[str], repeats: int, second_start: bool) -> Row:
-    """One row: frames/s of chunks that learn; compile time, and what it takes with the persistent cache filled."""
+    """One row: frames/s of chunks that learn; compile time without and with a filled persistent cache."""
     setting = load_config(config, ["agent.warmup_frames=0", *overrides])
     env, params, network, hyper, sac, *_ = build_experiment(setting)
     trainer = make_trainer(env, network, sac)
@@ -73,7 +73,7 @@ def training_table(rows: Sequence[Row]) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("training", __doc__)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (default: configs/default.yaml)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change of the configuration, key as in a.b")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change of the configuration")
     parser.add_measuring()
     arguments = parser.read(argv)
     shorter = ["training.steps_per_chunk=20"] if arguments.quick else []

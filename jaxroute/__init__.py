@@ -1,4 +1,4 @@
-"""jaxroute: an exact LLM serving cluster in JAX, the routing environment on it, and the router trained on that."""
+"""jaxroute: an exact simulator of LLM serving clusters in JAX, a routing environment on it, and a trained router."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-# Imported for what it does: it registers the package's own environments.
+# The import registers the environments of the package.
 import jaxroute.environment.scenarios  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from jaxroute.config.loader import load_config
 from jaxroute.environment.disturbances import Disturbances

@@ -13,7 +13,7 @@ from jaxroute.errors import command, require_known
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hands the arguments behind a command's name to it; without one, prints the list. Returns the exit code."""
+    """Runs the command that the arguments name, or prints the list without one. Returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-"):
         run(require_known(arguments[0], COMMANDS, "command"), arguments[1:])
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def listing() -> str:
-    """Commands and environments, a line each."""
+    """Commands and environments, one line each."""
     width = max(map(len, [*jaxroute.environments(), *COMMANDS])) + 2
     commands = [f"  {name:<{width}}{line}" for name, line in COMMANDS.items()]
     environments = [f"  {name:<{width}}{line}" for name, line in jaxroute.environments().items()]

@@ -1,4 +1,4 @@
-"""What commands print: the console, and notes on the data."""
+"""The console that commands print to, and notes on the data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Console
 
 
 def report_console() -> Console:
-    """Standard output, at a width of its own where it is a file or a pipe."""
+    """Standard output; if it is a file or a pipe, with a width of 100 characters."""
     console = Console()
     return console if console.is_terminal else Console(width=100)
 

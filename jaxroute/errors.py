@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, how a command reports it, and the nearest of known names."""
+"""The exception for user errors, how commands report it, and suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Input that cannot be used. The message is one line: what is wrong, where (file, line, key), and the remedy."""
+    """Invalid input. The message is one line: what is wrong, where (file, line, key), and how to correct it."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that a command has met: its message says how to go on, `code` is the exit code, 128 and the signal."""
+    """A signal stopped a command. The message says how to resume; `code` is the exit code, 128 plus the signal."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -22,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def require_known(name: Any, names: Iterable[str], what: str, where: str = "") -> str:
-    """`name`, if it is one of `names`; else a `UserError`, which begins with `where`, with the nearest ones."""
+    """`name`, if it is one of `names`; otherwise a `UserError` that begins with `where` and suggests similar names."""
     names = list(names)
     if name not in names:
         near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.0)
@@ -31,7 +31,7 @@ def require_known(name: Any, names: Iterable[str], what: str, where: str = "") -
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Wraps a command's `main(argv) -> exit code`: a line on stderr for a `UserError` (2) and signals (130, 143)."""
+    """Wraps `main(argv) -> exit code`: prints one line for a `UserError` (exit code 2) and for signals (130, 143)."""
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:

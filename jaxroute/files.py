@@ -1,4 +1,4 @@
-"""YAML and JSON files read, with one line for what cannot be; files written so that they are whole or not there."""
+"""Reads YAML and JSON files, with one-line errors, and writes files atomically: completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxroute.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2: `off` is a text, not false, and `3e-4` a number, not a text."""
+    """Safe YAML with the scalars of YAML 1.2: `off` is a string instead of false, and `3e-4` is a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -32,12 +32,12 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text holds. Raises `yaml.YAMLError`."""
+    """The content of a YAML text. Raises `yaml.YAMLError`."""
     return yaml.load(text, _Loader)  # noqa: S506 (a subclass of SafeLoader)
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises `UserError` for one that cannot be read, with the line."""
+    """The content of a YAML file. Raises `UserError`, with the line, if it cannot be read."""
     try:
         return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -52,7 +52,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises `UserError` for one that cannot be read, with the line."""
+    """The content of a JSON file. Raises `UserError`, with the line, if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -67,7 +67,7 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def whole_file(path: Path) -> Generator[Path]:
-    """Yields a temporary path beside `path` to write to; it becomes `path` at the end, or vanishes if that fails."""
+    """Yields a temporary path beside `path` to write to. It is renamed to `path` at the end, or removed on failure."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         yield temporary

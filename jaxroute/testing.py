@@ -1,4 +1,4 @@
-"""`check_env(env, params)`: whether an environment, or a variant of one's own, keeps docs/environment.md's contract."""
+"""`check_env(env, params)`: checks that an environment or a variant of one satisfies docs/environment.md."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flax import struct
 from jaxroute.environment.state import EnvParams, EnvState
 from jaxroute.workload import Request, Workload
 
-ROWS = 3  # environments that are stepped together
-_RELATIVE, _ABSOLUTE = 1e-3, 1e-4  # what the order of float32 operations may change
+ROWS = 3  # environments stepped together
+_RELATIVE, _ABSOLUTE = 1e-3, 1e-4  # differences that the order of float32 operations may cause
 _CHEAP = {"xla_backend_optimization_level": 0}  # halves the time to compile
 
 
 class ContractError(AssertionError):
-    """What is broken, in one line: "check: problem"."""
+    """A violation of the contract, in one line: "check: problem"."""
 
 
 def _fail(check: str, problem: str) -> NoReturn:
@@ -31,13 +31,14 @@ def _fail(check: str, problem: str) -> NoReturn:
 
 
 def check_env(env: Any, params: Any, steps: int | None = None, seed: int = 0) -> None:
-    """Runs `env` (a `RoutingEnvironment`, a subclass, or any wrapper of six or five values) and raises `ContractError`
-    for the first thing that breaks the contract.
+    """Runs `env` (a `RoutingEnvironment`, a subclass, or any wrapper with six or five values) and raises
+    `ContractError` for the first violation of the contract.
 
-    Checked are the interface; pickling and copying; shapes and dtypes against the spaces; that tracing has no side
-    effects; NaN and ranges; the action mask; ends of episodes, final observations and auto-reset; determinism; that
-    `jax.vmap` changes nothing; that `observe` agrees with `step`; and that no observation knows a true output length or
-    score. Takes `steps` random decisions, by default more than two episodes, in `ROWS` environments.
+    It checks the interface; pickling and copying; shapes and dtypes against the spaces; that tracing has no side
+    effects; NaN and ranges; the action mask; ends of episodes, final observations, automatic reset; determinism; that
+    `jax.vmap` does not change results; that `observe` agrees with `step`; and that no observation depends on a true
+    output length or score. It makes `steps` random decisions in `ROWS` environments, by default for more than two
+    episodes.
     """
     _check_interface(env, params)
     copies = _copies(env)
@@ -76,7 +77,7 @@ def _check_interface(env: Any, params: Any) -> None:
 
 
 def _copies(env: Any) -> dict[str, Any]:
-    """Copies of `env` by how they were made."""
+    """Copies of `env`, by the way they were made."""
     try:
         hash(env)
     except TypeError as error:
@@ -96,7 +97,7 @@ def _line(error: Exception) -> str:
 
 
 def _six(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The six values of a step, of which five may have been returned."""
+    """The six values of a step that returned six or five values."""
     if len(values) == 6:
         return values
     observation, state, reward, _, info = values
@@ -117,7 +118,7 @@ def _same_kinds(check: str, what: str, got: Any, other: str, wanted: Any) -> Non
 
 
 def _check_shapes(env: Any, params: Any) -> tuple[Any, Any, Any]:
-    """Checks by tracing alone; returns shapes of a key, of a state and of an action."""
+    """The checks that only need tracing; returns the shapes of a key, a state and an action."""
     key, action = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     try:
         made = jax.eval_shape(env.reset, key, params)
@@ -165,7 +166,7 @@ def _batched(tree: Any) -> Any:
 
 
 def _program_text(env: Any, params: Any, shapes: tuple[Any, Any, Any]) -> tuple[Any, ...]:
-    """What reset and step compute, traced anew: programs as text, and the constants in them."""
+    """A new trace of reset and step: the programs as text, and the constants in them."""
     key, state, action = shapes
     programs = (
         jax.make_jaxpr(lambda key, params: env.reset(key, params))(key, params),
@@ -185,7 +186,7 @@ def _check_purity(env: Any, params: Any, shapes: tuple[Any, Any, Any], text: tup
 
 
 class _Probe(struct.PyTreeNode):
-    """A workload whose true lengths and scores are changed where `shift` is above 0, predictions as they were."""
+    """A workload that changes true lengths and scores if `shift` is above 0, but no predictions."""
 
     inner: Workload
     shift: jax.Array  # int32 [], tokens
@@ -212,7 +213,7 @@ def _other_truth(request: Request, shift: jax.Array | int) -> Request:
 
 
 def _probed(params: Any) -> tuple[Any, Any]:
-    """Parameters with a probe at rest, and with one that changes truths; None where there is no workload of ours."""
+    """Parameters with an inactive and with an active probe; None if the workload is not a `Workload`."""
     workload: Any = params.workload if isinstance(params, EnvParams) else None
     if not isinstance(workload, Workload):
         return params, None
@@ -221,13 +222,13 @@ def _probed(params: Any) -> tuple[Any, Any]:
 
 
 def _inner(state: Any) -> EnvState | None:
-    """The routing environment's own state in a wrapper's."""
+    """The state of the routing environment within a wrapper's state."""
     is_own = lambda node: isinstance(node, EnvState)  # noqa: E731
     return next((node for node in jax.tree.leaves(state, is_leaf=is_own) if is_own(node)), None)
 
 
 def _same(one: Any, other: Any) -> jax.Array:
-    """bool []: all leaves are equal, but for rounding."""
+    """bool []: whether all leaves are equal up to rounding."""
     close = lambda a, b: jnp.allclose(a.astype(float), b.astype(float), _RELATIVE, _ABSOLUTE)  # noqa: E731
     return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(close, one, other))))
 
@@ -243,8 +244,9 @@ def _reset(env: Any, keys: jax.Array, params: Any) -> tuple[Any, Any]:
 
 @partial(jax.jit, static_argnums=(0, 1), compiler_options=_CHEAP)
 def _decide(env: Any, steps: int, keys: jax.Array, before: Any, params: Any, first: jax.Array, last: jax.Array) -> Any:
-    """Random decisions first..last - 1 after `before`, the observations and states [B, ...]: those after them, the last
-    rewards, and what was seen of the first `steps` decisions, bool [steps, B]. One program for one decision and many.
+    """Makes random decisions first..last - 1 from `before`, observations and states [B, ...]. Returns those after the
+    decisions, the last rewards, and the results of the checks in the first `steps` decisions, bool [steps, B]. One
+    program serves any number of decisions.
     """
     space = env.observation_space(params)
 
@@ -280,7 +282,7 @@ def _decide(env: Any, steps: int, keys: jax.Array, before: Any, params: Any, fir
 
 
 def _choice(env: Any, key: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The random action of a decision, and its key."""
+    """A random action, and the key of its step."""
     key_action, key_step = jax.random.split(jax.random.fold_in(key, index))
     return jax.random.randint(key_action, (), 0, env.num_actions), key_step
 
@@ -323,7 +325,7 @@ def _check_ends(seen: dict[str, np.ndarray], length: int | None) -> None:
 
 
 def _check_step(env: Any, decide: Callable[..., Any], keys: jax.Array, before: Any, probed: Any, index: int) -> None:
-    """One more decision in each row: repeated, with another truth of the next request, and one of them alone."""
+    """One more decision in each row: repeated, with other true values of the next request, and in one row alone."""
     params, shifted = probed
     values = decide(before, params, index, index + 1)
     if not _bits_equal(values, decide(before, params, index, index + 1)):

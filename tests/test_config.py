@@ -212,8 +212,11 @@ def test_saved_configuration_is_read_back_whole(tmp_path):
             "workload.arrivals.kind=piecewise",
             "workload.arrivals.rates: expected as many as workload.arrivals.durations",
         ),
-        ("workload.arrivals.start=3", "workload.arrivals.start: the scenario's own arrivals have none; set"),
-        ("workload.arrivals.rate_scale=3", "workload.arrivals.rate_scale: the scenario's own arrivals have none; set"),
+        ("workload.arrivals.start=3", "workload.arrivals.start: the scenario's arrivals have no such value; set"),
+        (
+            "workload.arrivals.rate_scale=3",
+            "workload.arrivals.rate_scale: the scenario's arrivals have no such value; set",
+        ),
         ("workload.requests.kind=jsonl", "workload.requests.path: missing; add workload.requests.path=FILE"),
         ("workload.requests.kind=trace", "set workload.arrivals.kind=trace"),
         ("workload={arrivals: {kind: trace, path: /nowhere.csv}}", "/nowhere.csv"),

@@ -76,9 +76,13 @@ def test_a_cluster_can_have_recorded_requests(paths):
 @pytest.mark.parametrize(
     ("name", "override", "words"),
     [
-        ("bursts-3", "workload.arrivals.rate=3", "workload.arrivals.rate: the scenario's own arrivals have none; set"),
+        (
+            "bursts-3",
+            "workload.arrivals.rate=3",
+            "workload.arrivals.rate: the scenario's arrivals have no such value; set",
+        ),
         ("bursts-3", "workload.arrivals.kind=poisson", "workload.arrivals.rate: missing"),
-        ("bursts-3", "training.rate_range=[1, 2]", "training.rate_range: bursts and piecewise arrivals have no one"),
+        ("bursts-3", "training.rate_range=[1, 2]", "training.rate_range: bursts and piecewise arrivals have no single"),
         ("cluster", "environment.profile=a40", "environment.id=cluster: unknown environment option 'profile'"),
     ],
 )

@@ -1,1 +1,1 @@
-"""The paper's experiments, one entry a question: `python -m benchmarks.paper`."""
+"""The paper's experiments, one entry per question: `python -m benchmarks.paper`."""

@@ -1,6 +1,6 @@
-"""The paper's experiments: trains what they need, evaluates all routers on the same requests, and reports.
+"""Runs the paper's experiments: trains the policies, evaluates all routers on the same requests, and writes reports.
 
-Stopped at any moment and started again it goes on: what is done is kept in the folder of the work.
+If it is stopped and started again, it continues: finished jobs are stored in the work folder.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--work", type=Path, metavar="DIR", help="runs and evaluations (default runs/paper[-quick])")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="CSV, pictures, results.md (default: the work's folder)"
+        "--out", type=Path, metavar="DIR", help="folder for CSV, pictures, results.md (default: that of --work)"
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="processes at a time, one a core (default: all)"
+        "--jobs", type=int, default=os.cpu_count(), help="processes at a time, one per core (default: all)"
     )
     arguments = parser.parse_args(argv)
     names = [require_known(name, every, "question") for name in arguments.questions] or list(every)
     if not 1 <= arguments.jobs <= (os.cpu_count() or 1):
-        raise UserError(f"--jobs {arguments.jobs}: expected 1 to {os.cpu_count()}, a core each")
+        raise UserError(f"--jobs {arguments.jobs}: expected 1 to {os.cpu_count()}, one per core")
     work = arguments.work or Path("runs") / ("paper-quick" if arguments.quick else "paper")
     out = arguments.out or work
     for folder in (work, out):
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_all(chosen: dict[str, Question], work: Path, data: Path, jobs: int) -> None:
-    """Prepares, trains and evaluates, `jobs` at a time; prints a line for each that is done."""
+    """Prepares, trains and evaluates, `jobs` at a time; prints one line per finished job."""
     cores = sorted(os.sched_getaffinity(0))[:jobs] if hasattr(os, "sched_getaffinity") else [None] * jobs
     context = multiprocessing.get_context("spawn")
     pools = [ProcessPoolExecutor(1, context, start_worker, (core if jobs > 1 else None,)) for core in cores]
@@ -83,7 +83,7 @@ def run_all(chosen: dict[str, Question], work: Path, data: Path, jobs: int) -> N
     prepared: dict[str, str] = {}
 
     def run(what: str, tasks: list[tuple[str, Callable[..., object], tuple[Any, ...]]]) -> list[object]:
-        """Hands each pool its next task when it is free, so that long ones do not wait behind each other."""
+        """Gives each free pool its next task, so that long tasks do not wait behind each other."""
         nonlocal done
         results, waiting, running = {}, list(enumerate(tasks)), {}
 
@@ -112,16 +112,18 @@ def run_all(chosen: dict[str, Question], work: Path, data: Path, jobs: int) -> N
         run("train", [(name, run_training, (work, job, prepared)) for name, job in trainings.items()])
         run("evaluate", [(job.name, run_evaluation, (work, job, prepared)) for job in settings])
     except BrokenProcessPool:
-        raise UserError(f"a process died, perhaps for want of memory; the same command goes on from {work}") from None
+        raise UserError(
+            f"a process died, perhaps because memory ran out; the same command continues from {work}"
+        ) from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; the same command goes on from {work}") from None
+        raise KeyboardInterrupt(f"interrupted; the same command continues from {work}") from None
     finally:
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def report(chosen: dict[str, Question], work: Path, out: Path) -> None:
-    """CSV, picture and table of each question, and the claims."""
+    """Writes CSV, picture and table of each question, and the claims."""
     parts = ["# The paper's experiments\n"]
     for name, question in chosen.items():
         write_csv(out / f"{name}.csv", work, question)

@@ -1,4 +1,4 @@
-"""What the trained router is to reach, and whether it did: every line from the stored evaluations."""
+"""The claims on the trained router and whether they are met, computed from the stored evaluations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Claim = tuple[str, str, str, bool | None]  # claim, target, measured, met (None:
 
 
 def claims_table(out: Path, questions: dict[str, Question]) -> str:
-    """Markdown: each claim, its target, what was measured, and whether that meets it."""
+    """A table in Markdown: each claim, its target, the measured value, and whether the claim is met."""
     rows = []
     for name, question in questions.items():
         results = {setting.point: read_evaluation(out, setting) for setting in question.settings}

@@ -1,4 +1,4 @@
-"""One job each: a training, or an evaluation at one point of a question. What is done is kept, and not done again."""
+"""Jobs: a training, or an evaluation at one point of a question. Results are stored, and jobs are not repeated."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ METRICS = (
     "kv_use",
     "qos_per_busy_second",
 )
-"""Those of `metrics.summarize` that are kept."""
+"""The metrics of `metrics.summarize` that are stored."""
 
 
 def start_worker(core: int | None) -> None:
-    """Sets a worker process up, before JAX starts there: on one core, if given, so that workers do not disturb each
+    """Sets up a worker process before JAX is used there: if given, on one core, so that workers do not disturb each
     other."""
     if core is not None:
         os.sched_setaffinity(0, {core})
@@ -53,7 +53,7 @@ def start_worker(core: int | None) -> None:
 
 
 def run_training(out: Path, job: Training, prepared: dict[str, str]) -> str:
-    """Trains, unless the folder `out/training/...` holds the same training; returns what there is to say of it."""
+    """Trains, unless the folder `out/training/...` has the same training; returns a line on the result."""
     folder = out / "training" / job.folder
     config = load_config(None, [*(part.format(**prepared) for part in job.overrides), f"training.seed={job.seed}"])
     wanted = config_text(config)
@@ -73,7 +73,7 @@ def run_training(out: Path, job: Training, prepared: dict[str, str]) -> str:
 
 
 def run_evaluation(out: Path, job: Setting, prepared: dict[str, str]) -> str:
-    """Evaluates all routers of a setting on the same requests into `out/evaluations/NAME.json`, unless it is there."""
+    """Evaluates all routers of a setting on the same requests, unless `out/evaluations/NAME.json` exists."""
     path = out / "evaluations" / f"{job.name}.json"
     overrides = [part.format(**prepared) for part in job.overrides]
     runs = {label: [training.folder for training in trainings] for label, trainings in job.policies}
@@ -102,7 +102,7 @@ def run_evaluation(out: Path, job: Setting, prepared: dict[str, str]) -> str:
     values = evaluate(routers)
     for label, folders in runs.items():
         for seed, folder in enumerate(folders):
-            # One at a time: policies of one network then share a program, for all seeds and settings.
+            # One at a time: policies of one network then share a program for all seeds and settings.
             values |= evaluate({f"{label}/{seed}": _policy(out, folder, checksums[folder])})
     kept: dict[str, list[dict[str, list[float]]]] = {}
     for name, metrics in values.items():
@@ -115,7 +115,7 @@ def run_evaluation(out: Path, job: Setting, prepared: dict[str, str]) -> str:
 
 
 def read_evaluation(out: Path, job: Setting) -> dict[str, list[dict[str, list[float]]]]:
-    """Label -> for each seed (heuristics: one) metric -> values of the episodes."""
+    """Label -> for each seed (one for heuristics) metric -> values of the episodes."""
     return json.loads((out / "evaluations" / f"{job.name}.json").read_text(encoding="utf-8"))["values"]
 
 
@@ -130,9 +130,9 @@ _question: dict[str, str] = {}
 
 
 def _forget_programs() -> None:
-    """Frees compiled programs: Linux lets a process map 65,530 pieces of memory, and some dozens of programs fill that.
+    """Frees compiled programs. Linux limits a process to 65,530 memory maps, which some dozens of programs use up.
 
-    They stay in the compilation cache on disk.
+    The programs remain in the compilation cache on disk.
     """
     for cached in (_experiment, _route, _policy):
         cached.cache_clear()

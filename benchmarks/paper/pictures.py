@@ -1,4 +1,4 @@
-"""One picture a question: QoS over its axis, or bars where the axis has no order."""
+"""Draws one picture per question: QoS over its axis, or bars if the axis has no order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLOURS = {
     "trained_on_vllm_v1": "#1fa3b8",
     "trained_on_trace": "#1fa3b8",
 }
-"""Of the curves that have a colour of their own; planning is in ink, the rest in grey."""
+"""Colours of single curves; planning routers are in ink, and the others in grey."""
 
 
 def picture(path: Path, out: Path, question: Question) -> None:

@@ -1,4 +1,4 @@
-"""What is trained and what is evaluated to answer each question."""
+"""The trainings and evaluations of each question."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BASELINE_RL = ("network.kind=flat", "environment.penalty=off")
 
 @dataclass(frozen=True)
 class Training:
-    """A run of `jaxroute.train`, on `configs/default.yaml` with these changes."""
+    """A run of `jaxroute train` with `configs/default.yaml` and these changes."""
 
     name: str
     overrides: tuple[str, ...]
@@ -48,13 +48,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Setting:
-    """Routers on the same requests, at one point of a question."""
+    """Routers to evaluate on the same requests, at one point of a question."""
 
     question: str
     point: str  # value on the question's axis
-    overrides: tuple[str, ...]  # of `configs/default.yaml`
-    routers: tuple[str, ...]  # those of `environment.routers`
-    policies: tuple[tuple[str, tuple[Training, ...]], ...]  # label -> runs, one for each seed
+    overrides: tuple[str, ...]  # changes of `configs/default.yaml`
+    routers: tuple[str, ...]  # names in `jaxroute.routers.ROUTERS`
+    policies: tuple[tuple[str, tuple[Training, ...]], ...]  # label -> runs, one per seed
     episodes: int
     episode_length: int
 
@@ -65,23 +65,23 @@ class Setting:
 
 @dataclass(frozen=True)
 class Question:
-    """One entry of the experiments."""
+    """One question of the experiments."""
 
     title: str
-    axis: str  # what the points are
+    axis: str  # label of the points
     settings: tuple[Setting, ...]
-    needs: tuple[str, ...] = ()  # what `prepare` makes of recorded data
+    needs: tuple[str, ...] = ()  # names of recorded data for `prepare`
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run: `--quick` or the full form."""
+    """The size of the experiments: `--quick` or the full form."""
 
-    main_seeds: int  # of the policies trained over rates
-    seeds: int  # of all others
-    specialists: tuple[int, ...]  # rates that get a policy of their own
-    range_frames: int  # of a policy trained over a range
-    frames: int  # of one trained for a single setting
+    main_seeds: int  # seeds of the policies trained over rates
+    seeds: int  # seeds of all others
+    specialists: tuple[int, ...]  # rates with a separate policy
+    range_frames: int  # frames of a policy trained over a range
+    frames: int  # frames of a policy trained for a single setting
     episodes: int
     episode_length: int
 
@@ -125,7 +125,7 @@ def questions(size: Size) -> dict[str, Question]:
 
     def disciplines(discipline: str) -> tuple[Setting, ...]:
         options = (f"environment.discipline={discipline}",)
-        if discipline == "orca":  # it reserves so much for every request; those of paper-3 have at most 512 tokens
+        if discipline == "orca":  # it reserves this many tokens per request; requests of paper-3 have at most 512
             options = (*options, "environment.max_model_len=512")
         own = over_rates(f"rates-3-{discipline}", *options)
         points = {rate: (*overrides, *options) for rate, overrides in rate_points.items()}

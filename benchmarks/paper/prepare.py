@@ -1,4 +1,4 @@
-"""What is made of recorded data before training: halves of traces, loads, and predictors of real text."""
+"""Prepares recorded data before training: halves of traces, loads, and predictors of real text."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from jaxroute.routers import make_router
 from jaxroute.workload import load_trace
 
 VIOLATIONS = 0.30
-"""Share of requests whose latency limit a heuristic misses at the load that is sought."""
+"""Share of requests for which a heuristic misses the latency limit at the chosen load."""
 
 AZURE = {"azure_conv": "azure_llm_2023_conv.csv", "azure_code": "azure_llm_2023_code.csv"}
 TEXT = "alpacaeval_mix_train.jsonl"
 
 
 def missing_data(need: str, data: Path) -> str | None:
-    """The file that `need` wants and `data` lacks, or None."""
+    """The file that `need` requires and `data` lacks, or None."""
     name = AZURE.get(need, TEXT)
     return None if (data / name).is_file() else str(data / name)
 
 
 def prepare(need: str, out: Path, data: Path) -> dict[str, str]:
-    """Placeholders of overrides -> their values; the files are made in `out/data`, once."""
+    """Placeholders of overrides -> their values. The files are made once, in `out/data`."""
     folder = out / "data"
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / f"{need}.json"
@@ -45,8 +45,8 @@ def prepare(need: str, out: Path, data: Path) -> dict[str, str]:
 
 
 def _azure(need: str, folder: Path, path: Path) -> dict[str, str]:
-    """The trace's first half, to train on, and second, to evaluate on; and the rate scale at which Round-Robin misses
-    the limit for `VIOLATIONS` of the second half's requests, with requests of the frozen generator."""
+    """The first half of the trace for training, the second half for evaluation, and the rate scale at which Round-Robin
+    misses the limit for `VIOLATIONS` of the second half, with requests of the frozen generator."""
     trace = load_trace(path)
     times, middle = trace.times, len(trace.times) // 2
     values = {}
@@ -61,8 +61,8 @@ def _azure(need: str, folder: Path, path: Path) -> dict[str, str]:
 
 
 def _text(folder: Path, path: Path) -> dict[str, str]:
-    """Predictions of score and length for the prompts, learned from the training part; both parts as files of their
-    own; and the rate at which BERT Router misses the limit for `VIOLATIONS` of the held-out prompts."""
+    """Predictions of score and length for the prompts, learned from the training part; a file for each part; and the
+    rate at which BERT Router misses the limit for `VIOLATIONS` of the held-out prompts."""
     values = {f"text_{part}": str((folder / f"text_{part}.jsonl").absolute()) for part in ("train", "holdout")}
     model = folder / "predictors"
     if not model.exists():

@@ -1,4 +1,4 @@
-"""From the evaluations to a CSV and a table of each question."""
+"""Writes the evaluations of each question as CSV and as a table."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ Results = dict[str, list[dict[str, list[float]]]]
 
 
 def label_of(name: str) -> str:
-    """How a router or policy is called in tables and pictures."""
+    """The label of a router or policy in tables and pictures."""
     return POLICY_LABELS.get(name) or ROUTER_LABELS[name]
 
 
 def per_episode(rows: list[dict[str, list[float]]], metric: str = "qos") -> np.ndarray:
-    """[episodes]: the mean over seeds."""
+    """The mean over seeds, [episodes]."""
     return np.mean([row[metric] for row in rows], axis=0)
 
 
 def interval(rows: list[dict[str, list[float]]], metric: str = "qos") -> Interval:
-    """Mean and 95 % interval: over the seeds, where there are several, else over the episodes."""
+    """Mean and 95 % interval: over the seeds if there are several, otherwise over the episodes."""
     if len(rows) > 1:
         return mean_interval(np.array([np.mean(row[metric]) for row in rows]))
     return mean_interval(np.asarray(rows[0][metric]))
 
 
 def lead(results: Results, name: str, other: str, metric: str = "qos") -> Interval:
-    """Of `name` over `other`, paired by episode."""
+    """The lead of `name` over `other`, paired by episode."""
     return paired_difference(per_episode(results[name], metric), per_episode(results[other], metric))
 
 
 def write_csv(path: Path, out: Path, question: Question) -> None:
-    """One row for each point, router, seed and episode."""
+    """Writes one row per point, router, seed and episode."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([question.axis, "router", "seed", "episode", *METRICS])
@@ -65,7 +65,7 @@ def write_csv(path: Path, out: Path, question: Question) -> None:
 
 
 def qos_table(out: Path, question: Question) -> str:
-    """Markdown: routers by points, mean QoS and its interval; routers in order of their mean over the points."""
+    """A table in Markdown: mean QoS and interval of routers by points, ordered by the mean over the points."""
     results = {setting.point: read_evaluation(out, setting) for setting in question.settings}
     points = list(results)
     routers = dict.fromkeys(name for of_point in results.values() for name in of_point)
@@ -83,7 +83,7 @@ def qos_table(out: Path, question: Question) -> str:
 
 
 def ablation_table(out: Path, settings: Sequence[Setting]) -> str:
-    """Markdown: QoS of each ablation and its paired difference to the first one."""
+    """A table in Markdown: QoS of each ablation, and its paired difference from the first one."""
     default = read_evaluation(out, settings[0])
     rows = []
     for setting in settings:

@@ -1,7 +1,7 @@
-"""Environments in the interfaces of other libraries: gymnax, gymnasium and Stable-Baselines3.
+"""Environments with the interfaces of other libraries: gymnax, gymnasium and Stable-Baselines3.
 
-Each needs its extra, as in `pip install 'jaxroute[gymnax]'`, and is imported when it is asked for; nothing else of
-jaxroute imports this folder.
+Each adapter needs its extra, for example `pip install 'jaxroute[gymnax]'`, and is imported when it is used. No other
+part of jaxroute imports this folder.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 def to_gymnax(env: Any, params: Any, five_values: bool | None = None) -> tuple[GymnaxEnvironment, GymnaxParams]:
     """A subclass of gymnax's `Environment`, and its parameters, as `gymnax.make` returns them.
 
-    `five_values`: whether `step` returns (observation, state, reward, done, info) rather than (observation, state,
-    reward, terminated, truncated, info). None does as the installed gymnax: six from 1.0 on. rejax 0.1 needs five.
-    Raises `UserError` where gymnax is not installed.
+    `five_values`: whether `step` returns (observation, state, reward, done, info) instead of (observation, state,
+    reward, terminated, truncated, info). None selects the installed gymnax's view: six values from 1.0 on. rejax 0.1
+    needs five. Raises `UserError` if gymnax is not installed.
     """
     return _module("gymnax").to_gymnax(env, params, five_values)
 
 
 def to_gymnasium(env: Any, params: Any) -> GymnasiumEnv:
-    """A `gymnasium.Env`, which does not reset by itself. Raises `UserError` where gymnasium is not installed."""
+    """A `gymnasium.Env`, without automatic reset. Raises `UserError` if gymnasium is not installed."""
     return _module("gymnasium").GymnasiumEnv(env, params)
 
 
 def to_gymnasium_vector(env: Any, params: Any, num_envs: int) -> GymnasiumVectorEnv:
     """A `gymnasium.vector.VectorEnv` of `num_envs` environments in one program, with `AutoresetMode.SAME_STEP`.
 
-    Raises `UserError` where gymnasium is not installed.
+    Raises `UserError` if gymnasium is not installed.
     """
     return _module("gymnasium").GymnasiumVectorEnv(env, params, num_envs)
 
@@ -43,7 +43,7 @@ def to_gymnasium_vector(env: Any, params: Any, num_envs: int) -> GymnasiumVector
 def to_stable_baselines3(env: Any, params: Any, num_envs: int) -> StableBaselines3VecEnv:
     """A `VecEnv` of Stable-Baselines3 with `num_envs` environments in one program.
 
-    Raises `UserError` where stable-baselines3 is not installed.
+    Raises `UserError` if stable-baselines3 is not installed.
     """
     return _module("stable_baselines3", extra="sb3").StableBaselines3VecEnv(env, params, num_envs)
 

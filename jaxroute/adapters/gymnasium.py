@@ -1,4 +1,4 @@
-"""gymnasium: one environment as `Env`, many in one program as `VectorEnv`."""
+"""gymnasium: one environment as `Env`, or several in one program as `VectorEnv`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxroute.environment.spaces import Box, Discrete, Space
 
 
 def gymnasium_space(own: Space) -> gymnasium.Space[Any]:
-    """gymnasium's own class for a space; masks are `MultiBinary`, so int8."""
+    """The gymnasium space for a space; masks are `MultiBinary`, with dtype int8."""
     if isinstance(own, Discrete):
         return gymnasium.spaces.Discrete(own.n)
     if isinstance(own, Box):
@@ -27,22 +27,22 @@ def gymnasium_space(own: Space) -> gymnasium.Space[Any]:
 
 
 class GymnasiumEnv(gymnasium.Env):
-    """`env` as `gymnasium.Env`: an episode's end returns its last observation, and `reset` begins the next.
+    """`env` as `gymnasium.Env`: the end of an episode returns its last observation, and `reset` begins the next.
 
-    info has "action_mask" (int8 [N + 1]), "qos", "penalty" and "elapsed" as docs/environment.md says, and at an
-    episode's end "metrics", as `summarize` gives them.
+    info has "action_mask" (int8 [N + 1]), "qos", "penalty" and "elapsed" (docs/environment.md), and at the end of an
+    episode "metrics", the result of `summarize`.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}
 
     def __init__(self, env: Any, params: Any) -> None:
         self._batch = HostBatch(env, params, 1)
-        self._next: Any = None  # the next episode's first observation and info, at an episode's end
+        self._next: Any = None  # at the end of an episode, the first observation and info of the next one
         self.observation_space = gymnasium_space(env.observation_space())
         self.action_space = gymnasium_space(env.action_space())
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """(observation, info) of a fresh episode; `seed` begins a new sequence of them, `options` are none."""
+        """(observation, info) of a new episode. `seed` begins a new sequence of episodes; there are no `options`."""
         super().reset(seed=seed)
         first = self._next
         if seed is not None or first is None:
@@ -65,8 +65,8 @@ class GymnasiumEnv(gymnasium.Env):
 class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
     """`num_envs` environments in one program. Environment i with seed s is `GymnasiumEnv` with seed s + i.
 
-    An episode's last observation and info are in info["final_obs"] and info["final_info"], as gymnasium's
-    `SyncVectorEnv` has them; every entry of info has its mask, under its name after an underscore.
+    The last observation and info of an episode are in info["final_obs"] and info["final_info"], as in gymnasium's
+    `SyncVectorEnv`. Every entry of info has a mask, whose name is the entry's with a leading underscore.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -81,9 +81,9 @@ class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """(observations, info) of fresh episodes in all environments; `options` are none.
+        """(observations, info) of new episodes in all environments; there are no `options`.
 
-        `seed`: the first environment's, the others count up from there; or one for each.
+        `seed` is that of the first environment, from which the others count up; or one seed for each.
         """
         if isinstance(seed, int):
             super().reset(seed=seed)
@@ -102,7 +102,7 @@ class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
             raise gymnasium.error.ResetNeeded("call reset before step")
         step = self._batch.step(actions)
         everywhere, ended = np.ones(self.num_envs, bool), step.terminated | step.truncated
-        # What a step gives belongs to the episode that ended; the new one has its mask alone, as after a reset.
+        # The values of a step belong to the ended episode; the new one has only its mask, as after a reset.
         infos = {name: (value, everywhere if name == "action_mask" else ~ended) for name, value in step.info.items()}
         info = {key: value for name, pair in infos.items() for key, value in _masked({name: pair[0]}, pair[1]).items()}
         if step.final_info is not None:
@@ -114,18 +114,18 @@ class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
 
 
 def _first(seen: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
-    """What a reset returns, of what a step that reset returned."""
+    """The part of a resetting step's info that a reset returns."""
     observation, info = seen
     return observation, {name: value for name, value in info.items() if name == "action_mask"}
 
 
 def _row(seen: Any) -> Any:
-    """The only environment's: arrays without their first axis, numbers."""
+    """The info of the only environment: arrays without their first axis, numbers."""
     return jax.tree.map(lambda leaf: leaf[0] if leaf.ndim > 1 else leaf[0].item(), seen)
 
 
 def _masked(info: dict[str, Any], present: np.ndarray) -> dict[str, Any]:
-    """gymnasium's layout of the info of several environments: each entry, zero elsewhere, and where it is."""
+    """gymnasium's layout of the info of several environments: each entry, zero if absent, with a mask."""
     masked: dict[str, Any] = {}
     for name, value in info.items():
         if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""gymnax: a real subclass of its `Environment`, with its spaces, for gymnax 0.0.9 and 1.x alike."""
+"""gymnax: a subclass of its `Environment` with its spaces, for gymnax 0.0.9 and 1.x."""
 
 # pyright: basic, reportMissingImports=false
-# The library is not there when types are checked.
+# The library is not installed when types are checked.
 from __future__ import annotations
 
 from functools import partial
@@ -16,23 +16,23 @@ from jaxroute.environment.spaces import Dict as DictSpace
 from jaxroute.environment.spaces import Discrete, Space
 from jaxroute.environment.wrappers import FiveValues
 
-# 1.0 reports truncation, and its step returns six values; before, five.
+# From 1.0 on, gymnax reports truncation, and step returns six values; before, it returns five.
 SIX_VALUES = hasattr(environment.Environment, "is_truncated")
 
 
 @struct.dataclass
 class GymnaxParams(environment.EnvParams):
-    """The environment's own parameters, traced, beside the one that every gymnax environment has."""
+    """The parameters of the environment, traced, and the parameter that every gymnax environment has."""
 
-    max_steps_in_episode: int = struct.field(pytree_node=False, default=1)  # libraries read it; it changes nothing
+    max_steps_in_episode: int = struct.field(pytree_node=False, default=1)  # libraries read it; it has no effect
     params: Any = None
 
 
 class GymnaxEnvironment(environment.Environment):
-    """`env` behind gymnax's interface. `reset` and `step` are the environment's own, which resets by itself once.
+    """`env` with gymnax's interface. `reset` and `step` are those of the environment, which resets automatically.
 
-    info is the environment's, with "terminated", "truncated" (bool []) and "final_observation", as gymnax 1.x has them,
-    and "discount" (float [], 0 where terminated, else 1) as gymnax before 1.0.
+    info is that of the environment, with "terminated", "truncated" (bool []) and "final_observation" as in gymnax 1.x,
+    and "discount" (float [], 0 if terminated, else 1) as in gymnax before 1.0.
     """
 
     def __init__(self, env: Any, params: GymnaxParams, five_values: bool) -> None:
@@ -49,13 +49,13 @@ class GymnaxEnvironment(environment.Environment):
         return self.env.num_actions
 
     def reset(self, key: jax.Array, params: GymnaxParams | None = None) -> tuple[Any, Any]:
-        """(observation, state) of a fresh episode."""
+        """(observation, state) of a new episode."""
         return _reset(self.env, key, (params or self._params).params)
 
     reset_env = reset
 
     def step(self, key: jax.Array, state: Any, action: Any, params: GymnaxParams | None = None) -> tuple[Any, ...]:
-        """Six values or five (see `five_values`), after the reset where an episode ends."""
+        """Six or five values (see `five_values`); at the end of an episode, those after the reset."""
         values = _step(FiveValues(self.env), key, state, action, (params or self._params).params)
         observation, state, reward, done, info = values
         if self.five_values:
@@ -71,7 +71,7 @@ class GymnaxEnvironment(environment.Environment):
         return self.env.observe(state, (params or self._params).params)
 
     def is_terminal(self, state: Any, params: GymnaxParams) -> jax.Array:
-        """False, bool []: no state that `reset` or `step` returns is at an episode's end."""
+        """False, bool []: no state that `reset` or `step` returns is at the end of an episode."""
         return jnp.bool_(False)
 
     is_terminated = is_truncated = is_terminal
@@ -85,7 +85,7 @@ class GymnaxEnvironment(environment.Environment):
         return _space(self.env.observation_space())
 
 
-# As gymnax's own reset and step, compiled; never with the default parameters as constants, which round otherwise.
+# Compiled like gymnax's reset and step. Default parameters are never constants, which would round differently.
 @partial(jax.jit, static_argnums=0)
 def _reset(env: Any, key: jax.Array, params: Any) -> tuple[Any, Any]:
     return env.reset(key, params)
@@ -97,7 +97,7 @@ def _step(env: FiveValues, key: jax.Array, state: Any, action: Any, params: Any)
 
 
 def to_gymnax(env: Any, params: Any, five_values: bool | None) -> tuple[GymnaxEnvironment, GymnaxParams]:
-    """As `jaxroute.adapters.to_gymnax`."""
+    """See `jaxroute.adapters.to_gymnax`."""
     own = GymnaxParams(max_steps_in_episode=env.episode_length, params=params)
     return GymnaxEnvironment(env, own, not SIX_VALUES if five_values is None else five_values), own
 
@@ -109,6 +109,6 @@ def _space(own: Space) -> Any:
         space = spaces.Dict({name: _space(part) for name, part in own.spaces.items()})
     else:
         space = spaces.Box(own.low, own.high, own.shape, own.dtype)
-    # gymnax's own draw NaN between infinite bounds, and dictionaries for observations that are none.
+    # gymnax's spaces sample NaN between infinite bounds, and dictionaries instead of other observations.
     space.sample, space.contains = own.sample, own.contains
     return space

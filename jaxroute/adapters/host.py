@@ -1,4 +1,4 @@
-"""Several environments stepped as one program, for libraries that live outside of JAX: numpy arrays in and out."""
+"""Steps several environments in one program, for libraries without JAX: inputs and outputs are NumPy arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxroute.environment.metrics import EpisodeTotals, Level, summarize
 from jaxroute.environment.spaces import Dict, observation_space
 
 Info = dict[str, Any]
-"""Name -> [B, ...]: "action_mask" (int8 [B, N + 1], as gymnasium has it); after a step "qos", "penalty", "elapsed"."""
+"""Name -> [B, ...]: "action_mask" (int8 [B, N + 1], as in gymnasium); after a step "qos", "penalty", "elapsed"."""
 
 
 class Step(NamedTuple):
@@ -25,14 +25,14 @@ class Step(NamedTuple):
     reward: np.ndarray  # float [B]
     terminated: np.ndarray  # bool [B]
     truncated: np.ndarray  # bool [B]
-    final_observation: Any  # before the resets; None where no environment ended, as is final_info
-    final_info: Info | None  # with "metrics", a dict of [B, ...], unless the environment has none
+    final_observation: Any  # before the resets; it and final_info are None if no episode ended
+    final_info: Info | None  # with "metrics", a dict of [B, ...], unless metrics are off
 
 
 class HostBatch:
-    """`num_envs` environments of one kind, with their state. Can be pickled and copied at any time.
+    """`num_envs` equal environments with their states. They can be pickled and copied at any time.
 
-    Every environment's randomness comes from its own seed, so it does not depend on `num_envs`.
+    The random numbers of every environment come from its own seed, so they do not depend on `num_envs`.
     """
 
     def __init__(self, env: Any, params: Any, num_envs: int) -> None:
@@ -41,18 +41,18 @@ class HostBatch:
 
     @property
     def started(self) -> bool:
-        """Whether there was a reset."""
+        """Whether `reset` has been called."""
         return self._state is not None
 
     def reset(self, seeds: Sequence[int]) -> tuple[Any, Info]:
-        """(observation, info) of fresh episodes; `seeds` count modulo 2^32."""
+        """(observation, info) of new episodes; `seeds` are taken modulo 2^32."""
         self._seeds = np.asarray([seed % 2**32 for seed in seeds], np.uint32)
         self._steps = 0
         (observation, info), self._state = _reset(self.env, self._seeds, self.params)
         return _numpy(observation), _numpy(info)
 
     def step(self, actions: Any) -> Step:
-        """All environments' next step, `actions` whole numbers [B]."""
+        """Steps all environments; `actions` are integers [B]."""
         self._steps += 1
         actions = np.asarray(actions, np.int32).reshape(self.num_envs)
         seen, final, totals, self._state = _step(
@@ -85,8 +85,8 @@ def _step(env: Any, seeds: jax.Array, count: jax.Array, state: Any, actions: jax
 
 
 def _keys(seeds: jax.Array, count: jax.Array) -> jax.Array:
-    """Of a reset at 0, of its n-th step at n: children of the seed's key alike, since `split` and `fold_in` of one key
-    can give the same."""
+    """Keys: 0 of a reset, n of the n-th step after it. All are made by `fold_in` of the seed's key, since `split` and
+    `fold_in` of one key may give equal keys."""
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), count))(seeds)
 
 
@@ -96,9 +96,9 @@ def _summaries(totals: EpisodeTotals, level: Level) -> dict[str, jax.Array]:
 
 
 def _seen(env: Any, observation: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """An observation [B, ...] as an array or a dict of arrays, masks int8; and its action mask by name, if it has one.
+    """An observation [B, ...] as an array or a dict of arrays with masks as int8; and its action mask, if it has one.
 
-    The mask of an observation that a wrapper changed is not known.
+    The mask of an observation that a wrapper changed is unknown.
     """
     space, mask = env.observation_space(), None
     if space == observation_space(env):
@@ -110,5 +110,5 @@ def _seen(env: Any, observation: Any) -> tuple[Any, dict[str, jax.Array]]:
 
 
 def _numpy(tree: Any) -> Any:
-    """Arrays of their own, which may be written to."""
+    """Copies of the arrays, which may be written to."""
     return jax.tree.map(np.array, jax.device_get(tree))

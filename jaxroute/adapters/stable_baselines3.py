@@ -1,7 +1,7 @@
-"""Stable-Baselines3: its own kind of vector environment, `VecEnv`, which is not gymnasium's."""
+"""Stable-Baselines3: its vector environment, `VecEnv`, which differs from gymnasium's."""
 
 # pyright: basic, reportMissingImports=false
-# The library is not there when types are checked.
+# The library is not installed when types are checked.
 from __future__ import annotations
 
 from typing import Any
@@ -17,8 +17,8 @@ from jaxroute.adapters.host import HostBatch
 class StableBaselines3VecEnv(VecEnv):
     """`num_envs` environments in one program; a reset without `seed` draws seeds from the operating system.
 
-    infos[i] has "action_mask" (int8 [N + 1]), "qos", "penalty", "elapsed" and "TimeLimit.truncated"; at an episode's
-    end also "terminal_observation" and "metrics". "action_mask" is always the returned observation's.
+    infos[i] has "action_mask" (int8 [N + 1]), "qos", "penalty", "elapsed" and "TimeLimit.truncated"; at the end of an
+    episode also "terminal_observation" and "metrics". "action_mask" always belongs to the returned observation.
     """
 
     def __init__(self, env: Any, params: Any, num_envs: int) -> None:
@@ -27,7 +27,7 @@ class StableBaselines3VecEnv(VecEnv):
         super().__init__(num_envs, gymnasium_space(env.observation_space()), gymnasium_space(env.action_space()))
 
     def reset(self) -> Any:
-        """The observations [num_envs, ...], or a dict of them."""
+        """The first observations [num_envs, ...], or a dict of them."""
         drawn = np.random.SeedSequence().generate_state(self.num_envs).tolist()
         seeds = [own if seed is None else seed for seed, own in zip(self._seeds, drawn, strict=True)]
         self._reset_seeds()
@@ -57,14 +57,14 @@ class StableBaselines3VecEnv(VecEnv):
         return step.observation, step.reward, done, infos
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing, as there is nothing to close."""
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """ "params", "action_masks" (for sb3-contrib's maskable agents), or an attribute of the environment."""
         return [self._attribute(attr_name, index) for index in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Only "params", and of all environments: an environment itself is a value."""
+        """Sets "params" of all environments; an environment itself cannot be changed."""
         if attr_name != "params" or len(list(self._get_indices(indices))) != self.num_envs:
             raise AttributeError(f"{attr_name} cannot be set: only params can, and of all environments together")
         self._batch.params = value
@@ -75,11 +75,11 @@ class StableBaselines3VecEnv(VecEnv):
         return [method(*method_args, **method_kwargs) for method in methods]
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """False: gymnasium's wrappers cannot be inside."""
+        """False: there are no gymnasium wrappers inside."""
         return [False for _ in self._get_indices(indices)]
 
     def _rows(self, info: dict[str, Any]) -> list[dict[str, Any]]:
-        """One dict for each environment. Keeps the action masks."""
+        """One dict per environment. Also stores the action masks."""
         self._masks = info.get("action_mask")
         columns = [value if value.ndim > 1 else value.tolist() for value in info.values()]
         return [dict(zip(info, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -1,1 +1,1 @@
-"""Finds an engine's latency model and unknown options from the log of a real server."""
+"""Estimates an engine's latency model and unknown options from the log of a real server."""

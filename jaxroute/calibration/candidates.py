@@ -1,12 +1,12 @@
-"""Many candidate servers on one log at once, each with the exact scheduler.
+"""Simulates many candidate servers on one log at once, each with the exact scheduler.
 
-A server is D engines behind vLLM's rule for data-parallel engines; usually D is 1. Candidates are the last axis,
-engines the one before: arrays of queues are [S, D, K]. Candidates do not wait for each other: each has its own place in
-the log.
+A server consists of D engines behind vLLM's rule for data-parallel engines; usually D is 1. Candidates are the last
+axis, and engines the axis before: arrays of queues are [S, D, K]. Candidates do not wait for each other: each has its
+own position in the log.
 
-A queue has few slots, whatever the log's length. Requests behind the first few of `waiting` change nothing in an
-iteration, so they stay in a list of numbers until a slot is free. That is exact as long as one slot is left for a
-waiting request; where it was not, the candidate is marked `overflowed`, and the caller gives more slots.
+A queue has few slots, independent of the length of the log. Requests behind the first few of `waiting` do not affect an
+iteration, so they remain in a list until a slot is free. This is exact as long as one slot is left for a waiting
+request. Otherwise the candidate is marked `overflowed`, and the caller must use more slots.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from jaxroute.simulator.load_balancing import data_parallel_load
 class LogRequests(struct.PyTreeNode):
     """R requests in order of arrival."""
 
-    arrival: jax.Array  # float [R], s, the first at 0
+    arrival: jax.Array  # float [R], s; the first is 0
     prompt_tokens: jax.Array  # int32 [R]
     output_tokens: jax.Array  # int32 [R]
-    shared_tokens: jax.Array  # int32 [R], of the prompt, those that a prefix cache could have had
+    shared_tokens: jax.Array  # int32 [R], tokens of the prompt that a prefix cache could contain
 
 
 class Candidates(struct.PyTreeNode):
-    """K servers, each of equal engines."""
+    """K servers; the engines of a server are equal."""
 
     engine: EngineParams  # each field [K]
     prefix_hits: jax.Array  # float [K], share of `shared_tokens` that a prefix cache saves
@@ -42,55 +42,55 @@ class Candidates(struct.PyTreeNode):
 def prompt_left(
     prompt_tokens: jax.Array, shared_tokens: jax.Array, prefix_hits: jax.Array | float, block_size: jax.Array | int
 ) -> jax.Array:
-    """int32 [...]: tokens of a prompt that are left to do after the whole blocks that a prefix cache has."""
+    """int32 [...]: tokens of a prompt after the whole blocks that a prefix cache contains."""
     blocks = jnp.floor(prefix_hits * shared_tokens / block_size + 1e-4).astype(jnp.int32)
     return jnp.maximum(prompt_tokens - blocks * block_size, 1)
 
 
 class Simulated(struct.PyTreeNode):
-    """What became of the requests under K candidates. Times in seconds since the log's beginning."""
+    """Results of the requests under K candidates. Times are in seconds since the beginning of the log."""
 
-    first_token: jax.Array  # float [R, K], NEVER where none came
-    finish: jax.Array  # float [R, K], NEVER where it did not finish
-    overflowed: jax.Array  # bool [K], there were too few slots: the result is not exact
-    preemptions: jax.Array  # int32 [K], of the requests that finished
-    rounds: jax.Array  # int32 [K], until a candidate was done
+    first_token: jax.Array  # float [R, K], NEVER if there was none
+    finish: jax.Array  # float [R, K], NEVER if it did not finish
+    overflowed: jax.Array  # bool [K], there were too few slots, so the result is not exact
+    preemptions: jax.Array  # int32 [K], of the finished requests
+    rounds: jax.Array  # int32 [K], rounds of the loop for each candidate
     series: tuple[jax.Array, jax.Array, jax.Array] | None  # [M, D, K]: start of a round, s; then running and waiting
 
 
 class _Run(struct.PyTreeNode):
-    state: EngineState  # [S, D, K], times since the log's beginning
+    state: EngineState  # [S, D, K], times since the beginning of the log
     work: EngineWork
-    number: jax.Array  # int32 [S, D, K], of the request in the slot
-    routed: jax.Array  # int32 [K], requests that have an engine
+    number: jax.Array  # int32 [S, D, K], number of the request in the slot
+    routed: jax.Array  # int32 [K], number of requests assigned to an engine
     order: jax.Array  # int32 [R, D, K], requests of an engine in order of arrival
-    given: jax.Array  # int32 [D, K], how many of them there are
-    joined: jax.Array  # int32 [D, K], how many of those have had a slot
+    given: jax.Array  # int32 [D, K], number of requests in `order`
+    joined: jax.Array  # int32 [D, K], number of these that have entered a slot
     first_token: jax.Array
     finish: jax.Array
-    done: jax.Array  # int32 [K], requests that finished
+    done: jax.Array  # int32 [K], number of finished requests
     preemptions: jax.Array
-    failed: jax.Array  # bool [K]: stalled, or later than it may be
+    failed: jax.Array  # bool [K]: stalled, or past the time limit
     overflowed: jax.Array
     rounds: jax.Array  # int32 [K]
     series: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
 def _next_arrival(requests: LogRequests, run: _Run) -> jax.Array:
-    """float [K], NEVER after the last."""
+    """The time of the next arrival, float [K]; NEVER after the last one."""
     last = requests.arrival.shape[0] - 1
     return jnp.where(run.routed <= last, requests.arrival[jnp.minimum(run.routed, last)], NEVER)
 
 
 def _ready(requests: LogRequests, run: _Run) -> jax.Array:
-    """bool [K]: every engine has come to the next arrival."""
+    """bool [K]: whether every engine has reached the next arrival."""
     idle = (run.state.num_requests == 0) & (run.given == run.joined)
     reached = idle | (run.state.clock >= _next_arrival(requests, run))
     return jnp.all(reached, axis=0) & (run.routed < requests.arrival.shape[0]) & ~run.failed
 
 
 def _route(requests: LogRequests, run: _Run) -> _Run:
-    """The next request of every candidate that is ready gets an engine."""
+    """Assigns the next request of every ready candidate to an engine."""
     ready = _ready(requests, run)
     running = run.state.num_running
     waiting = run.state.num_requests - running + run.given - run.joined
@@ -110,7 +110,7 @@ def _has_room(run: _Run) -> jax.Array:
 
 
 def _join(servers: Candidates, requests: LogRequests, run: _Run) -> _Run:
-    """The next request of every engine that has one and a free slot joins its queue."""
+    """Moves the next request of every engine with a free slot into its queue."""
     joins = _has_room(run)
     number = jnp.take_along_axis(run.order, jnp.minimum(run.joined, run.order.shape[0] - 1)[None], axis=0)[0]
     params = servers.engine
@@ -123,7 +123,7 @@ def _join(servers: Candidates, requests: LogRequests, run: _Run) -> _Run:
 
 
 def _collect(run: _Run, params: EngineParams) -> _Run:
-    """Notes what finished, and frees its slots."""
+    """Records the finished requests, and frees their slots."""
     state, number, finished = collect(run.state, run.number, params)
     gone, left = finished.engines, finished.served
     lanes = jnp.broadcast_to(jnp.arange(left.shape[-1]), left.shape[1:])
@@ -150,13 +150,13 @@ def _collect(run: _Run, params: EngineParams) -> _Run:
 
 
 def _round(servers: Candidates, requests: LogRequests, latest: jax.Array, most_rounds: jax.Array, run: _Run) -> _Run:
-    """Arrivals, then one iteration of every engine and the plain decodes after it."""
+    """Arrivals, and then one iteration of every engine with the plain decodes after it."""
     params = servers.engine
     run = jax.lax.while_loop(lambda run: jnp.any(_ready(requests, run)), lambda run: _route(requests, run), run)
     run = jax.lax.while_loop(lambda run: jnp.any(_has_room(run)), lambda run: _join(servers, requests, run), run)
     state = run.state
     more = run.routed < requests.arrival.shape[0]
-    # Several engines meet at every arrival, for its choice among them; one alone goes on while its slots are full.
+    # Several engines stop at every arrival, which one of them receives. A single engine continues when it is full.
     goes_on = (state.num_requests == state.num_slots) & (state.clock.shape[0] == 1)
     until = jnp.where(goes_on, NEVER, _next_arrival(requests, run))
     done = jump(state, run.work, jnp.where(run.failed, -NEVER, until), params)
@@ -197,9 +197,9 @@ def simulate(
 ) -> Simulated:
     """Runs the whole log under K candidates.
 
-    A candidate ends early, with NEVER for what is not done, where it stalls, its clock passes `latest` (s) or it takes
-    `most_rounds` rounds. `num_slots`, the number of `engines` of a server, and of how many rounds the series are kept,
-    `num_rounds`, are static.
+    A candidate ends early, with NEVER for the missing times, if it stalls, if its clock passes `latest` (s), or after
+    `most_rounds` rounds. `num_slots`, the number of `engines` of a server, and `num_rounds`, the number of rounds whose
+    series are kept, are static.
     """
     count, lanes = requests.arrival.shape[0], servers.prefix_hits.shape[0]
     shape = (engines, lanes)

@@ -1,4 +1,4 @@
-"""How near a simulated log is to the measured one, on requests that it was not fitted to."""
+"""Errors of a simulated log against the measured one, on requests that it was not fitted to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATISTICS = ("mean", "p50", "p95", "p99")
 
 
 class Server(NamedTuple):
-    """A server to simulate the log on: options as `jaxroute.replay` takes them, and what is around the engine."""
+    """A server to simulate the log on: engine options in the format of `jaxroute replay`, and its surroundings."""
 
     engine: dict[str, Any]
     num_engines: int = 1
@@ -29,14 +29,14 @@ class Server(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Of every request, float64 [R], s; inf where it never came."""
+    """Times of every request, float64 [R], s; inf for events that did not happen."""
 
     first_token: np.ndarray
     finish: np.ndarray
 
 
 def prompts(log: ServerLog, server: Server) -> np.ndarray:
-    """Prompt tokens less what the prefix cache saves, int32 [R]."""
+    """Prompt tokens without those that the prefix cache saves, int32 [R]."""
     if log.shared_tokens is None or not server.prefix_hits:
         return log.prompt_tokens
     size = server.engine.get("block_size", BLOCK_SIZE)
@@ -45,7 +45,7 @@ def prompts(log: ServerLog, server: Server) -> np.ndarray:
 
 
 def run(log: ServerLog, server: Server) -> Times:
-    """The whole log: by `jaxroute.replay` on one engine, else by the candidates' simulator on several."""
+    """Simulates the whole log: one engine as in `jaxroute replay`, several with the simulator of candidates."""
     if server.num_engines == 1:
         columns = zip(log.arrival.tolist(), prompts(log, server).tolist(), log.output_tokens.tolist(), strict=True)
         requests = [
@@ -94,14 +94,14 @@ def _simulate(log: ServerLog, server: Server, num_rounds: int = 0) -> Any:
 
 
 def statistics(values: np.ndarray) -> dict[str, float]:
-    """`STATISTICS` of some requests' latencies."""
+    """The `STATISTICS` of latencies."""
     quantiles = np.nanquantile(values, (0.5, 0.95, 0.99))
     return dict(zip(STATISTICS, map(float, (np.nanmean(values), *quantiles)), strict=True))
 
 
 def judge(log: ServerLog, times: Times, among: np.ndarray) -> dict[str, Any]:
-    """Of the requests `among` (bool [R]): per metric, measured and simulated statistics, s, and the simulated less the
-    measured over the measured; the median of the requests' own relative errors; and the makespan of the whole log.
+    """Errors on the requests `among` (bool [R]). Per metric: measured and simulated statistics, s, their relative
+    errors, and the median of the relative errors of single requests; and the makespan of the whole log.
     """
     measured, simulated = log.measured, log.latencies(times.first_token, times.finish)
     found: dict[str, Any] = {}
@@ -125,21 +125,21 @@ def judge(log: ServerLog, times: Times, among: np.ndarray) -> dict[str, Any]:
 
 
 def load_at_arrival(log: ServerLog) -> np.ndarray:
-    """Requests in the server when each arrived, int [R]."""
+    """Number of requests in the server at each arrival, int [R]."""
     ended = np.sort(log.finish)
     return np.arange(len(log)) - np.searchsorted(ended, log.arrival)
 
 
 class Split(NamedTuple):
-    """One part of the log to fit on, the other to be judged on."""
+    """A split of the log: one part is fitted, and errors are computed on the other."""
 
     name: str
     fitted: np.ndarray  # bool [R]
 
 
 def splits(log: ServerLog) -> list[Split]:
-    """By the parity of the ids, which decides; the first half against the second; and, where the load at arrival has
-    several levels, the lower half of the load against the upper.
+    """The splits: by parity of the ids, which is the main one; the first half against the second; and, if the load at
+    arrival has several levels, the lower half of the load against the upper half.
     """
     by_parity = log.ids % 2 == 0
     if not 0.25 <= by_parity.mean() <= 0.75:
@@ -149,7 +149,7 @@ def splits(log: ServerLog) -> list[Split]:
     load = load_at_arrival(log)
     low, middle, high = np.quantile(load, (0.1, 0.5, 0.9))
     by_load = load <= middle
-    # In a log that only fills up, the lower loads are its first half.
+    # If the load of a log only increases, the lower loads are its first half.
     if high >= 2 * low + 4 and 0.2 <= by_load.mean() <= 0.8 and (by_load == found[-1].fitted).mean() < 0.9:
         found.append(Split("lower loads fitted, higher loads judged", by_load))
     return found

@@ -1,4 +1,4 @@
-"""Errors as linear functions of the parameters, from candidates around a point, and what they say of the parameters."""
+"""Linear functions of the errors in the parameters, fitted to candidates around a point, and their information."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Linear(NamedTuple):
-    """Errors of R requests by 3 metrics; nan where the log has no such latency."""
+    """Errors of R requests in 3 metrics; nan if the log has no such latency."""
 
     at_centre: np.ndarray  # [R, 3]
     slopes: np.ndarray  # [R, 3, P]
@@ -18,7 +18,7 @@ class Linear(NamedTuple):
 def linear(steps: np.ndarray, errors: np.ndarray) -> Linear:
     """Least squares over N candidates at `steps` [N, P] from the centre, with `errors` [N, R, 3].
 
-    That averages over the jumps that a schedule makes when parameters change.
+    This averages over the discontinuities of a schedule when parameters change.
     """
     count, parameters = steps.shape
     design = np.concatenate([np.ones((count, 1)), steps], axis=1)
@@ -35,26 +35,26 @@ def linear(steps: np.ndarray, errors: np.ndarray) -> Linear:
 
 
 PRIOR = 0.5
-"""Standard deviation of a parameter, on its scale, of which nothing is known: within a factor of 2.7."""
+"""Standard deviation, on its scale, of a parameter without information: a factor of 2.7."""
 
-_LINEAR_FROM = 2.0  # standard deviations from which an error counts linearly
+_LINEAR_FROM = 2.0  # standard deviations above which an error counts linearly
 
 
 class Information(NamedTuple):
-    """Least squares of the linear functions, every error over the spread of its metric. P parameters."""
+    """Least squares of the linear functions for P parameters, with each error relative to the spread of its metric."""
 
-    known: np.ndarray  # [P], information along each of the directions; 0 where the slopes' noise hides it
+    known: np.ndarray  # [P], information along each direction; 0 if below the noise of the slopes
     directions: np.ndarray  # [P, P], columns
-    gradients: np.ndarray  # [R, P], of each request's share of half the sum of squares
+    gradients: np.ndarray  # [R, P], gradients of each request's share of half the sum of squares
 
     def solve(self, gradient: np.ndarray) -> np.ndarray:
-        """The step [..., P] for a gradient [..., P], along the directions of which something is known."""
+        """The step [..., P] for a gradient [..., P], along the directions with information."""
         along = np.where(self.known > 0, 1 / (self.known + PRIOR**-2), 0)
         return -(gradient @ self.directions * along) @ self.directions.T
 
     @property
     def deviations(self) -> np.ndarray:
-        """Standard deviations of the parameters, [P]; along the other directions that of `PRIOR`."""
+        """Standard deviations of the parameters, [P]; along directions without information `PRIOR`."""
         return np.sqrt((self.directions**2 / (self.known + PRIOR**-2)).sum(axis=1))
 
 
@@ -70,12 +70,12 @@ def information(found: Linear) -> Information:
     slopes, variance = found.slopes / scale[:, None], found.variance / scale[:, None] ** 2
     each = there / np.sqrt(1 + (at_centre / _LINEAR_FROM) ** 2)
     squares = np.einsum("rmp,rm,rmq->pq", slopes, each, slopes)
-    noise = np.einsum("rmp,rm->p", variance, each)  # it adds to the squares what is no knowledge
+    noise = np.einsum("rmp,rm->p", variance, each)  # the part of the squares that is not information
     values, directions = np.linalg.eigh(squares - np.diag(noise))
     gradients = np.einsum("rmp,rm,rm->rp", slopes, each, at_centre)
     return Information(np.where(values > noise.mean(), values, 0), directions, gradients)
 
 
 def _columns(found: Linear) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The errors of each metric, and which of them there are."""
+    """The errors of each metric, and which of them exist."""
     return [(metric, ~np.isnan(metric)) for metric in found.at_centre.T]

@@ -1,4 +1,4 @@
-"""Request logs of real servers, from the formats that there are; every mistake is one line that names its place."""
+"""Reads request logs of real servers in several formats; each error is one line that names its place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxroute.errors import UserError
 from jaxroute.workload.files import Place, json_object, names, number, read_lines, shown, tokens
 
 FEWEST = 20
-"""Requests: fewer say nothing about half a dozen parameters, judged on others than those they were fitted to."""
+"""Minimum number of requests, for half a dozen parameters and errors on requests that were not fitted."""
 
 COLUMNS = {
     "arrival": ("arrival_time", "arrival_s"),
@@ -24,7 +24,7 @@ COLUMNS = {
     "first": ("first_token_time", "first_token_s"),
     "last": ("finish_time", "last_token_s"),
 }
-"""Names of a column: those of `jaxroute.replay`, then those of `rtx4090_llama31_8b_vllm.jsonl`."""
+"""Names of a column: that of `jaxroute replay`, then that of `rtx4090_llama31_8b_vllm.jsonl`."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class ServerLog:
     """R requests in order of arrival. Times are float64 [R], s since the first arrival."""
 
     path: Path
-    ids: np.ndarray  # int64 [R], as logged, or the position
+    ids: np.ndarray  # int64 [R], from the log, or the position
     arrival: np.ndarray
     first_token: np.ndarray
     finish: np.ndarray
     prompt_tokens: np.ndarray  # int32 [R]
     output_tokens: np.ndarray  # int32 [R]
-    shared_tokens: np.ndarray | None  # int32 [R], leading tokens of the prompt that an earlier one began with
-    series: dict[str, np.ndarray] | None = None  # t (s), running, waiting (requests), where they were recorded
+    shared_tokens: np.ndarray | None  # int32 [R], leading tokens that an earlier prompt shares
+    series: dict[str, np.ndarray] | None = None  # t (s), running, waiting (requests), if recorded
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -47,11 +47,11 @@ class ServerLog:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest request, prompt and output."""
+        """Maximum number of tokens of a request, prompt and output."""
         return int((self.prompt_tokens + self.output_tokens).max())
 
     def latencies(self, first_token: np.ndarray, finish: np.ndarray) -> dict[str, np.ndarray]:
-        """ttft, tpot (s a token after the first; nan for a request of one) and e2e, each [R], s, of such times."""
+        """ttft, tpot (s per token after the first; nan for one-token requests) and e2e, each [R], s."""
         gaps = self.output_tokens - 1
         tpot = np.where(gaps > 0, (finish - first_token) / np.maximum(gaps, 1), np.nan)
         return {"ttft": first_token - self.arrival, "tpot": tpot, "e2e": finish - self.arrival}
@@ -63,7 +63,7 @@ class ServerLog:
 
 
 def load_log(path: str | Path) -> ServerLog:
-    """Reads a log by its ending: JSONL, CSV, or the JSON of vLLM's `benchmark_serving` with per-request arrays.
+    """Reads a log: by its suffix JSONL, CSV, or the JSON of vLLM's `benchmark_serving` with per-request arrays.
 
     A file NAME_timeseries.csv beside NAME.jsonl is read too. Raises `UserError`.
     """
@@ -107,7 +107,7 @@ def _from_rows(path: Path, rows: Sequence[tuple[Place, Mapping[str, Any]]]) -> S
         if not there:
             raise place.error(f"no column {' or '.join(known_names)}; it has {names(first)}")
         found[what] = there[0]
-    # The engine's own clock, where there is one, says better when a request came.
+    # The engine's own clock, if logged, has the more accurate arrival.
     start = "queued_s" if "queued_s" in first else found["arrival"]
     columns: dict[str, list[Any]] = {
         key: [] for key in ("id", "arrival", "first", "last", "prompt", "output", "shared")
@@ -142,13 +142,13 @@ def _from_rows(path: Path, rows: Sequence[tuple[Place, Mapping[str, Any]]]) -> S
 
 
 def _request_id(value: Any, index: int) -> int:
-    """The number in a request's id, or its position in the log."""
+    """The number in the id of a request, or its position in the log."""
     digits = str(value).rsplit("-", 1)[-1]
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 18 else index
 
 
 def _from_benchmark(path: Path) -> ServerLog:
-    """vLLM's benchmark result, written with `--save-result --save-detailed`."""
+    """Reads a result of vLLM's benchmark, written with `--save-result --save-detailed`."""
     text = "\n".join(line for _, line in read_lines(path))
     try:
         record = json.loads(text)
@@ -163,7 +163,7 @@ def _from_benchmark(path: Path) -> ServerLog:
     count = len(record["input_lens"])
     start = record.get("start_times")
     if start is None and record.get("request_rate") == "inf" and not record.get("max_concurrency"):
-        start = [0.0] * count  # all were sent at once
+        start = [0.0] * count  # all requests were sent at once
     if not isinstance(start, list):
         raise UserError(f"{path}: no list start_times; a vLLM from 2025-10 on writes it with --save-detailed")
     errors = record.get("errors") or [""] * count
@@ -192,13 +192,13 @@ def _from_benchmark(path: Path) -> ServerLog:
         columns["output"].append(tokens(place, "output_lens", record["output_lens"][index]))
         columns["shared"].append(0)
     if not columns["id"]:
-        raise UserError(f"{path}: there is no request in it that succeeded")
+        raise UserError(f"{path}: no request in it succeeded")
     notes = (f"{failed} requests that failed were left out",) if failed else ()
     return _log(path, columns, with_shared=False, notes=notes)
 
 
 class _Entry(Place):
-    """An entry of the arrays, for messages."""
+    """An entry of the arrays, for error messages."""
 
     def error(self, problem: str) -> UserError:
         return UserError(f"{self.path}, entry {self.line}: {problem}")
@@ -235,7 +235,7 @@ def _log(
 
 
 def _series(path: Path) -> dict[str, np.ndarray] | None:
-    """The columns t, running and waiting of the file beside the log, where there is one."""
+    """The columns t, running and waiting of the file beside the log, if it exists."""
     beside = path.with_name(f"{path.stem}_timeseries.csv")
     if not beside.is_file():
         return None

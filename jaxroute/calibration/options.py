@@ -1,4 +1,4 @@
-"""What is known of the server: its engine's options, from YAML or the JSON of a recorded run."""
+"""The known options of a server's engine, from YAML or the JSON of a recorded run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxroute.files import read_json, read_yaml
 from jaxroute.simulator.engine_config import BLOCK_SIZE, DEFAULTS
 
 SEARCHED = ("num_gpu_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
-"""Options that are looked for where they are not given."""
+"""Options that are estimated if they are not given."""
 
 _SERVER = {
     "data_parallel_size": 1,
@@ -23,12 +23,12 @@ _SERVER = {
     "gpu": None,
 }
 _ALIASES = {"scheduler_reserve_full_isl": "reserve_full_isl", "device_name": "gpu"}
-"""Other names, in vLLM's own dumps."""
+"""Other names of options, in vLLM's dumps."""
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Options by vLLM's names; those of `SEARCHED` that are not in `engine` are not known."""
+    """Options with vLLM's names; options of `SEARCHED` that are not in `engine` are unknown."""
 
     source: str
     engine: dict[str, Any] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class ServerOptions:
 def load_options(path: str | Path | None) -> ServerOptions:
     """Reads a YAML mapping of options, or the `*_config.json` of a recorded run, whose sections may repeat them.
 
-    Without a file nothing is known. Null means unknown. Raises `UserError`.
+    Null means unknown; without a file, all options are unknown. Raises `UserError`.
     """
     if path is None:
         return ServerOptions("no engine file")
@@ -65,7 +65,7 @@ def load_options(path: str | Path | None) -> ServerOptions:
         for key in tree:
             require_known(key, [*DEFAULTS, *_SERVER], "engine option", f"{path}: ")
         given = {key: value for key, value in tree.items() if value is not None}
-    given.pop("latency", None)  # what is looked for
+    given.pop("latency", None)  # always estimated
     server = {key: given.pop(key, default) for key, default in _SERVER.items()}
     for key in ("data_parallel_size", "tensor_parallel_size"):
         if isinstance(server[key], bool) or not isinstance(server[key], int) or not 1 <= server[key] <= 64:
@@ -81,7 +81,7 @@ def load_options(path: str | Path | None) -> ServerOptions:
 
 
 def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys and values, those of a section before those of the sections in it."""
+    """Keys and values; those of a section come before those of its subsections."""
     for key, value in tree.items():
         if not isinstance(value, dict):
             yield key, value
@@ -91,7 +91,7 @@ def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def check_fits(log: ServerLog, options: ServerOptions) -> None:
-    """Raises `UserError` where the engine as given could never have served a request of the log."""
+    """Raises `UserError` if the given engine could never have served a request of the log."""
     engine = options.engine
     longest = engine.get("max_model_len")
     blocks, size = engine.get("num_gpu_blocks"), engine.get("block_size", BLOCK_SIZE)

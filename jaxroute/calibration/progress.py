@@ -1,4 +1,4 @@
-"""Progress of a calibration: a live line on a terminal, plain lines now and then elsewhere."""
+"""Progress of a calibration: a live line on a terminal, elsewhere lines from time to time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxroute.runs.progress import SECONDS_BETWEEN_LINES
 
 
 class SearchProgress:
-    """Shows what is being done, the generation, the loss, candidates a second, and the time to the deadline."""
+    """Shows the current task, the generation, the loss, candidates per second, and the time to the deadline."""
 
     def __init__(self, console: Console, deadline: float):
         self._console, self._deadline = console, deadline

@@ -1,4 +1,4 @@
-"""The report of a calibration: one picture and one page, complete in itself."""
+"""The report of a calibration: a picture and a self-contained page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEASURED, SIMULATED, GUESSED = INK, "#c8553d", "#8a9aa4"
 def picture(
     path: Path, log: ServerLog, among: np.ndarray, times: Times, guess: Times | None, series: dict[str, np.ndarray]
 ) -> None:
-    """Writes a PNG: distributions of the latencies of the requests `among`, queues over time, errors against load."""
+    """Writes a PNG: latency distributions of the requests `among`, queues over time, and errors against load."""
     measured, simulated = log.measured, log.latencies(times.first_token, times.finish)
     guessed = None if guess is None else log.latencies(guess.first_token, guess.finish)
     with rc_context(STYLE):
@@ -68,13 +68,13 @@ def _residuals(axes: Axes, log: ServerLog, among: np.ndarray, simulated: dict[st
 
 
 def text_table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def error_rows(judged: dict[str, Any]) -> list[list[str]]:
-    """Metric and statistic, measured, simulated, error, of a `judgement.judge`."""
+    """Rows of metric and statistic, measured, simulated and error, from the result of `judgement.judge`."""
     rows = []
     for name in METRICS:
         if name not in judged:
@@ -132,7 +132,7 @@ def page(
     png: Path,
     profile: str,
 ) -> str:
-    """The HTML: warnings first, then tables of (heading, head, rows), the picture and the profile's text."""
+    """The HTML page: warnings, tables of (heading, head, rows), the picture and the text of the profile."""
     parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>"]
     parts += [f'<p class="warn">{html.escape(warning)}</p>' for warning in warnings]
     for heading, head, rows in tables:

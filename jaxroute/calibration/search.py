@@ -1,4 +1,4 @@
-"""Looks for the candidate whose simulation of the whole log is nearest to the measured times."""
+"""Searches for the candidate whose simulation of the whole log is closest to the measured times."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from jaxroute.simulator.engine import EngineParams
 
 METRICS = ("ttft", "tpot", "e2e")
 ROBUST_FROM = 0.05
-"""Relative error from which a residual counts linearly."""
+"""Relative error above which a residual counts linearly."""
 
 _WORST = 10.0  # relative error of a request that did not finish
-_AROUND = 192  # candidates around a point
-_WIDTHS = (0.2, 0.15, 0.1)  # standard deviations of their parameters; the last one stays
-_MET = 0.7  # times the smooth best's loss: less is no luck
-_PRIOR = 1e-5  # of the squared distance from the start: holds what the log says nothing about
+_AROUND = 192  # number of candidates around a point
+_WIDTHS = (0.2, 0.15, 0.1)  # standard deviations of their parameters per step; the last one is repeated
+_MET = 0.7  # share of the loss of the smooth best below which a candidate's loss is not chance
+_PRIOR = 1e-5  # factor of the squared distance from the start: fixes what the log does not determine
 
 
 @partial(jax.jit, static_argnames=("names", "slots", "engines", "devices"))
@@ -42,9 +42,9 @@ def _first_and_last(
     engines: int,
     devices: int,
 ) -> tuple[jax.Array, ...]:
-    """Times [R, K] of the candidates of these parameters, `values` [K, P]; bool [K], overflowed.
+    """Times [R, K] of candidates with the parameters `values` [K, P]; bool [K], overflowed.
 
-    Each device has an equal part of them.
+    Each device simulates an equal part of them.
     """
 
     def run(values: jax.Array, *rest: Any) -> tuple[jax.Array, ...]:
@@ -62,7 +62,7 @@ def _first_and_last(
 
 
 class Simulator:
-    """Candidates to relative errors. `lanes` of them are simulated at once, shared out over the devices."""
+    """Computes relative errors of candidates. `lanes` candidates are simulated at once, divided among the devices."""
 
     def __init__(self, space: Space, log: ServerLog, lanes: int):
         self.space, self.log, self.lanes = space, log, lanes
@@ -77,12 +77,12 @@ class Simulator:
             jnp.asarray(log.output_tokens, jnp.int32),
             jnp.asarray(shared, jnp.int32),
         )
-        # A candidate that is much slower, or that does little but preempt, need not be seen to its end.
+        # A candidate that is much slower, or mostly preempts, is not simulated to its end.
         self._latest = jnp.asarray(1.5 * log.finish.max() + 10, float)
         self._rounds = jnp.int32(40 * len(log) + 1000)
 
     def _run(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Times [K, R] of `lanes` points; where many of them need more slots, there will be more from now on."""
+        """Times [K, R] of `lanes` points; if many of them need more slots, later calls use more."""
         space, most = self.space, len(self.log)
         values = np.asarray([list(space.values(point).values()) for point in points])
         while True:
@@ -106,7 +106,7 @@ class Simulator:
         return first, last
 
     def times(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First and last token of every request, s, float64 [K, R] each, inf where it has none; `points` [K, P]."""
+        """First and last token of every request, s, float64 [K, R] each, inf if there is none; `points` [K, P]."""
         parts = []
         for begin in range(0, len(points), self.lanes):
             part = points[begin : begin + self.lanes]
@@ -118,14 +118,15 @@ class Simulator:
         return first, last
 
     def errors(self, points: np.ndarray) -> np.ndarray:
-        """Relative errors, float64 [K, R, 3] in the order of `METRICS`; nan where the log has no such latency."""
+        """Relative errors, float64 [K, R, 3] in the order of `METRICS`; nan if the log has no such latency."""
         return relative_errors(self.log, *self.times(points))
 
 
 def relative_errors(log: ServerLog, first_token: np.ndarray, finish: np.ndarray) -> np.ndarray:
     """(simulated - measured) / measured, [..., R, 3], of times [..., R].
 
-    To a measured TTFT the time of one iteration is added: by so much an arrival may meet another moment of it.
+    The error of a TTFT is relative to the measured TTFT plus one iteration, since a request may arrive at another
+    moment of an iteration than in the simulation.
     """
     measured = log.measured
     floor = np.nanmedian(measured["tpot"]) if np.isfinite(measured["tpot"]).any() else 0.0
@@ -147,17 +148,17 @@ def robust(errors: np.ndarray) -> np.ndarray:
 
 
 def loss(errors: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Mean over the metrics and the requests `among` (bool [R]): [...] of errors [..., R, 3]."""
+    """Mean loss [...] of errors [..., R, 3] over the metrics and the requests `among` (bool [R])."""
     return np.nanmean(robust(errors[..., among, :]), axis=(-1, -2))
 
 
 class Fit(NamedTuple):
-    """The best point."""
+    """The result of a search."""
 
-    point: np.ndarray  # [P], on the space's scale
+    point: np.ndarray  # [P], the best point on the scale of the space
     loss: float
-    free: np.ndarray  # bool [P], False for what the data did not ask for
-    complete: bool  # the deadline did not cut the search short
+    free: np.ndarray  # bool [P], False for parameters that the data do not need
+    complete: bool  # whether the search ended before the deadline
 
 
 def search(
@@ -169,10 +170,10 @@ def search(
     generations: int = 30,
     refinements: int = 6,
 ) -> Fit:
-    """The best point for the requests `among`, by `deadline` (`time.monotonic`).
+    """The best point for the requests `among`, found before `deadline` (`time.monotonic`).
 
-    First CMA-ES, around the best of a generation over the whole space, then `_refined`. `report` gets the number of
-    generations, their most, and the loss.
+    The search is CMA-ES around the best of a generation over the whole space, followed by `_refined`. `report` receives
+    the number of generations, their maximum, and the loss.
     """
     try:
         from evosax.algorithms import CMA_ES
@@ -195,7 +196,7 @@ def search(
     best, best_loss = wide[values.argmin()], float(values.min())
     if best_loss >= 0.9 * float(robust(np.asarray(_WORST))):
         raise UserError(
-            "no candidate finishes the log in 1.5 times its time; check that the engine's options are right"
+            "no candidate finishes the log in 1.5 times its duration; check that the engine's options are right"
         )
     strategy = CMA_ES(population_size=simulator.lanes, solution=jnp.zeros(len(start)))
     params = strategy.default_params
@@ -225,10 +226,10 @@ def search(
         centre = _refined(simulator, centre, among, random, _WIDTHS[min(refinement, len(_WIDTHS) - 1)])
         at_centre = float(judged(centre[None])[0])
         report(generations + refinement + 1, generations + refinements, at_centre)
-    # A candidate that is much better than the smooth best has met the very schedule of the log.
+    # A candidate that is much better than the smooth best reproduces the exact schedule of the log.
     if best_loss > _MET * at_centre:
         best, best_loss = centre, at_centre
-    # An overhead stays only where it lowers the loss by some hundredths.
+    # An overhead is kept only if it reduces the loss by 3 %.
     free = np.ones(len(best), bool)
     overhead = space.names.index(OVERHEAD)
     without = best.copy()
@@ -242,16 +243,17 @@ def search(
 def _refined(
     simulator: Simulator, centre: np.ndarray, among: np.ndarray, random: np.random.Generator, width: float
 ) -> np.ndarray:
-    """One step of Gauss and Newton on linear functions that are fitted to candidates around `centre`.
+    """One Gauss-Newton step on linear functions that are fitted to candidates around `centre`.
 
-    A single candidate's loss depends on the moments of an iteration at which requests arrive, which differ with every
-    small change of a parameter. The linear functions average over that, and know every request's error.
+    The loss of a single candidate depends on the moments of an iteration at which requests arrive, which change with
+    every small change of a parameter. The linear functions average over these moments and use each request's error.
     """
     low, high = simulator.space.bounds
     count = simulator.lanes * -(-_AROUND // simulator.lanes)
     points = np.clip(centre + width * random.standard_normal((count, len(centre))), low, high)
     errors = np.clip(simulator.errors(points), -1, 1)[:, among]
-    near = np.argsort(np.nanmean(robust(errors), axis=(1, 2)))[: 3 * count // 4]  # fewer that do not finish
+    # The worst quarter is left out, with most candidates that do not finish.
+    near = np.argsort(np.nanmean(robust(errors), axis=(1, 2)))[: 3 * count // 4]
     known = information(linear(points[near] - centre, errors[near]))
     step = known.solve(known.gradients.sum(0))
     return np.clip(centre + np.clip(step, -3 * width, 3 * width), low, high)

@@ -1,7 +1,7 @@
-"""The parameters that are looked for, on a scale of their own, and the servers that they describe.
+"""The estimated parameters, their scale, and the servers that they describe.
 
-The scale is the logarithm of the parameter plus an offset, a tenth or so of what it mostly is. Far above the offset it
-is the logarithm; below, it is linear, so that a coefficient that was taken for 0 can come back.
+The scale is the logarithm of the parameter plus an offset, about a tenth of its usual value. Far above the offset the
+scale is logarithmic. Below it is linear, so that a coefficient that was estimated as 0 can increase again.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from jaxroute.simulator.engine_config import BLOCK_SIZE, engine_from_config
 LATENCY = ("base", "per_prefill_token", "per_decode", "per_context_token", "knee_tokens", "per_token_above_knee")
 """Coefficients in the order of `LatencyModel`."""
 
-_BOUNDS = {  # and the offset
+_BOUNDS = {  # minimum, maximum and offset
     "base": (1e-4, 2.0, 0.0),
     "per_prefill_token": (0.0, 1e-2, 1e-5),
     "per_decode": (0.0, 1e-1, 2e-5),
     "per_context_token": (0.0, 1e-4, 3e-8),
-    "knee_tokens": (8.0, 1024.0, 0.0),  # above, it would be outside of most iterations, and two slopes one
+    "knee_tokens": (8.0, 1024.0, 0.0),  # above, most iterations would be below the knee, and the slopes not separable
     "per_token_above_knee": (0.0, 1e-2, 1e-5),
 }
 PREFIX_HITS = "prefix_hits"
 """Share of the shared prompt tokens that the server's prefix cache saved."""
 
 OVERHEAD = "request_overhead"
-"""s that a request takes outside of the engine, at its beginning: tokenizer, network. It shifts its times alone."""
+"""s that a request spends outside of the engine before it: tokenizer, network. It only shifts the request's times."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One that is looked for, between `low` and `high`; first `spread` (on its scale) around `start`."""
+    """A parameter between `low` and `high`; the search starts with `spread` (on its scale) around `start`."""
 
     name: str
     low: float
@@ -54,7 +54,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Space:
-    """What is looked for, and what is fixed: an engine of fields [], whose own values the parameters replace."""
+    """The estimated parameters, and the fixed values: an engine with fields [], which the parameters override."""
 
     parameters: tuple[Parameter, ...]
     engine: EngineParams
@@ -77,7 +77,7 @@ class Space:
 
     @property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Least and most of each parameter on its scale, [P] and [P]."""
+        """Minimum and maximum of each parameter on its scale, [P] and [P]."""
         low, high = np.asarray([(own.scaled(own.low), own.scaled(own.high)) for own in self.parameters]).T
         return low, high
 
@@ -87,13 +87,13 @@ class Space:
         return np.asarray([parameter.offset for parameter in self.parameters])
 
     def values(self, point: np.ndarray) -> dict[str, float]:
-        """The parameters by name at one point, [P]."""
+        """The parameters by name at a point [P]."""
         values = np.maximum(np.exp(point) - self.offsets, [parameter.low for parameter in self.parameters])
         return dict(zip(self.names, values.tolist(), strict=True))
 
 
 def servers_at(names: tuple[str, ...], values_of: jax.Array, engine: EngineParams) -> Candidates:
-    """K servers by the values of the parameters `names`, float [K, P]; the rest is `engine`'s, its fields []."""
+    """K servers with the values of the parameters `names`, float [K, P]; all else is from `engine`, with fields []."""
     values = dict(zip(names, values_of.T, strict=True))
     count = values_of.shape[0]
     engine = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count,)), engine)
@@ -107,7 +107,7 @@ def servers_at(names: tuple[str, ...], values_of: jax.Array, engine: EngineParam
 
 
 def peak_tokens(log: ServerLog) -> int:
-    """The most tokens that requests between their first and last token held at once: KV blocks must have held them."""
+    """Maximum number of tokens of requests between first and last token at once, which the KV cache contained."""
     times = np.concatenate([log.first_token, log.finish])
     times = times[np.linspace(0, len(times) - 1, min(len(times), 1000)).astype(int)]
     most = 0.0
@@ -120,16 +120,16 @@ def peak_tokens(log: ServerLog) -> int:
 
 
 def peak_running(log: ServerLog) -> int:
-    """The most requests that were between their first and last token at once."""
+    """Maximum number of requests between their first and last token at once."""
     times = np.concatenate([log.first_token, log.finish])
     steps = np.concatenate([np.ones(len(log)), -np.ones(len(log))])
     return int(np.cumsum(steps[np.lexsort((steps, times))]).max())
 
 
 def search_space(log: ServerLog, options: ServerOptions) -> Space:
-    """What to look for. The coefficients begin at what the log's own times suggest.
+    """The parameters to estimate. The initial coefficients are computed from the times of the log.
 
-    max_model_len is not looked for: from the longest request on its value changes no schedule.
+    max_model_len is not estimated: from the longest request on, its value changes no schedule.
     """
     measured = log.measured
     token_time = float(np.nanquantile(measured["tpot"], 0.05)) if np.isfinite(measured["tpot"]).any() else 0.02
@@ -159,5 +159,5 @@ def search_space(log: ServerLog, options: ServerOptions) -> Space:
 
 
 def max_model_len(log: ServerLog) -> int:
-    """What stands for one that is not known: the longest request, up to the next 1,024 tokens."""
+    """The value of an unknown max_model_len: the longest request, rounded up to a multiple of 1,024 tokens."""
     return -(-(log.longest + 1) // 1024) * 1024

@@ -1,8 +1,8 @@
-"""How well the log knows each parameter: bootstrap intervals, and which parameters it does not identify.
+"""Bootstrap intervals of the parameters, and which parameters the log does not identify.
 
-Around the best point many candidates are simulated, and each error of each request is fitted by a linear function of
-the parameters. That averages over the jumps of a schedule. Requests are then drawn again, in blocks of neighbours in
-time since their errors are alike, and one step of Gauss and Newton says where the best point of each draw lies.
+Many candidates around the best point are simulated, and each error of each request is fitted by a linear function of
+the parameters, which averages over the discontinuities of schedules. Requests are then resampled in blocks of
+consecutive ones, because their errors are correlated. One Gauss-Newton step gives the best point of each sample.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from jaxroute.calibration.linear import Information, information, linear
 from jaxroute.calibration.search import Fit, Simulator
 
 IDENTIFIED = 0.05
-"""A parameter is identified if its 95 % interval reaches no further than this share of it to either side."""
+"""A parameter is identified if its 95 % interval extends at most this share of it to either side."""
 
 KNEE_KNOWN = 0.25
-"""The slopes below and above the knee mean something only if its interval reaches no further than this share of it."""
+"""The slopes below and above the knee are identified only if its interval extends at most this share of it."""
 
-_CAUTION = 1.5  # times what linear functions say: without, 88 % of the bases of benchmarks.calibration were covered
-_WIDTH = 0.1  # of the parameters of the candidates around the best
-_AROUND = 384  # candidates
+_CAUTION = 1.5  # factor of the intervals: with 1, they covered 88 % of the bases of benchmarks.calibration
+_WIDTH = 0.1  # standard deviation of the parameters of candidates around the best point
+_AROUND = 384  # number of candidates
 _DRAWS = 300
 
 
 class ParameterInterval(NamedTuple):
-    """A 95 % interval of one parameter, in its own unit, and whether the log identifies it (`IDENTIFIED`)."""
+    """A 95 % interval of a parameter, in its unit, and whether the log identifies it (`IDENTIFIED`)."""
 
     low: float
     high: float
@@ -35,7 +35,7 @@ class ParameterInterval(NamedTuple):
 
 
 def intervals(simulator: Simulator, fit: Fit, among: np.ndarray, seed: int = 0) -> dict[str, ParameterInterval]:
-    """95 % intervals of the parameters that were looked for, fitted to the requests `among` (bool [R])."""
+    """95 % intervals of the estimated parameters, fitted to the requests `among` (bool [R])."""
     space, (low, high) = simulator.space, simulator.space.bounds
     free = np.flatnonzero(fit.free)
     random = np.random.default_rng(seed)
@@ -47,7 +47,7 @@ def intervals(simulator: Simulator, fit: Fit, among: np.ndarray, seed: int = 0) 
     found = {}
     for place, index in enumerate(free):
         parameter, centre = space.parameters[index], fit.point[index]
-        # The end of the search is where it stopped, not where the data did.
+        # At a bound of the search space, the bound determined the parameter, not the data.
         at_end = min(centre - low[index], high[index] - centre) < 1e-3
         ends = np.maximum(np.exp(centre + half[place] * np.asarray([-1, 1])) - parameter.offset, 0)
         value = np.exp(centre) - parameter.offset
@@ -62,7 +62,7 @@ def intervals(simulator: Simulator, fit: Fit, among: np.ndarray, seed: int = 0) 
 
 
 def _half_widths(known: Information, random: np.random.Generator) -> np.ndarray:
-    """Half-widths of the intervals on the space's scale, [P]: the wider of bootstrap and of least squares' formula."""
+    """Half-widths [P] of the intervals on the scale of the space: the larger of bootstrap and least-squares formula."""
     requests = len(known.gradients)
     block = max(int(np.sqrt(requests)), 1)
     first = random.integers(requests, size=(_DRAWS, -(-requests // block), 1))

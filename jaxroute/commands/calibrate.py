@@ -1,7 +1,7 @@
-"""`jaxroute calibrate LOG`: the engine of a real server from its request log.
+"""`jaxroute calibrate LOG`: estimates the engine of a real server from its request log.
 
 LOG is JSONL or CSV with the arrivals, lengths, first- and last-token times of requests, or a result of vLLM's serving
-benchmark. The profile that comes out is an expert for any environment, and an engine for `jaxroute.replay`.
+benchmark. The resulting profile can be used for an expert of any environment, and by `jaxroute replay`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from jaxroute.simulator.gpus import GPUS
 from jaxroute.simulator.roofline import MODELS, known_in, roofline_by_name
 
 LANES = 64
-"""Candidates at once on each device."""
+"""Number of candidates at once on each device."""
 
 SHARES = (0.55, 0.70, 0.82)
-"""Of the time to the deadline, when the fits of the splits end; intervals and report have the rest."""
+"""Shares of the total time at which the fits of the splits end; intervals and report use the rest."""
 
 
 def server_of(space: Space, options: ServerOptions, log: ServerLog, values: dict[str, float]) -> Server:
-    """The server at the parameters `values` by name, as `jaxroute.replay` would take its engine."""
+    """The server with the parameters `values` by name; its engine has the format of `jaxroute replay`."""
     engine: dict[str, Any] = {**options.engine, "latency": [values[name] for name in LATENCY]}
     engine.setdefault("max_model_len", max_model_len(log))
     for name in ("num_gpu_blocks", "max_num_seqs", "max_num_batched_tokens"):
@@ -52,7 +52,7 @@ def server_of(space: Space, options: ServerOptions, log: ServerLog, values: dict
 
 
 def roofline_guess(log: ServerLog, options: ServerOptions) -> tuple[Server, str] | None:
-    """The uncalibrated server of the GPU and model that the options name, and these two; None for unknown ones."""
+    """The roofline guess for the GPU and model that the options name, and these names; None if they are unknown."""
     gpu, model = known_in(options.gpu, GPUS), known_in(options.model, MODELS)
     if gpu is None or model is None:
         return None
@@ -67,7 +67,7 @@ def roofline_guess(log: ServerLog, options: ServerOptions) -> tuple[Server, str]
 
 
 def warnings_of(found: dict[str, ParameterInterval], values: dict[str, float], options: ServerOptions) -> list[str]:
-    """A line for each parameter that the log does not identify."""
+    """One line for each parameter that the log does not identify."""
     lines = []
     for name, interval in found.items():
         if not interval.identified:
@@ -77,7 +77,7 @@ def warnings_of(found: dict[str, ParameterInterval], values: dict[str, float], o
             )
     if "max_model_len" in options.unknown:
         lines.append(
-            "max_model_len is not identified by this log: any from its longest request on gives the same times"
+            "max_model_len is not identified by this log: all values from its longest request on give the same times"
         )
     return lines
 
@@ -92,7 +92,7 @@ def profile_text(
     judged: dict[str, Any],
     split: Split,
 ) -> str:
-    """The profile's YAML."""
+    """The YAML of the profile."""
     arrivals = float(log.arrival[-1])
     tree: dict[str, Any] = {
         "name": name,
@@ -154,18 +154,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fits an engine to a log; writes its profile, a picture and a page. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute calibrate",
-        description="Find the engine of a real server from its request log, and say how well the log knows it.",
+        description="Estimate the engine of a real server from its request log, and the accuracy of the estimate.",
         epilog="Beside PROFILE.yaml it writes PROFILE.png and PROFILE.html. Formats: docs/calibration.md.",
     )
     parser.add_argument(
         "log", type=Path, help="requests: .jsonl, .csv, or .json of vLLM's benchmark with --save-detailed"
     )
     parser.add_argument(
-        "--engine", type=Path, help="YAML of engine options, or *_config.json; what is null or missing is looked for"
+        "--engine", type=Path, help="YAML of engine options, or *_config.json; null or missing ones are estimated"
     )
-    parser.add_argument("--out", type=Path, help="profile to write (default: the log's name with .yaml, here)")
-    parser.add_argument("--deadline", type=float, default=280.0, metavar="S", help="seconds in all (default 280)")
-    parser.add_argument("--seed", type=int, default=0, help="of the search and the bootstrap (default 0)")
+    parser.add_argument(
+        "--out", type=Path, help="profile to write (default: LOG's name with .yaml, in the current folder)"
+    )
+    parser.add_argument(
+        "--deadline", type=float, default=280.0, metavar="S", help="total time in seconds (default 280)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the search and the bootstrap (default 0)")
     arguments = parser.parse_args(argv)
     begin = time.monotonic()
     if not 10 <= arguments.deadline < math.inf:
@@ -191,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for split, share in zip(parts, SHARES, strict=False):
             until = begin + share * arguments.deadline
             if fits and time.monotonic() > until - 0.05 * arguments.deadline:
-                break  # what is left goes to the intervals
+                break  # the remaining time is for the intervals
             progress.start(split.name, simulator)
             fits.append(search(simulator, split.fitted, arguments.seed, until, progress.update))
         progress.start("intervals of the parameters", simulator)
@@ -211,7 +215,7 @@ def write_results(
     found: dict[str, ParameterInterval],
     out: Path,
 ) -> None:
-    """Judges every fit, prints the tables, and writes the profile, the picture and the page."""
+    """Computes the errors of every fit, prints the tables, and writes the profile, the picture and the page."""
     rows, first = [], None
     for split, fit in fitted:
         server = server_of(space, options, log, space.values(fit.point))
@@ -234,7 +238,7 @@ def write_results(
     warnings = warnings_of(found, values, options)
     if not all(own.complete for _, own in fitted):
         warnings.insert(
-            0, "the deadline cut a search short, so errors may be larger than need be: give --deadline more"
+            0, "the deadline ended a search early, so errors may be larger than necessary; use a larger --deadline"
         )
     parameters = []
     for name, value in values.items():
@@ -243,7 +247,7 @@ def write_results(
             state = "" if own.identified else "not identified"
             parameters.append([name, f"{value:.4g}", f"{own.low:.4g} to {own.high:.4g}", state])
         else:
-            parameters.append([name, "0", "", "not asked for by the log"])
+            parameters.append([name, "0", "", "not needed by the log"])
     text = profile_text(out.stem, log, options, server, found, warnings, judged, split)
     tables = [
         ("Errors on requests that were not fitted", report.SPLIT_HEAD, rows),

@@ -1,4 +1,4 @@
-"""`jaxroute evaluate RUN`: evaluates a trained router again, on as many episodes and from any seed."""
+"""`jaxroute evaluate RUN`: evaluates a trained router again, on any number of episodes and with any seed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that jaxroute train wrote")
     parser.add_argument("--episodes", type=int, help="fresh episodes, 2 or more (default: as in the run)")
     parser.add_argument("--seed", type=int, help="seed of the request streams (default: as in the run)")
-    parser.add_argument("--routers", metavar="NAMES", help="all, or names with commas between (default: as in the run)")
+    parser.add_argument("--routers", metavar="NAMES", help="all, or names separated by commas (default: as in the run)")
     arguments = parser.parse_args(argv)
     if not (arguments.run / "config.yaml").is_file():
         raise UserError(f"{arguments.run}: has no config.yaml; give a folder that jaxroute train wrote")
@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: Config, experiment: Experiment, params: Any, console: Console) -> dict[str, EpisodeValues]:
-    """Metrics of the routers in `evaluation.routers`, in that order; `params` are the trained network's variables.
+    """Metrics of the routers in `evaluation.routers`, in that order; `params` are the variables of the trained network.
 
-    Prints a line for each router that is done, and the numbers of those that are tuned to the scenario first.
+    Tunable routers are tuned to the scenario first. Prints one line per evaluated router, and the tuned parameters.
     """
     env, env_params, evaluation = experiment.env, experiment.params, config.evaluation
     routers = {}

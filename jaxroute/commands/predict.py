@@ -1,7 +1,7 @@
 """`jaxroute predict train|apply`: predicts each expert's score and output length from a prompt's text.
 
-DATA is a JSONL shaped like MixInstruct (`workload.mixinstruct`). `train` holds prompts out, by a hash of their text,
-and reports how well it predicts them; `apply` writes the predictions into a copy of a JSONL, for the environment.
+DATA is a JSONL file in the format of MixInstruct (`workload.mixinstruct`). `train` holds out prompts by a hash of their
+text, and reports its errors on them. `apply` writes the predictions into a copy of a JSONL file, for the environment.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Predict the score and the output length of each expert's answer from the prompt's text.",
     )
     commands = parser.add_subparsers(required=True, metavar="train|apply")
-    train_parser = commands.add_parser("train", help="train on recorded answers, report on held-out prompts")
+    train_parser = commands.add_parser("train", help="train on recorded answers and report errors on held-out prompts")
     train_parser.add_argument("data", type=Path, metavar="DATA.jsonl", help="prompts with answers, as in MixInstruct")
     train_parser.add_argument("--experts", required=True, metavar="A,B,C", help="models in DATA's candidates")
     train_parser.add_argument("--score", default="bertscore", metavar="NAME", help="score (default: %(default)s)")
     train_parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
     train_parser.add_argument("--holdout", type=float, default=0.2, help="share held out (default: %(default)s)")
-    train_parser.add_argument("--seed", type=int, default=0, help="of the split and the training (default: 0)")
+    train_parser.add_argument("--seed", type=int, default=0, help="seed of the split and the training (default: 0)")
     train_parser.add_argument(
-        "--encoder", metavar="NAME", help="sentence-transformers model in place of n-grams: a folder or a package"
+        "--encoder", metavar="NAME", help="sentence-transformers model instead of n-grams: a folder or a package"
     )
     train_parser.set_defaults(run=train)
     apply_parser = commands.add_parser("apply", help="write pred_score and pred_output_tokens into a JSONL")
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--split",
         choices=("all", "train", "holdout"),
         default="all",
-        help="prompts to write: all, those the model was trained on, or the others (default: all)",
+        help="prompts to write: all, the training prompts of the model, or the others (default: all)",
     )
     apply_parser.set_defaults(run=apply)
     arguments = parser.parse_args(argv)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Trains, prints the held-out metrics, and writes model, metrics.json and predictions.png into a new folder."""
+    """Trains, prints the held-out metrics, and writes the model, metrics.json and predictions.png to a new folder."""
     data: Path = arguments.data
     experts = [expert.strip() for expert in arguments.experts.split(",") if expert.strip()]
     twice = {expert for expert in experts if experts.count(expert) > 1}
@@ -79,8 +79,8 @@ def train(arguments: argparse.Namespace) -> int:
     sizes = [len(np.unique(prompt_keys(_where(texts, part)))) for part in (~held_out, held_out)]
     if sizes[0] < FEWEST_TRAINING or sizes[1] < FEWEST_HELD_OUT:
         raise UserError(
-            f"{data}: {sizes[0]} different prompts to train on and {sizes[1]} held out, needed are {FEWEST_TRAINING} "
-            f"and {FEWEST_HELD_OUT}; give more prompts or another --holdout"
+            f"{data}: {sizes[0]} different prompts to train on and {sizes[1]} held out; at least {FEWEST_TRAINING} "
+            f"and {FEWEST_HELD_OUT} are needed; give more prompts or another --holdout"
         )
     encoder = sentence_encoder(arguments.encoder) if arguments.encoder else None
     prepare_run_folder(arguments.out)
@@ -148,7 +148,7 @@ def apply(arguments: argparse.Namespace) -> int:
         _, line, record = lines[index]
         for name, candidate in candidates[index].items():
             kept += _complete(candidate, prediction, row, stored.experts.index(name))
-        # As it came: what was escaped may be no text that UTF-8 can hold.
+        # Unchanged: escaped characters may have no UTF-8 encoding.
         written.append(json.dumps(record, ensure_ascii="\\u" in line) + "\n")
     try:
         write_text(out, "".join(written))
@@ -156,11 +156,9 @@ def apply(arguments: argparse.Namespace) -> int:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     notes = []
     if kept:
-        notes.append(f"{data}: {kept} predictions that the file already had are kept as they are")
+        notes.append(f"{data}: {kept} predictions that the file already had are kept")
     if seen[wanted].any():
-        notes.append(
-            f"{seen[wanted].sum()} prompts are of the training data; each is predicted by a network not fitted to it"
-        )
+        notes.append(f"{seen[wanted].sum()} are training prompts; each is predicted by a network not fitted to it")
     console = report_console()
     print_notes(console, notes)
     console.print(f"{len(written)} of {len(lines)} prompts -> {out}", highlight=False, markup=False)
@@ -168,7 +166,7 @@ def apply(arguments: argparse.Namespace) -> int:
 
 
 def prompt_text(place: Place, record: dict[str, Any]) -> str:
-    """What a predictor reads: the instruction, and the input where there is one."""
+    """The text that a predictor reads: the instruction, and the input if there is one."""
     instruction = member(place, record, "instruction", str)
     inputs = member(place, record, "input", str) if "input" in record else ""
     return f"{instruction}\n\n{inputs}" if inputs.strip() else instruction
@@ -179,7 +177,7 @@ def _records(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
 
 
 def _candidates(place: Place, record: dict[str, Any], experts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The line's candidates that are among `experts`, by name."""
+    """The candidates of the line that are in `experts`, by name."""
     found = {}
     for candidate in member(place, record, "candidates", list):
         if not isinstance(candidate, dict):
@@ -191,7 +189,7 @@ def _candidates(place: Place, record: dict[str, Any], experts: Sequence[str]) ->
 
 
 def _complete(candidate: dict[str, Any], prediction: Prediction, row: int, expert: int) -> int:
-    """Adds the predictions that `candidate` lacks; returns how many it had."""
+    """Adds the predictions that `candidate` lacks; returns the number that it already had."""
     predicted = {
         "pred_score": round(float(prediction.score[row, expert]), 6),
         "pred_output_tokens": int(prediction.output_tokens[row, expert]),

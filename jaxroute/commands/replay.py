@@ -1,4 +1,4 @@
-"""`jaxroute replay SPEC --out OUT.json`: one engine on a recorded list of requests."""
+"""`jaxroute replay SPEC --out OUT.json`: simulates one engine on a recorded list of requests."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the times of every request of a recorded list as JSON. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute replay",
-        description="Run one engine on a recorded list of requests and write when each got its first and last token.",
-        epilog="Engine options that SPEC leaves out: "
+        description="Simulate one engine on a recorded list of requests and write their first and last token times.",
+        epilog="Defaults of engine options: "
         + ", ".join(f"{key} {value}" for key, value in {**DEFAULTS, **RUN_DEFAULTS}.items()),
     )
     parser.add_argument(
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument(
-        "--profile", help="engine in place of SPEC's: a calibrated profile's name or YAML, or roofline:GPU:MODEL"
+        "--profile", help="engine that replaces SPEC's: name or YAML file of a profile, or roofline:GPU:MODEL"
     )
     parser.add_argument("--x64", action="store_true", help="compute in float64 (exact for dyadic constants)")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""`jaxroute sweep SPEC.yaml`: many trainings at once; what they give lands in a folder."""
+"""`jaxroute sweep SPEC.yaml`: trains with many settings and seeds at once, and writes the results into a folder."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is missing of a sweep, then writes its table, pictures and report. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute sweep",
-        description="Train with many settings and seeds, those of equal shapes as one program. Started again, the same "
-        "command does what is missing.",
-        epilog="docs/sweeps.md describes SPEC; configs/sweep.yaml is one",
+        description="Train with many settings and seeds; trainings with equal shapes are one program. If the sweep was "
+        "interrupted, the same command continues it.",
+        epilog="docs/sweeps.md describes SPEC; configs/sweep.yaml is an example.",
     )
-    parser.add_argument("spec", type=Path, metavar="SPEC", help="YAML file of what is varied")
+    parser.add_argument("spec", type=Path, metavar="SPEC", help="YAML file with the keys to vary")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the sweep (default: runs/sweep-NAME)")
-    parser.add_argument("--trials-per-batch", type=int, metavar="N", help="trainings at a time (default: what fits)")
+    parser.add_argument(
+        "--trials-per-batch", type=int, metavar="N", help="trainings at a time (default: as many as fit)"
+    )
     parser.add_argument(
         "--ray",
         nargs="?",
         const="local",
         metavar="ADDRESS",
-        help="run batches as tasks of the Ray cluster at ADDRESS, or of one on this machine",
+        help="run batches as tasks of the Ray cluster at ADDRESS, or of a new one on this machine",
     )
     arguments = parser.parse_args(argv)
     if arguments.trials_per_batch is not None and arguments.trials_per_batch < 1:
@@ -60,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun = (path / "sizes.json").is_file()
     devices = jax.local_devices()
     if arguments.ray and devices[0].platform != "cpu":
-        devices = devices[:1]  # as each task has
+        devices = devices[:1]  # like each task
     sizes = folder.sizes(lambda: choose_sizes(spec, groups, arguments.trials_per_batch, devices))
     if arguments.trials_per_batch and begun:
-        print_notes(console, [f"{path} goes on with the batches that it was begun with (sizes.json)"])
+        print_notes(console, [f"{path} continues with the batch sizes of its first start (sizes.json)"])
     if sizes["devices"] > len(jax.local_devices()):
         raise UserError(
-            f"{path}: was begun on {sizes['devices']} devices, and there are {len(jax.local_devices())} here"
+            f"{path}: was started on {sizes['devices']} devices, and there are {len(jax.local_devices())} here"
         )
     trainings = len(spec.trials) * len(spec.seeds)
     console.print(

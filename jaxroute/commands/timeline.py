@@ -1,4 +1,4 @@
-"""`jaxroute timeline ROUTER [ROUTER] --out DIR`: an episode under one or two routers, to look into."""
+"""`jaxroute timeline ROUTER [ROUTER] --out DIR`: draws an episode under one or two routers."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"300 workload.arrivals.rate=5. Routers: {', '.join(ROUTERS)}",
     )
     parser.add_argument("words", nargs="+", metavar="ROUTER | key=value", help=(
-        "a router's name or a folder that jaxroute train wrote; or a change of the configuration"
+        "name of a router, or folder that jaxroute train wrote; or key=value, a change of the configuration"
     ))  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the files")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (default: the run's, or default.yaml)")
-    parser.add_argument("--seed", type=int, help="seed of the request stream (default: evaluation.seed)")
+    parser.add_argument("--seed", type=int, help="seed of the requests (default: evaluation.seed)")
     arguments = parser.parse_intermixed_args(argv)
 
     overrides = [word for word in arguments.words if "=" in word and not Path(word).is_dir()]
@@ -82,6 +82,6 @@ def _neither_router_nor_run(path: Path) -> None:
 
 
 def _trained(experiment: Experiment, run: Path) -> Router:
-    """The router that `run` holds, for the episode's environment."""
+    """The trained router in the folder `run`, for the environment of the episode."""
     network = build_network(load_saved_config(run / "config.yaml").network)
     return policy_router(network, load_params(run, network, experiment.env, experiment.params))

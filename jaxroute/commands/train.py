@@ -1,4 +1,4 @@
-"""`jaxroute train`: trains a router, evaluates it against the heuristics, and keeps it all in a folder."""
+"""`jaxroute train`: trains a router, compares it with the heuristics, and writes the results into a folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from jaxroute.runs.run_folder import prepare_run_folder, versions
 from jaxroute.runs.stopping import Stop
 from jaxroute.runs.training_state import TrainingStates, newest_state, remove_states
 
-LAST_FILE = "qos.png"  # a run that has it is finished
+LAST_FILE = "qos.png"  # a run with this file is finished
 VERSIONS = "versions.json"
 
 
@@ -43,22 +43,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains, evaluates, and writes the folder of the run. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute train",
-        description="Train a router and evaluate it beside those that evaluation.routers names.",
+        description="Train a router and compare it with the routers of evaluation.routers.",
         epilog="Example: jaxroute train workload.arrivals.rate=4 agent.gamma=0.95 --seed 1. "
         f"Routers: {', '.join(ROUTERS)}",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (default: configs/default.yaml)")
-    parser.add_argument("--seed", type=int, help="seed of the training, the same as training.seed=SEED")
+    parser.add_argument("--seed", type=int, help="seed of the training; the same as training.seed=SEED")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the run (default: runs/CONFIG-TIME)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped or killed")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change of the configuration, key as in a.b")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue a run that was stopped or killed")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="change of the configuration, for example agent.gamma=0.95"
+    )
     arguments = parser.parse_intermixed_args(argv)
 
     console = report_console()
     resume = arguments.resume is not None
     run, config = _old_run(arguments, console) if resume else _new_run(arguments)
     if resume and (run / LAST_FILE).is_file():
-        remove_states(run)  # killed before it came to that
+        remove_states(run)  # left if the run was killed before it removed them
         console.print(f"{run} is finished; evaluate it again: jaxroute evaluate {run}", highlight=False)
         return 0
     experiment = build_experiment(config)
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _new_run(arguments: argparse.Namespace) -> tuple[Path, Config]:
-    """The folder and the configuration that the arguments name."""
+    """The folder and the configuration that the arguments specify."""
     seed = [] if arguments.seed is None else [f"training.seed={arguments.seed}"]
     config = load_config(arguments.config, [*arguments.overrides, *seed])
     check_loggers(config.training.loggers)
@@ -97,10 +99,10 @@ def _new_run(arguments: argparse.Namespace) -> tuple[Path, Config]:
 
 
 def _old_run(arguments: argparse.Namespace, console: Console) -> tuple[Path, Config]:
-    """The run to go on with. Notes what has other versions by now, since then its numbers may differ."""
+    """The run to continue. Prints a note on packages with other versions, since these may change its results."""
     run: Path = arguments.resume
     if arguments.config or arguments.out or arguments.seed is not None or arguments.overrides:
-        raise UserError("--resume RUN goes on with that run's own configuration; leave the other arguments out")
+        raise UserError("--resume RUN continues with the configuration of that run; leave the other arguments out")
     if not (run / "config.yaml").is_file():
         raise UserError(f"--resume {run}: has no config.yaml; give a folder that jaxroute train wrote")
     config = load_saved_config(run / "config.yaml")
@@ -110,7 +112,7 @@ def _old_run(arguments: argparse.Namespace, console: Console) -> tuple[Path, Con
     except (OSError, ValueError, TypeError):
         raise UserError(f"{run / VERSIONS}: missing or damaged; copy the run again or train anew") from None
     changed = {name: (begun.get(name), now) for name, now in versions().items() if now != begun.get(name)}
-    print_notes(console, [f"begun with {name} {old}, goes on with {new}" for name, (old, new) in changed.items()])
+    print_notes(console, [f"started with {name} {old}, continues with {new}" for name, (old, new) in changed.items()])
     return run, config
 
 
@@ -119,11 +121,11 @@ def train(
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Trains for `training.frames` frames, rounded up to whole chunks; returns the parameters and the logged metrics.
 
-    With `resume` it goes on from the last state that was saved in `run`, or from the beginning where there is none.
+    With `resume` it continues from the last state saved in `run`, or from the beginning if there is none.
 
     Raises:
         UserError: training diverged, or no saved state can be used.
-        Interrupted: a signal came; the state and the parameters after the chunk under way are saved in `run` before.
+        Interrupted: a signal came; the state and the parameters after the current chunk have been saved in `run`.
     """
     env_params, hyper, sac = experiment.training_params, experiment.hyperparameters, experiment.sac
     trainer = build_trainer(experiment)

@@ -1,1 +1,1 @@
-"""Configurations: YAML files and `key=value` overrides, checked, and the objects they describe."""
+"""Configurations: checked YAML files and `key=value` overrides, and the objects that they describe."""

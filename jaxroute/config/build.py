@@ -1,4 +1,4 @@
-"""From a configuration to the environment, network and learner that it describes."""
+"""Builds the environment, network and learner that a configuration describes."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from jaxroute.workload.table import Trace
 
 
 class Experiment(NamedTuple):
-    """What a configuration describes, ready to train or evaluate."""
+    """The objects that a configuration describes, for training and evaluation."""
 
     env: RoutingEnvironment
-    params: EnvParams  # those of the evaluation
+    params: EnvParams  # for the evaluation
     network: nn.Module
     hyperparameters: Hyperparameters
     sac: SACConfig
-    notes: list[str]  # what the user should know of the data, a line each
-    training_params: EnvParams  # leaves that differ between the environments of training have one more leading axis
-    params_axes: EnvParams  # of training_params: 0 for such a leaf, else None
+    notes: list[str]  # remarks on the data for the user, one line each
+    training_params: EnvParams  # leaves that differ between training environments have an additional leading axis
+    params_axes: EnvParams  # axes of training_params: 0 for such a leaf, else None
     experts: tuple[str, ...]  # names
 
 
@@ -72,7 +72,7 @@ def build_experiment(config: Config) -> Experiment:
         buffer_capacity=training.buffer_capacity,
         batch_size=training.batch_size,
         updates_per_step=training.updates_per_step,
-        # No longer than the training, so that a short one stays short.
+        # Limited by the training, so that a short training remains short.
         steps_per_chunk=min(training.steps_per_chunk, -(-training.frames // training.num_envs)),
     )
     agent, longest = asdict(config.agent), training.frames // 2
@@ -91,17 +91,17 @@ def build_trainer(experiment: Experiment) -> Trainer:
 
 
 def build_network(config: NetworkConfig) -> nn.Module:
-    """The network of a configuration, whatever its environment."""
+    """The network of a configuration; it does not depend on the environment."""
     if config.kind == "flat":
         return FlatNetwork(config.mlp)
     return RouterNetwork(config.hidden, config.heads, config.layers, config.residual, config.mlp)
 
 
 def _training_params(params: EnvParams, training: TrainingConfig) -> tuple[EnvParams, EnvParams]:
-    """The parameters of the environments of training, and the axis over environments of each leaf.
+    """The parameters of the training environments, and the axis over environments of each leaf.
 
-    Ranges are spread evenly on a logarithmic scale. Where there are two, every part of one meets every part of the
-    other: their places follow each other by the golden ratio.
+    Values are spread evenly over a range on a logarithmic scale. With two ranges, the second one is permuted by steps
+    of the golden ratio, so that every part of one range is combined with every part of the other.
     """
     axes: Any = jax.tree.map(lambda _: None, params)
     places = (np.arange(training.num_envs) + 0.5) / training.num_envs
@@ -113,7 +113,7 @@ def _training_params(params: EnvParams, training: TrainingConfig) -> tuple[EnvPa
         key = next((key for key in ("rate", "rate_scale") if hasattr(params.workload.arrivals, key)), None)
         if key is None:
             raise UserError(
-                "training.rate_range: bursts and piecewise arrivals have no one rate; set workload.arrivals.kind to "
+                "training.rate_range: bursts and piecewise arrivals have no single rate; set workload.arrivals.kind to "
                 "poisson or trace, or training.rate_range=null"
             )
 
@@ -130,7 +130,7 @@ def _training_params(params: EnvParams, training: TrainingConfig) -> tuple[EnvPa
 
 
 def _workload(config: WorkloadConfig, own: Workload, experts: tuple[str, ...]) -> tuple[Workload, list[str]]:
-    """The workload and notes on it; `own` is the scenario's."""
+    """The workload and notes on it; `own` is the workload of the scenario."""
     arrivals, requests, notes = config.arrivals, config.requests, []
     trace = load_trace(arrivals.path) if arrivals.kind == "trace" and arrivals.path else None
     when = _arrivals(arrivals, own.arrivals, trace)
@@ -146,8 +146,8 @@ def _workload(config: WorkloadConfig, own: Workload, experts: tuple[str, ...]) -
         )
         if table.predictions_made:
             notes.append(
-                f"{requests.path}: no pred_output_tokens or pred_score; predictions are the truth with the frozen "
-                "generator's errors"
+                f"{requests.path}: no pred_output_tokens or pred_score; predictions are the true values with the "
+                "frozen generator's errors"
             )
         if table.tokens_estimated:
             notes.append(f"{requests.path}: no token counts; they are estimated from the number of words")
@@ -175,7 +175,7 @@ def _arrivals(config: ArrivalsConfig, own: Arrivals, trace: Trace | None) -> Arr
     if config.kind == "poisson":
         rate = config.rate or getattr(own, "rate", None)
         if rate is None:
-            raise UserError("workload.arrivals.rate: missing; the scenario's own arrivals have no one rate")
+            raise UserError("workload.arrivals.rate: missing; the scenario's arrivals have no single rate")
         return PoissonArrivals.create(float(rate))
     changes = {}
     for key in ("rate", "rate_scale", "path", "start", "durations", "rates"):
@@ -183,7 +183,7 @@ def _arrivals(config: ArrivalsConfig, own: Arrivals, trace: Trace | None) -> Arr
         if value not in (None, ()):
             if key not in ("rate", "rate_scale") or not hasattr(own, key):
                 raise UserError(
-                    f"workload.arrivals.{key}: the scenario's own arrivals have none; set workload.arrivals.kind"
+                    f"workload.arrivals.{key}: the scenario's arrivals have no such value; set workload.arrivals.kind"
                 )
             changes[key] = jnp.asarray(value, float)
     return replace(own, **changes)

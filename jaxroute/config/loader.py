@@ -1,4 +1,4 @@
-"""YAML files and `key=value` overrides to a checked `Config`, and back to YAML."""
+"""Reads YAML files and `key=value` overrides into a checked `Config`, and writes it as YAML."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", s
 
 
 def config_folder() -> Path:
-    """The folder of jaxroute's own configurations: beside the package in a clone, inside it when installed."""
+    """The folder of jaxroute's configurations: beside the package in a clone, inside it if installed."""
     package = Path(__file__).parents[1]
     beside = package.parent / "configs"
     return beside if (beside / "default.yaml").is_file() else package / "configs"
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """`configs/default.yaml`, changed by the file at `path`, changed by `overrides` ("section.key=value").
+    """`configs/default.yaml`, changed by the file at `path` and then by `overrides` ("section.key=value").
 
-    Paths of data in it are relative to the current directory, and come back absolute.
+    Paths of data in the file are relative to the current directory; the result has absolute paths.
 
     Raises:
-        UserError: a file that cannot be read, an unknown key, a value of the wrong type or out of range.
+        UserError: a file cannot be read, a key is unknown, or a value has the wrong type or is out of range.
     """
     tree = _read(config_folder() / "default.yaml")
     if path is not None:
@@ -49,10 +49,10 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
 
 
 def load_saved_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that `config_text` wrote to `path`, with every key there: nothing falls back to a default.
+    """The configuration that `config_text` wrote to `path`. It must have every key; no key gets a default.
 
     Raises:
-        UserError: as `load_config`, and for a missing key.
+        UserError: as for `load_config`, or a key is missing.
     """
     config = _build(Config, _overridden(_read(path), overrides), path, "")
     _cross_check(config)
@@ -60,7 +60,7 @@ def load_saved_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def change_config(config: Config, changes: Mapping[str, Any], source: str) -> Config:
-    """`config` with other values of some keys, {"section.key": value}. A `UserError` begins with `source`."""
+    """`config` with new values of some keys, {"section.key": value}. A `UserError` begins with `source`."""
     tree = _check_section(_plain(asdict(config)), Config, source, "")  # lists as tuples again
     for key, value in changes.items():
         tree = _merged(tree, _check_section(_nested(key, value), Config, source, ""))
@@ -73,12 +73,12 @@ def change_config(config: Config, changes: Mapping[str, Any], source: str) -> Co
 
 
 def config_text(config: Config) -> str:
-    """The configuration with every key, as YAML that `load_config` reads back to an equal `Config`."""
+    """The configuration with every key, as YAML; `load_config` reads it as an equal `Config`."""
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def nearest_keys(word: str, sections: bool = True) -> list[str]:
-    """The one to three keys (and `sections`) of the configuration that are most like `word`, the most similar first."""
+    """The one to three keys (and `sections`) of the configuration that are most similar to `word`, best first."""
     word_section, _, word_key = word.rpartition(".")
 
     def similarity(name: str) -> float:
@@ -100,7 +100,7 @@ def dotted_keys(section: Any = Config, prefix: str = "") -> list[str]:
 
 
 def continuous_keys(section: Any = Config, prefix: str = "") -> set[str]:
-    """The keys that take any number in a range. All of them are traced; whole numbers are mostly static."""
+    """The keys whose values are floats in a range. All of them are traced; most integers are static."""
     keys = set()
     for name, kind in get_type_hints(section, include_extras=True).items():
         if is_dataclass(kind):
@@ -150,7 +150,7 @@ def _merged(base: Tree, change: Tree) -> Tree:
 
 
 def _check_section(tree: Any, section: type, source: str, prefix: str) -> Tree:
-    """`tree` with its values as the schema's types. `source` and `prefix` (dotted) name the place in messages."""
+    """`tree` with values converted to the schema's types. `source` and `prefix` (dotted) are for error messages."""
     if tree is None:  # a section with all of its keys commented out
         return {}
     if not isinstance(tree, dict):
@@ -177,7 +177,7 @@ def _check_value(value: Any, kind: Any, source: str, key: str) -> Any:
 
 
 def _convert(value: Any, kind: Any) -> tuple[Any, str]:
-    """(value as the type `kind`, "") or (None, what was expected)."""
+    """(value converted to the type `kind`, "") or (None, what was expected)."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         converted, expected = _convert(value, arguments[0])
@@ -220,7 +220,7 @@ def _plain(value: Any) -> Any:
 
 
 def _cross_check(config: Config) -> None:
-    """Raises `UserError` where keys that are fine one by one do not fit together."""
+    """Raises `UserError` if keys with valid values contradict each other."""
     arrivals, requests, training = config.workload.arrivals, config.workload.requests, config.training
     if arrivals.kind == "trace" and arrivals.path is None:
         raise UserError(

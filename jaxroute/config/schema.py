@@ -1,4 +1,4 @@
-"""The sections and keys of a configuration: types, units and ranges. Defaults are in `configs/default.yaml` alone."""
+"""The sections and keys of a configuration: types, units and ranges. `configs/default.yaml` has all defaults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxroute.workload.files import MOST_TOKENS
 
 
 class Range(NamedTuple):
-    """What a value must satisfy beyond its type; `text` ends the sentence "expected ..."."""
+    """A condition on a value in addition to its type; `text` completes the sentence "expected ..."."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -50,15 +50,15 @@ Loggers = Annotated[
 class EnvironmentConfig:
     """The cluster, its latency limit and the reward (simulation.md sections 2, 4 and 5)."""
 
-    id: str  # registered environment, the scenario; where a key is None, its own value holds
+    id: str  # registered environment, the scenario; keys that are None have its values
     path: str | None  # the file that azure and cluster need
     experts: Names | None
     profile: str | Names | None  # hardware profile of every expert, or one for each
-    kv_cache_tokens: KVTokens | tuple[KVTokens, ...] | None  # KV cache, the same; None: the profile's own
+    kv_cache_tokens: KVTokens | tuple[KVTokens, ...] | None  # KV cache, tokens, likewise; None: the profile's
     discipline: Discipline | None  # how every engine schedules (simulation.md section 1)
-    max_model_len: KVTokens | None  # most tokens of a request, prompt and output; None: the profile's own
+    max_model_len: KVTokens | None  # maximum tokens of a request, prompt and output; None: the profile's
     slots: Count | None  # requests (running and waiting) that one engine can hold
-    queue_nodes: Count  # running and waiting requests observed per expert, each
+    queue_nodes: Count  # observed running requests, and observed waiting requests, per expert
     episode_length: Count  # requests per episode
     latency_limit: Positive | None  # L, seconds per output token
     penalty: Penalty  # form of the action impact estimator
@@ -70,26 +70,26 @@ class EnvironmentConfig:
 class ArrivalsConfig:
     """When requests arrive."""
 
-    kind: Literal["poisson", "trace", "piecewise"] | None  # None: the scenario's own arrivals
-    rate: Positive | None  # poisson: requests per second; None: the scenario's own
+    kind: Literal["poisson", "trace", "piecewise"] | None  # None: the scenario's arrivals
+    rate: Positive | None  # poisson: requests per second; None: the scenario's
     path: str | None  # trace: CSV (Azure 2023) or JSONL (Mooncake)
-    rate_scale: Positive | None  # trace: 2 halves every gap; None: 1, or the scenario's own
-    start: NonNegative | None  # trace: seconds of it to skip; None: a random row each episode
+    rate_scale: Positive | None  # trace: 2 halves every gap; None: 1, or the scenario's
+    start: NonNegative | None  # trace: seconds to skip; None: each episode starts at a random row
     durations: tuple[Positive, ...]  # piecewise: seconds of each piece
     rates: tuple[NonNegative, ...]  # piecewise: requests per second of each piece
 
 
 @dataclass(frozen=True)
 class RequestsConfig:
-    """What arrives: lengths and scores."""
+    """The arriving requests: lengths and scores."""
 
     kind: Literal["frozen", "jsonl", "trace"]  # trace: the lengths of the arrivals' trace
-    path: str | None  # jsonl: MixInstruct-shaped file
+    path: str | None  # jsonl: file in MixInstruct's format
     experts: Names | None  # jsonl: model names in the file, one per expert of the environment
     score: str  # jsonl: name of the score under candidates[].scores
-    max_prompt_tokens: Count | None  # jsonl: longer prompts are cut to it; None: none is
-    max_output_tokens: Count | None  # jsonl: longer answers are cut to it; None: none is
-    true_lengths: bool  # routers see the true output lengths as predictions
+    max_prompt_tokens: Count | None  # jsonl: longer prompts are cut to this length; None: no limit
+    max_output_tokens: Count | None  # jsonl: longer answers are cut to this length; None: no limit
+    true_lengths: bool  # whether predictions of output lengths are the true lengths
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class WorkloadConfig:
 class NetworkConfig:
     """Shapes of the heterogeneous graph attention network and the heads on it (simulation.md section 5)."""
 
-    kind: Literal["han", "flat"]  # flat: perceptrons on one vector; of the keys below it has mlp
+    kind: Literal["han", "flat"]  # flat: perceptrons on one vector; of the keys below it uses mlp
     hidden: Count
     heads: Count
     layers: Count
@@ -133,17 +133,17 @@ class AgentConfig:
 class TrainingConfig:
     """Length, shapes and environments of training; the shapes are the fields of `learner.trainer.SACConfig`."""
 
-    frames: Count  # decisions in all, over all environments
+    frames: Count  # total number of decisions over all environments
     num_envs: Count
     buffer_capacity: Count  # transitions
     batch_size: Count
     updates_per_step: Count
     steps_per_chunk: Count  # steps of all environments between two lines of metrics
-    rate_range: Span | None  # poisson: rate, trace: rate_scale, spread over the environments; None: as evaluated
+    rate_range: Span | None  # rate (poisson) or rate_scale (trace), spread over environments; None: as evaluated
     latency_limit_range: Span | None  # L, spread over the environments; None: as evaluated
-    checkpoint_seconds: NonNegative  # from one save of the whole state to the next; 0: after every chunk
+    checkpoint_seconds: NonNegative  # seconds between saves of the whole state; 0: after every chunk
     checkpoints_kept: Count
-    loggers: Loggers  # where metrics go beside metrics.jsonl
+    loggers: Loggers  # further destinations of the metrics beside metrics.jsonl
     seed: Seed
 
 

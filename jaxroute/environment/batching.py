@@ -1,8 +1,8 @@
-"""Batches of environments: how `jax.vmap` over one environment becomes code on a whole batch.
+"""Batches of environments: turns `jax.vmap` over one environment into code for a whole batch.
 
-Outside, environments are the first axis, as `jax.vmap` has it. Inside the step they are the last one, [slots, experts,
-environments], so that every operation runs along whole rows of environments, with one decision for the batch where
-a part can be left out. That is several times faster than a vmapped program on CPUs, and no slower elsewhere.
+Outside of the step, environments are the first axis, as in `jax.vmap`. Inside they are the last axis, [slots, experts,
+environments], so that every operation runs along whole rows of environments, and one condition for the whole batch
+decides whether a part of the step can be skipped. On CPUs this is several times faster than a vmapped program.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def over_batch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets `function`, which works on batches, be called for one environment and under any number of `jax.vmap`s.
+    """Makes `function`, which works on batches, callable for one environment and under any number of `jax.vmap`s.
 
-    `function(*others, params)` gets pytrees whose leaves have one leading axis, [B, ...], those of `params` [1, ...]
-    where they are the same for all; and it returns leaves [B, ...]. The result takes and returns leaves without it.
+    `function(*others, params)` receives pytrees whose leaves have one leading axis, [B, ...]; leaves of `params` are
+    [1, ...] if they are the same for all environments. It returns leaves [B, ...]. The function that `over_batch`
+    returns takes and returns leaves without that axis.
     """
 
     @custom_vmap
@@ -29,7 +30,7 @@ def over_batch(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @batched.def_vmap
     def merge_axes(axis_size: int, in_batched: Any, *args: Any) -> tuple[Any, Any]:
-        # Two leading axes, [axis_size, B], become one.
+        # The two leading axes, [axis_size, B], become one.
         leaves, structure = jax.tree.flatten(args)
         flags = jax.tree.leaves(in_batched)
         first_of_params = len(leaves) - len(jax.tree.leaves(args[-1]))
@@ -53,24 +54,24 @@ def over_batch(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_if(condition: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
-    """`function(carry)` if `condition` (bool []) holds, else `carry` itself.
+    """`function(carry)` if `condition` (bool []) is True, else `carry`.
 
-    As `lax.cond`, but a loop of at most one round: what it carries is changed in place, where a branch would copy it.
+    This is `lax.cond` as a loop of at most one round. A loop changes its carry in place; a branch would copy it.
     """
     body = lambda looped: (jnp.bool_(False), function(looped[1]))  # noqa: E731
     return jax.lax.while_loop(lambda looped: looped[0], body, (condition, carry))[1]
 
 
 def batch_last(tree: Any) -> Any:
-    """Leaves [B, ...] to [..., B]."""
+    """Moves the first axis of all leaves to the end: [B, ...] to [..., B]."""
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), tree)
 
 
 def batch_first(tree: Any) -> Any:
-    """Leaves [..., B] to [B, ...]."""
+    """Moves the last axis of all leaves to the front: [..., B] to [B, ...]."""
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), tree)
 
 
 def keep_batch_last(leaf: jax.Array) -> jax.Array:
-    """`leaf` [B, ...] itself, in memory as [..., B]: what works on it with environments last need not move it."""
+    """`leaf` [B, ...], stored in memory as [..., B], so that code with environments last need not copy it."""
     return with_layout_constraint(leaf, Layout(major_to_minor=(*range(1, leaf.ndim), 0)))

@@ -1,7 +1,7 @@
-"""What changes while an episode runs: experts slow down, fail and recover, and their answers get better or worse.
+"""Changes during an episode: experts slow down, fail and recover, and the quality of their answers changes.
 
-The clock is the number of decisions in the episode. It is in the state anyway, so that environments without
-disturbances are the same program, and a change meets the same request whatever the router did.
+A change happens at a number of decisions in the episode. The state contains this number anyway, so environments
+without disturbances are the same program, and a change happens at the same request for every router.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from jaxroute.simulator.latency import LatencyModel
 from jaxroute.workload.request import Request
 
 FAILED = 1000.0
-"""Slowness of an expert that has failed: an iteration takes some ten seconds, so nothing on it meets a limit, and the
-one it hangs in when it recovers ends soon after."""
+"""Slowness of a failed expert. An iteration takes some ten seconds, so no request on it meets a limit, and the
+iteration in progress when the expert recovers ends soon afterwards."""
 
 
 class Disturbances(struct.PyTreeNode):
-    """K pieces of an episode, the first from decision 0 on. Every field is traced.
+    """K pieces of an episode; the first begins at decision 0. Every field is traced.
 
-    Predictions stay as they were: routers see an expert's present speed in its features, but are told nothing of its
-    quality. `EnvParams.engines`, which planning routers simulate with, are the undisturbed speeds.
+    Predictions do not change: a router sees the current speed of an expert in its features, but not its quality.
+    `EnvParams.engines`, with which planning routers simulate, have the undisturbed speeds.
     """
 
     starts: jax.Array  # int32 [K], first decision of each piece, ascending from 0
-    slowness: jax.Array  # float [K, N]: an expert's iterations take so many times as long
-    quality: jax.Array  # float [K, N]: scores of the requests that arrive, times this, then cut to 0..1
+    slowness: jax.Array  # float [K, N]: factor of the duration of an expert's iterations
+    quality: jax.Array  # float [K, N]: factor of the scores of arriving requests, which are then clipped to 0..1
 
     @classmethod
     def create(
@@ -40,10 +40,10 @@ class Disturbances(struct.PyTreeNode):
         slowness: Sequence[Sequence[float]] | np.ndarray | None = None,
         quality: Sequence[Sequence[float]] | np.ndarray | None = None,
     ) -> Disturbances:
-        """Either may be left out, for 1 everywhere. Raises `UserError`."""
+        """`slowness` or `quality` may be left out; its factors are then 1. Raises `UserError`."""
         begin = np.asarray(starts)
         if begin.ndim != 1 or not begin.size or begin[0] != 0 or (np.diff(begin) <= 0).any():
-            raise UserError(f"disturbances: starts must be decisions in ascending order from 0, are {begin.tolist()}")
+            raise UserError(f"disturbances: starts must be decisions in ascending order from 0, not {begin.tolist()}")
         given = [np.asarray(table, np.float64) for table in (slowness, quality) if table is not None]
         for table in given:
             if table.ndim != 2 or table.shape != (len(begin), given[0].shape[1]):
@@ -53,7 +53,7 @@ class Disturbances(struct.PyTreeNode):
             if not (np.isfinite(table).all() and (table >= 0).all()):
                 raise UserError("disturbances: factors must be finite numbers of 0 or more")
         if slowness is not None and not given[0].all():
-            raise UserError(f"disturbances: slowness must be above 0; an expert that has failed has {FAILED:.0f}")
+            raise UserError(f"disturbances: slowness must be above 0; use {FAILED:.0f} for an expert that has failed")
         if not given:
             raise UserError("disturbances need slowness or quality")
         ones = np.ones_like(given[0])
@@ -67,7 +67,7 @@ class Disturbances(struct.PyTreeNode):
         return jnp.sum(jnp.where((index == piece)[:, None], table, 0), axis=0)
 
     def slowed(self, latency: LatencyModel, decision: jax.Array) -> LatencyModel:
-        """The latency model, [N, ...], of iterations that start between `decision` and the next one."""
+        """The latency model [N, ...] of iterations that start between `decision` and the next decision."""
         slowness = self._row_at(self.slowness, decision)
         times = {
             name: getattr(latency, name) * slowness for name in latency.__dataclass_fields__ if name != "knee_tokens"
@@ -75,6 +75,6 @@ class Disturbances(struct.PyTreeNode):
         return latency.replace(**times)
 
     def with_quality(self, request: Request, decision: jax.Array) -> Request:
-        """The request with the true scores of an arrival at `decision`."""
+        """The request with its true scores if it arrives at `decision`."""
         score = jnp.clip(request.score * self._row_at(self.quality, decision), 0.0, 1.0)
         return request.replace(score=score)  # type: ignore[attr-defined]

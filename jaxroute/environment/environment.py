@@ -1,4 +1,4 @@
-"""The routing environment: one step is one arrival, which the action sends to an expert or drops."""
+"""The routing environment: one step handles one arriving request, which the action sends to an expert or drops."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from jaxroute.environment.turns import Arrival
 from jaxroute.simulator.engine import empty_engine
 
 DYNAMICS_VERSION = 1
-"""Version of what environments compute, apart from the package's: results of equal versions may be compared. Whatever
-changes the observations, rewards or requests of a key raises it (tests/test_contract.py)."""
+"""Version of what environments compute, independent of the package's version. Only results of equal versions can be
+compared. A change of the observations, rewards or requests of a key increases it (tests/test_contract.py)."""
 
 
 @dataclass(frozen=True)
 class RoutingEnvironment(Settings):
-    """N experts behind a router. All fields are static; whatever may vary in a sweep is in `EnvParams`.
+    """N experts behind a router. All fields are static; everything that a sweep may vary is in `EnvParams`.
 
-    `reset` and `step` are pure functions of one environment, for `jax.jit` and `jax.vmap`. The arrivals depend on the
-    keys alone, never on actions: the same keys are the same request stream for every router.
+    `reset` and `step` are pure functions of one environment, for `jax.jit` and `jax.vmap`. The requests depend only on
+    the keys, never on actions: the same keys give the same requests to every router.
     """
 
     def action_space(self, params: EnvParams | None = None) -> Discrete:
-        """0..N; `params`, which gymnax's have, change nothing."""
+        """The actions 0..N. `params` has no effect; gymnax's method has it."""
         del params
         return Discrete(self.num_actions)
 
     def observation_space(self, params: EnvParams | None = None) -> Space:
-        """As `spaces.observation_space`; `params`, which gymnax's have, change nothing."""
+        """See `spaces.observation_space`. `params` has no effect; gymnax's method has it."""
         del params
         return observation_space(self)
 
     def reset(self, key: jax.Array, params: EnvParams) -> tuple[Observation, EnvState]:
-        """A fresh episode at its first arrival, with idle experts."""
+        """(observation, state) of a new episode at its first arrival, with idle experts."""
         key_start, key_request = jax.random.split(key)
         workload, _, request = params.workload.sample(key_request, params.workload.reset(key_start))
         if params.disturbances is not None:
@@ -65,21 +65,22 @@ class RoutingEnvironment(Settings):
     ) -> tuple[Observation, EnvState, jax.Array, jax.Array, jax.Array, dict[str, Any]]:
         """Routes the arriving request by `action` (int32 [], 0..N) and runs the cluster to the next arrival.
 
-        N drops the request, and so does any number outside of 0..N.
+        Action N drops the request, as does any number outside of 0..N.
 
-        Returns (observation, state, reward, terminated, truncated, info). Reward, float []: QoS of the requests that
-        finished since the last decision, less penalty_weight times the penalty. An episode is truncated after
-        `episode_length` requests and never terminates; the returned observation and state are then the next episode's.
+        Returns (observation, state, reward, terminated, truncated, info). The reward, float [], is the QoS of the
+        requests that finished since the last decision, less penalty_weight times the penalty. An episode is truncated
+        after `episode_length` requests and never terminates; the returned observation and state are then those of the
+        next episode.
 
-        info: "final_observation", the observation at the next arrival before any reset; "qos", float []: QoS in this
-        step; "penalty", float []; "elapsed", float []: s to the next arrival; "episode": the episode's `EpisodeTotals`
-        so far (None with metrics off), complete, with the drain, where truncated. What is drained counts in them and in
-        no reward.
+        info has "final_observation", the observation at the next arrival before any reset; "qos", float [], the QoS in
+        this step; "penalty", float []; "elapsed", float [], s to the next arrival; and "episode", the `EpisodeTotals`
+        up to now (None with metrics off). If the episode is truncated, these are complete: requests that were still
+        open have run to their end. Such requests count in the totals but in no reward.
         """
         key_arrival, key_reset = jax.random.split(key)
         uniforms = params.workload.draw(key_arrival)
         workload, gap, request = params.workload.next(uniforms, state.workload)
-        # The next episode may begin with the request at hand, which nothing has been done with; a trace starts anew.
+        # The next episode may begin with the request just drawn, which is unused; a trace restarts.
         first_workload, _, first_request = params.workload.next(uniforms, params.workload.reset(key_reset))
         if params.disturbances is not None:
             request = params.disturbances.with_quality(request, state.step + 1)
@@ -90,19 +91,19 @@ class RoutingEnvironment(Settings):
         )
 
     def observe(self, state: EnvState, params: EnvParams) -> Observation:
-        """The observation of a state: what `reset` and `step` return with it."""
+        """The observation of a state, equal to the one that `reset` or `step` returned with it."""
         return over_batch(self._observe)(state.replace(totals=None), params.replace(workload=None))
 
     def queue_lengths(self, state: EnvState) -> jax.Array:
-        """int32 [N]: requests running or waiting at each expert."""
+        """int32 [N]: number of requests running or waiting at each expert."""
         return state.engines.num_requests
 
     def _observe(self, state: EnvState, params: EnvParams) -> Observation:
-        """As `observe`, all leaves [B, ...]."""
+        """Like `observe`, with all leaves [B, ...]."""
         return observe_batch(self, batch_last(state), batch_last(params))
 
     def _step(self, state: EnvState, action: jax.Array, arrival: Arrival, first: Arrival, params: EnvParams):
-        """As `step`, all leaves [B, ...]; `params` comes without a workload, `first` begins the next episode."""
+        """Like `step`, with all leaves [B, ...]. `params` has no workload; `first` begins the next episode."""
         truncated = state.step + 1 >= self.episode_length
         params, totals = batch_last(params), totals_last(state.totals)
         before = batch_last(state.replace(totals=None)).replace(totals=totals)

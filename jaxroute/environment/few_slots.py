@@ -1,4 +1,4 @@
-"""The two turns of a step with as few slots as hold all requests: an optimisation, which changes no result."""
+"""Runs the two turns of a step on few slots if they hold all requests: an optimisation that changes no result."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from jaxroute.environment.state import EnvState
 from jaxroute.environment.turns import Outcome, Taken, Turn
 
 FEW_SLOTS = 16
-"""While no expert of a batch holds as many requests, only so many slots are worked on."""
+"""While every expert of a batch holds fewer requests than this, a step computes only this many slots."""
 
 
 def take_both(take: Callable[[EnvState, Turn], Taken], state: EnvState, decision: Turn, end: Turn) -> Outcome:
-    """`take(state, decision)`, and from its state `take(state, end)`.
+    """Computes `take(state, decision)` and then `take` of its state and `end`.
 
-    The decision is taken on the first few slots, unless an expert holds more requests: then, and for the end of
-    episodes, a loop of at most two rounds works on all slots. So the program contains `take` twice and not four times.
+    The decision uses the first few slots, unless an expert holds more requests. In that case, and at the end of
+    episodes, a loop of at most two rounds uses all slots. The program therefore contains `take` twice instead of four
+    times.
     """
     slots = state.engines.num_slots
     crowded = (jnp.max(state.engines.num_requests) >= FEW_SLOTS) & (slots > FEW_SLOTS)
     queues = (state.engines, state.queued)
     front = first_slots(queues)
-    # Where they are crowded nobody takes part, so that the queues stay.
+    # In a crowded batch no environment takes part, so that the queues do not change here.
     taken = take(_with_queues(state, front), decision.only(~crowded))
     front = (taken.state.engines, taken.state.queued)
     outcome = Outcome(
@@ -38,7 +39,7 @@ def take_both(take: Callable[[EnvState, Turn], Taken], state: EnvState, decision
         penalty=taken.penalty,
     )
 
-    # With environments first, as they came in, XLA needs no copy of the queues around the loop.
+    # With environments first, as in the input, XLA does not copy the queues before and after the loop.
     put = lambda old, new: keep_batch_last(old.at[:, :FEW_SLOTS].set(new) if new.ndim == 3 else new)  # noqa: E731
     queues = jax.tree.map(put, batch_first(queues), batch_first(front))
 
@@ -64,7 +65,7 @@ def take_both(take: Callable[[EnvState, Turn], Taken], state: EnvState, decision
 
 
 def first_slots(tree: Any) -> Any:
-    """Leaves [S, N, B] cut to the first few slots; those without slots as they are."""
+    """Leaves [S, N, B] reduced to the first few slots; leaves without slots do not change."""
     return jax.tree.map(lambda leaf: leaf[:FEW_SLOTS] if leaf.ndim == 3 else leaf, tree)
 
 
@@ -73,5 +74,5 @@ def _with_queues(state: EnvState, queues: Any) -> EnvState:
 
 
 def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
-    """Leaves of `new` where `condition` (bool []) holds, else of `old`."""
+    """The leaves of `new` if `condition` (bool []) is True, else those of `old`."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

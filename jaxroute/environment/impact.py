@@ -1,14 +1,14 @@
-"""Action impact estimator: what sending a request to an expert costs the requests that are already there.
+"""Action impact estimator: the QoS that sending a request to an expert costs the requests already there.
 
-Three forms (simulation.md section 4), each a pure function of an engine's queue of S slots before the request joins,
-with any trailing axes (`...`, as in `simulator.engine`):
+It has three forms (simulation.md section 4). Each is a pure function of an engine's queue of S slots before the request
+joins, with any trailing axes (`...`, as in `simulator.engine`):
 
-- `predicted_impact`, the default: from predictions and the expert's own latency model, waiting requests too, and only
-  requests that the action turns from met to missed;
-- `paper_impact`: the paper's formula, on true lengths and scores, running requests only;
-- `exact_impact`: runs the engine with and without the request, on predicted lengths and with no further arrivals.
+- `predicted_impact`, the default, uses predictions and the expert's own latency model. It includes waiting requests,
+  and counts only requests that the action turns from met to missed;
+- `paper_impact` is the paper's formula, on the true lengths and scores of running requests only;
+- `exact_impact` runs the engine with and without the request, with predicted lengths and no further arrivals.
 
-`joining_gain` counts what such runs say about QoS, the request's own too: the planning routers choose by it.
+`joining_gain` is the change of QoS in such runs, including the QoS of the request itself. The planning routers use it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jaxroute.simulator.slots import append
 
 
 def action_penalty(settings: Settings, state: EnvState, action: jax.Array, params: EnvParams) -> jax.Array:
-    """The penalty of sending the arriving request to the expert `action` (int32 [B]), float [B]; environments last."""
+    """The penalty, float [B], of sending the arriving request to the expert `action` (int32 [B]); environments last."""
     if settings.penalty == "off":
         return jnp.zeros(action.shape, float)
     request = state.request
@@ -54,7 +54,7 @@ def action_penalty(settings: Settings, state: EnvState, action: jax.Array, param
 
 
 def _of_expert(expert: jax.Array, tree: Any) -> Any:
-    """Leaves [..., N, B] to [..., B]: those of each environment's `expert` (int32 [B]; out of range: the nearest)."""
+    """Selects from leaves [..., N, B] each environment's `expert` (int32 [B], clipped to 0..N-1): leaves [..., B]."""
 
     def select(leaf: jax.Array) -> jax.Array:
         chosen = leaf[..., 0, :]
@@ -74,16 +74,16 @@ class Queue(struct.PyTreeNode):
     predicted_score: jax.Array  # float [S, ...]
     predicted_tokens: jax.Array  # int32 [S, ...]
     prompt_tokens: jax.Array  # int32 [...], of the request that may join
-    output_tokens: jax.Array  # int32 [...], its length: predicted, or the true one for `paper_impact`
+    output_tokens: jax.Array  # int32 [...], its predicted length, or for `paper_impact` its true length
 
 
 def expected_length(predicted_tokens: jax.Array, generated: jax.Array) -> jax.Array:
-    """Output length to expect, int32: the prediction, or one more than there is where that is already past it."""
+    """Expected output length, int32: max(prediction, generated + 1)."""
     return jnp.maximum(predicted_tokens, generated + 1)
 
 
 def decode_time(engine: EngineState, params: EngineParams) -> jax.Array:
-    """Seconds of a decode iteration of the running batch and one request more, float [...]."""
+    """Seconds of a decode iteration of the running batch with one more request, float [...]."""
     running = engine.unfinished() & (engine.position < engine.num_running)
     batch = total(running) + 1
     context = total(jnp.where(running, engine.computed, 0))
@@ -91,23 +91,23 @@ def decode_time(engine: EngineState, params: EngineParams) -> jax.Array:
 
 
 def _overlap(remaining: jax.Array, length: jax.Array) -> jax.Array:
-    """Iterations that a request shares with the joining one after its prefill."""
+    """Number of iterations that a request shares with the joining request after the prefill of the latter."""
     return jnp.maximum(jnp.minimum(remaining, length) - 1, 0)
 
 
 def _context_sum(prompt: jax.Array, overlap: jax.Array) -> jax.Array:
-    """sum over k = 1..overlap of (prompt + k): context tokens that the joining request adds to those iterations."""
+    """Sum over k = 1..overlap of (prompt + k): context tokens that the joining request adds to these iterations."""
     return overlap * prompt + overlap * (overlap + 1) / 2
 
 
 def paper_impact(
     queue: Queue, true_tokens: jax.Array, k1: jax.Array, k2: jax.Array, latency_limit: jax.Array
 ) -> jax.Array:
-    """The paper's penalty, float [...]: sum of the scores of running requests whose latency per token passes the limit.
+    """The paper's penalty, float [...]: the scores of running requests whose latency per token exceeds the limit.
 
-    `l+ = (k1*p + k2*sum_{k=1..n}(p + k)) / d` with n = max(min(d - o, d_i) - 1, 0); charged where l_now + l+ > L, with
-    l_now the time since arrival per token so far, 0 before the first. `true_tokens` int32 [S, ...] are the true
-    lengths d.
+    `l+ = (k1*p + k2*sum_{k=1..n}(p + k)) / d` with n = max(min(d - o, d_i) - 1, 0). A request is counted if
+    l_now + l+ > L, where l_now is the time since its arrival per generated token, or 0 before the first token.
+    `true_tokens`, int32 [S, ...], are the true lengths d.
     """
     engine = queue.engine
     running = engine.unfinished() & (engine.position < engine.num_running)
@@ -121,11 +121,12 @@ def paper_impact(
 def predicted_impact(queue: Queue, latency_limit: jax.Array, params: EngineParams) -> jax.Array:
     """Our penalty, float [...]: predicted scores of the requests that the action turns from met to missed.
 
-    As the paper's, with predicted lengths d = max(prediction, o + 1), the expert's own c1, c2 and c3 for k1, the
-    per-sequence cost and k2, and l_now over max(o, 1). A waiting request is judged by its predicted finish: the time
-    until the next iteration, the prefills up to and including its own, its decode iterations at the present batch, and,
-    where seats or blocks run out before it, a turnover for it and every such one ahead: the mean remaining time of a
-    running request over their number, since that often one of them ends.
+    It is the paper's formula with predicted lengths d = max(prediction, o + 1), with the expert's own c1, c2 and c3 in
+    place of k1, the per-sequence cost and k2, and with l_now per max(o, 1) tokens. The predicted finish of a waiting
+    request is the sum of the time until the next iteration, the prefills up to and including its own, and its decode
+    iterations with the current batch. If seats or blocks run out before it, a turnover is added for it and for each
+    such request ahead of it: the mean remaining time of running requests divided by their number, which is the mean
+    time between two of their completions.
     """
     engine, latency = queue.engine, params.latency
     unfinished = engine.unfinished()
@@ -159,7 +160,7 @@ def predicted_impact(queue: Queue, latency_limit: jax.Array, params: EngineParam
 
 
 def exact_impact(queue: Queue, latency_limit: jax.Array, params: EngineParams) -> jax.Array:
-    """As `predicted_impact`, with latencies from running the engine, float [...]. Costs two drains of the engine."""
+    """Like `predicted_impact`, with latencies from two runs of the engine until it is empty; float [...]."""
     engine = predicted_engine(queue.engine, queue.predicted_tokens, params)
     without, joined = _met(engine, queue.age, queue.prompt_tokens, queue.output_tokens, latency_limit, params)
     return jnp.sum(jnp.where(without & ~joined, queue.predicted_score, 0.0), axis=0)
@@ -175,9 +176,9 @@ def joining_gain(
     latency_limit: jax.Array,
     params: EngineParams,
 ) -> jax.Array:
-    """QoS that a request of so many tokens adds to the engine's, float [...]: its own, less what others lose by it.
+    """QoS that a request adds to the engine's, float [...]: its own QoS, less the QoS that others lose.
 
-    As `exact_impact`, on the lengths in `engine` and the scores given, float [S, ...] and [...].
+    It is computed like `exact_impact`, with the lengths in `engine` and the given scores, float [S, ...] and [...].
     """
     without, joined = _met(engine, age, prompt_tokens, output_tokens, latency_limit, params)
     score = jnp.where(engine.position == engine.num_requests, own_score, score)
@@ -185,19 +186,19 @@ def joining_gain(
 
 
 def predicted_engine(engine: EngineState, predicted_tokens: jax.Array, params: EngineParams) -> EngineState:
-    """The engine with expected lengths for the true ones, int32 [S, ...] predictions given."""
+    """The engine with expected instead of true lengths, from predictions int32 [S, ...]."""
     length = expected_length(predicted_tokens, engine.generated)
     target = _target(engine.prompt_tokens, length, params)
     return engine.replace(target_tokens=jnp.maximum(target, engine.generated + 1))
 
 
 def _room(params: EngineParams) -> jax.Array:
-    """The longest request, prompt and output, that the cache holds."""
+    """Maximum length of a request, prompt and output, that fits into the cache."""
     return params.usable_blocks * params.block_size + 1
 
 
 def _target(prompt_tokens: jax.Array, length: jax.Array, params: EngineParams) -> jax.Array:
-    """As `target_tokens`, cut to what the cache holds: the engine would preempt a longer request for ever."""
+    """`target_tokens`, limited to what fits into the cache: the engine would preempt a longer request forever."""
     target = target_tokens(prompt_tokens, length, rules(params).longest(params))
     return jnp.minimum(target, _room(params) - prompt_tokens)
 
@@ -210,12 +211,12 @@ def _met(
     latency_limit: jax.Array,
     params: EngineParams,
 ) -> tuple[jax.Array, jax.Array]:
-    """Which slots' requests meet the limit, bool [S, ...], when the engine runs to its end with no further arrivals:
-    without a request of so many tokens, and with it, which then is in the slot behind the others.
+    """Which requests meet the limit if the engine runs until it is empty with no further arrivals, bool [S, ...] each:
+    without a request of these lengths, and with it in the slot behind the others.
     """
     joins = (engine.num_requests < engine.num_slots) & (prompt_tokens < _room(params))
     joined = append(engine, joins, prompt_tokens, _target(prompt_tokens, output_tokens, params), jnp.zeros((), float))
-    # Both at once: [S, 2, ...] and [2, ...].
+    # Both runs at once: [S, 2, ...] and [2, ...].
     axes = engine.num_requests.ndim
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=leaves[0].ndim - axes), engine, joined)
     done, *_ = run_until(both, jnp.asarray(AFTER_ALL, float), params)

@@ -1,7 +1,7 @@
-"""Metrics of an episode: sums that are added to at every step, and what follows from them at the end.
+"""Metrics of an episode: sums that every step adds to, and the metrics computed from them at the end.
 
-The sums are additive over episodes and environments. Percentiles come from a histogram with 4 % wide bins
-("histogram"), so at most 2 % off, or from every request's own figures ("exact"); "off" keeps neither and no sums.
+The sums are additive over episodes and environments. Percentiles are computed from a histogram whose bins are 4 % wide
+("histogram"), with an error of at most 2 %, or from the values of every request ("exact"). "off" keeps nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Level = Literal["off", "histogram", "exact"]
 TIMINGS = ("latency_per_token", "ttft", "tpot")
 """Seconds: (finish - arrival) / output tokens; first token - arrival; (finish - first token) / (output tokens - 1)."""
 
-_SMALLEST, _RATIO, _BINS = 1e-3, 1.04, 384  # bins from 1 ms to 3,500 s; below and above in the first and last
+_SMALLEST, _RATIO, _BINS = 1e-3, 1.04, 384  # bins from 1 ms to 3,500 s; the first and last also have values outside
 
 
 class EpisodeTotals(struct.PyTreeNode):
@@ -34,39 +34,39 @@ class EpisodeTotals(struct.PyTreeNode):
     rejected_infeasible: jax.Array  # float [N], the expert could never serve it
     completed: jax.Array  # float [N]
     qos: jax.Array  # float [N], sum over completed requests
-    drained_qos: jax.Array  # float [], the part of it that came after the last step
-    score: jax.Array  # float [N], sum over completed requests, met or missed
-    violations: jax.Array  # float [N], completed, but not below the latency limit
+    drained_qos: jax.Array  # float [], the part of `qos` after the last step
+    score: jax.Array  # float [N], sum over completed requests, whether they met the limit or not
+    violations: jax.Array  # float [N], completed requests that missed the latency limit
     preemptions: jax.Array  # float [N], of completed requests
-    timings: jax.Array  # float [3, N], sums of TIMINGS over completed requests (tpot: those of two tokens or more)
-    several_tokens: jax.Array  # float [N], completed requests of two tokens or more
-    elapsed: jax.Array  # float [], s of simulated time, to the end of the drain
+    timings: jax.Array  # float [3, N], sums of TIMINGS over completed requests (tpot: with two or more tokens)
+    several_tokens: jax.Array  # float [N], completed requests with two or more tokens
+    elapsed: jax.Array  # float [], s of simulated time until all requests of the episode have ended
     busy: jax.Array  # float [N], s of iterations
     block_seconds: jax.Array  # float [N], KV blocks held times s
     kv_seconds: jax.Array  # float [N], share of the KV cache held times s
-    timing_record: jax.Array  # float [3, bins] counts of TIMINGS; "exact": float [3, episode length], NaN where none
+    timing_record: jax.Array  # float [3, bins] counts of TIMINGS; "exact": float [3, episode length], NaN if none
 
 
 class Completed(struct.PyTreeNode):
     """Completed requests in the S slots of N experts in B environments; every field [S, N, B]."""
 
-    served: jax.Array  # bool; where it is False the other fields may be anything, but tokens is above 0
+    served: jax.Array  # bool; if False, the other fields have no meaning, but tokens is above 0
     index: jax.Array  # int32, number of the request in the episode
     tokens: jax.Array  # int32, output
     score: jax.Array  # float, true
     preemptions: jax.Array  # int32
-    arrival: jax.Array  # float, s, like the next two from the same origin
+    arrival: jax.Array  # float, s; this and the next two have the same origin
     first_token: jax.Array  # float
     finish: jax.Array  # float
 
     def qos(self, latency_limit: jax.Array) -> jax.Array:
-        """float [S, N, B]: the score, where the latency per token is below the limit (simulation.md section 4)."""
+        """float [S, N, B]: the score if the latency per token is below the limit, else 0 (simulation.md section 4)."""
         met = self.served & ((self.finish - self.arrival) / self.tokens < latency_limit)
         return jnp.where(met, self.score, 0)
 
 
 def empty_totals(num_experts: int, level: Level, episode_length: int) -> EpisodeTotals | None:
-    """Totals of an episode that begins; None where metrics are off."""
+    """Totals at the beginning of an episode; None with metrics off."""
     if level == "off":
         return None
     one, each = jnp.zeros((), float), jnp.zeros(num_experts, float)
@@ -93,21 +93,21 @@ def empty_totals(num_experts: int, level: Level, episode_length: int) -> Episode
 
 
 def totals_last(totals: EpisodeTotals | None) -> EpisodeTotals | None:
-    """Environments from the first axis to the last, but in the record, which is written to in few places."""
+    """Moves environments from the first to the last axis, except in the record, which is written in few places."""
     if totals is None:
         return None
     return batch_last(totals.replace(timing_record=None)).replace(timing_record=totals.timing_record)
 
 
 def totals_first(totals: EpisodeTotals | None) -> EpisodeTotals | None:
-    """The way back from `totals_last`."""
+    """The inverse of `totals_last`."""
     if totals is None:
         return None
     return batch_first(totals.replace(timing_record=None)).replace(timing_record=totals.timing_record)
 
 
 def add_work(totals: EpisodeTotals, work: EngineWork, ignored: jax.Array, usable_blocks: jax.Array) -> EpisodeTotals:
-    """The totals with the work of the engines, and with the requests that they `ignored` (int32 [N, B])."""
+    """Adds to the totals the work of the engines and the number of requests that they `ignored` (int32 [N, B])."""
     return totals.replace(
         busy=totals.busy + work.busy_time,
         block_seconds=totals.block_seconds + work.block_seconds,
@@ -117,7 +117,7 @@ def add_work(totals: EpisodeTotals, work: EngineWork, ignored: jax.Array, usable
 
 
 def add_completed(totals: EpisodeTotals, level: Level, completed: Completed, latency_limit: jax.Array) -> EpisodeTotals:
-    """The totals with the completed requests; both with environments last (`totals_last`)."""
+    """Adds the completed requests to the totals; both have environments last (`totals_last`)."""
     several = completed.served & (completed.tokens > 1)
     latency = (completed.finish - completed.arrival) / completed.tokens
     ttft = completed.first_token - completed.arrival
@@ -140,8 +140,8 @@ def add_completed(totals: EpisodeTotals, level: Level, completed: Completed, lat
 def _record(
     record: jax.Array, level: Level, timings: list[jax.Array], completed: Completed, several: jax.Array
 ) -> jax.Array:
-    """Writes the TIMINGS, each [S, N, B], of the completed requests, the last one where `several`, into the record
-    [B, 3, bins], or with "exact" [B, 3, episode length]. Each round takes one request of each expert."""
+    """Writes the TIMINGS of the completed requests, each [S, N, B], into the record [B, 3, bins], or with "exact"
+    [B, 3, episode length]; TPOT only for requests with `several` tokens. Each round writes one request per expert."""
     position = slot_positions(completed.served)
     size = record.shape[-1]
     environment, row = jnp.arange(record.shape[0]), jnp.arange(3)[:, None, None]
@@ -166,7 +166,7 @@ def _record(
 
 
 def _percentiles(totals: EpisodeTotals, level: Level) -> jax.Array:
-    """[3 timings, 3]: p50, p95 and p99; NaN where nothing completed."""
+    """[3 timings, 3]: p50, p95 and p99; NaN if no request completed."""
     quantiles = jnp.asarray([0.5, 0.95, 0.99])
     if level == "exact":
         return jnp.nanquantile(totals.timing_record, quantiles, axis=1).T
@@ -180,10 +180,10 @@ def _percentiles(totals: EpisodeTotals, level: Level) -> jax.Array:
 def summarize(totals: EpisodeTotals, level: Level) -> dict[str, jax.Array]:
     """Metrics of an episode (or of the sum of several, with "histogram"), float []; `expert_...` float [N].
 
-    Shares (`..._rate`) are of arrived requests, `qos` is the mean over all of them; `score`, timings and
-    `violation_rate` are over completed ones; `utilization` and `kv_use` are shares of the simulated time. An expert's
-    `qos` and rejections are over what was routed to it. Percentiles are of the cluster. NaN where there is nothing to
-    average.
+    `qos` is the mean over all arrived requests, and the rates of drops and rejections are shares of them. `score`,
+    timings and `violation_rate` are over completed requests. `utilization` and `kv_use` are shares of the simulated
+    time. The `qos` and rejection rate of an expert are over the requests routed to it. Percentiles are for the whole
+    cluster. A value is NaN if there is nothing to average.
     """
     completed = jnp.sum(totals.completed)
     several = jnp.sum(totals.several_tokens)

@@ -1,6 +1,6 @@
-"""Named environments: `jaxroute.make("paper-3")` gives an environment and its parameters, `register` adds one's own.
+"""Named environments: `make("paper-3")` returns an environment and its parameters; `register` adds further ones.
 
-`scenarios` registers those that come with the package.
+`scenarios` registers the environments of the package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxroute.workload.requests import FrozenRequests
 from jaxroute.workload.workload import Workload
 
 PAPER_PENALTY = {"chatglm-6b": (6.8e-5, 2.5e-5)}
-"""k1, k2 of the paper's penalty by expert, s (its first author's constants); `PAPER_PENALTY_DEFAULT` for the others."""
+"""k1, k2 of the paper's penalty by expert, s (constants of its first author); others: `PAPER_PENALTY_DEFAULT`."""
 
 PAPER_PENALTY_DEFAULT = (7.2e-5, 2.5e-5)
 
@@ -28,7 +28,7 @@ SCENARIOS = {
     "paper-3": tuple(EXPERTS)[:3],
     "paper-6": tuple(EXPERTS)[:6],
 }
-"""Names of the experts by registered environment: those of the paper here, `scenarios` adds its own."""
+"""Names of the experts of each registered environment. `scenarios` adds entries."""
 
 
 def make_params(
@@ -41,11 +41,11 @@ def make_params(
     discipline: str = "vllm_v1",
     max_model_len: int | None = None,
 ) -> EnvParams:
-    """Parameters of a cluster of these experts; by default as the frozen scenario, at 3 requests/s (section 7).
+    """Parameters of a cluster of these experts. The defaults are the frozen scenario's, with 3 requests/s (section 7).
 
-    `profile` and `kv_cache_tokens` are one for all or one for each expert; `latency_limit` is in s per output token.
-    `max_model_len` in tokens. None takes the profile's own. `discipline` is every engine's: vllm_v1, vllm_v0 or orca.
-    Raises `UserError`.
+    `profile` and `kv_cache_tokens` are one value for all experts or one for each. `latency_limit` is in s per output
+    token, `max_model_len` in tokens; None selects the profile's value. `discipline` is that of every engine: vllm_v1,
+    vllm_v0 or orca. Raises `UserError`.
     """
     profiles = engine_profiles(experts, profile)
     if workload is None:
@@ -64,7 +64,7 @@ def make_params(
 
 
 def frozen_workload(experts: Sequence[str], arrivals: Arrivals) -> Workload:
-    """Requests of the frozen generator for these experts, at these times."""
+    """Requests of the frozen generator for these experts, with these arrivals."""
     scores = [EXPERTS[require_known(expert, EXPERTS, "expert")].mean_score for expert in experts]
     return Workload.create(arrivals, FrozenRequests.create(scores))
 
@@ -77,7 +77,7 @@ def params_of(
     penalty_weight: float = 1.0,
     penalty: Sequence[tuple[float, float]] | None = None,
 ) -> EnvParams:
-    """Parameters of engines (each field [N]) of one's own; `penalty` is k1, k2 of each. Raises `UserError`."""
+    """Parameters for given engines (each field [N]); `penalty` has k1, k2 of each. Raises `UserError`."""
     limit, penalty = latency_limit, penalty or [PAPER_PENALTY_DEFAULT] * workload.num_experts
     if not 0 < limit < float("inf"):
         raise UserError(f"latency_limit must be above 0 (seconds per output token), not {limit}")
@@ -105,9 +105,9 @@ _ENVIRONMENTS: dict[str, _Registered] = {}
 
 
 def register(name: str, factory: Factory, description: str) -> None:
-    """Makes `make(name, **options)` return `factory(**options)`, an environment and its default parameters.
+    """Registers a factory: `make(name, **options)` returns `factory(**options)`, an environment and its parameters.
 
-    `description` is a line on what the environment teaches. Raises `UserError` for a name that is taken.
+    `description` is one line on the purpose of the environment. Raises `UserError` if the name is taken.
     """
     if name in _ENVIRONMENTS:
         raise UserError(f"an environment '{name}' is registered already; choose another name")
@@ -125,15 +125,15 @@ def make(environment_id: str, **options: Any) -> tuple[Any, Any]:
     """The registered environment of this name (see `environments`), and its default parameters.
 
     `options` set fields of `RoutingEnvironment` (slots, episode_length, obs, penalty, metrics, queue_nodes, drop). All
-    but `cluster` also take `make_params`'s experts, profile, kv_cache_tokens, discipline and max_model_len; `azure` and
-    `cluster` need the `path` of a file.
-    Raises `UserError` for an unknown name or option, with the nearest.
+    environments except `cluster` also accept the experts, profile, kv_cache_tokens, discipline and max_model_len of
+    `make_params`. `azure` and `cluster` need the `path` of a file.
+    Raises `UserError` for an unknown name or option; the message suggests the most similar ones.
     """
     return _ENVIRONMENTS[require_known(environment_id, _ENVIRONMENTS, "environment id")].factory(**options)
 
 
 def environment_of(num_experts: int, options: dict[str, Any], **defaults: Any) -> RoutingEnvironment:
-    """The environment with these options in place of the defaults; `UserError` for an unknown one."""
+    """The environment with these options instead of the defaults; `UserError` for an unknown option."""
     for key in options:
         require_known(key, RoutingEnvironment.__dataclass_fields__.keys() - {"num_experts"}, "environment option")
     return RoutingEnvironment(num_experts=num_experts, **{**defaults, **options})

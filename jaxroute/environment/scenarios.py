@@ -1,4 +1,4 @@
-"""The environments that come with the package; what each is there for stands in its line."""
+"""The registered environments of the package, each with one line on its purpose."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def _of_experts(
     middle: dict[str, float] | None = None,
     **defaults: Any,
 ) -> tuple[RoutingEnvironment, EnvParams]:
-    """Experts of the tables with requests of the frozen generator, `options` in place of what is given here.
+    """Experts of `EXPERTS` with requests of the frozen generator; `options` override the other arguments.
 
-    `middle` are factors of the first expert in the middle third of an episode, as `Disturbances` names them.
+    `middle` are factors of the first expert in the middle third of an episode, with the names of `Disturbances`.
     """
     chosen: dict[str, Any] = {"experts": experts, "profile": profile}
     chosen.update((key, options[key]) for key in OF_EXPERTS if key in options)
@@ -89,7 +89,7 @@ def _needs(path: str | Path | None, name: str, what: str) -> Path:
 def _azure(
     path: str | Path | None = None, rate_scale: float = 0.6, **options: Any
 ) -> tuple[RoutingEnvironment, EnvParams]:
-    """`rate_scale` 0.6 makes the conversation trace's 5.4 requests/s 3.2."""
+    """A recorded trace. With `rate_scale` 0.6, the conversation trace has 3.2 instead of 5.4 requests/s."""
     trace = load_trace(_needs(path, "azure", "a recorded trace (Azure 2023 CSV, Mooncake JSONL)"))
     try:
         arrivals = TraceArrivals.create(trace.times, rate_scale, start=None)
@@ -104,7 +104,7 @@ ENGINE_KEYS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block
 
 
 def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnvironment, EnvParams]:
-    """Experts from a YAML file, as docs/environment.md describes it."""
+    """Experts from a YAML file; docs/environment.md describes its format."""
     path = _needs(path, "cluster", "a YAML file of experts (docs/environment.md)")
     tree = _mapping(path, read_yaml(path), "the file", CLUSTER_KEYS)
     listed = tree.get("experts")
@@ -121,7 +121,7 @@ def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnv
         if "profile" in expert:
             own = {key: expert[key] for key in (*ENGINE_KEYS, "latency", "kv_blocks") if key in expert}
             if own:
-                raise UserError(f"{path}: {where}: {next(iter(own))} is the profile's; leave one of them out")
+                raise UserError(f"{path}: {where}: the profile contains {next(iter(own))}; leave one of them out")
             config = load_profile(str(expert["profile"]))["engine"]
             engines.append(engine_from_config(config, f"{path}: {where}"))
             continue
@@ -130,7 +130,7 @@ def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnv
             raise UserError(f"{path}: {where}: kv_blocks must be a whole number of at least 1, not {blocks!r}")
         config = {
             "latency": expert["latency"],
-            "num_gpu_blocks": blocks + 1,  # vLLM keeps one
+            "num_gpu_blocks": blocks + 1,  # vLLM keeps one block
             **{key: expert[key] for key in ENGINE_KEYS if key in expert},
         }
         engines.append(engine_from_config(config, f"{path}: {where}"))
@@ -160,38 +160,36 @@ def _positive(path: Path, key: str, value: Any) -> float:
     return float(value)
 
 
-_scenario("paper-3", "the paper's three experts at 3 requests/s: quality against queues; start here")
-_scenario(
-    "paper-6", "the paper's six experts at 3 requests/s: more to choose among, half the load on each", experts=SIX
-)
+_scenario("paper-3", "the paper's three experts at 3 requests/s: a trade-off of quality and queues; start here")
+_scenario("paper-6", "the paper's six experts at 3 requests/s: more choices, and half the load per expert", experts=SIX)
 _scenario(
     "overload-3",
-    "twice the requests that three experts can serve in time: who drops early serves more",
+    "three experts at twice the load of paper-3: dropping some requests early lets more of them meet the limit",
     arrivals=lambda: PoissonArrivals.create(6.0),
 )
 _scenario(
     "bursts-3",
-    "calm at 2 requests/s, bursts of 8 for some five seconds: what pays in one ruins the other",
+    "2 requests/s, with bursts of 8 requests/s that last five seconds on average: each phase needs another policy",
     arrivals=lambda: MarkovArrivals.create((2.0, 8.0), (25.0, 5.0)),
 )
 _scenario(
     "slowdown-3",
-    "the best expert takes three times as long in the middle third of an episode: present speed is in its features",
+    "the best expert is three times as slow in the middle third of an episode; its features show its current speed",
     middle={"slowness": 3.0},
 )
 _scenario(
     "failure-3",
-    "the best expert hangs in the middle third of an episode, and what is sent there is lost until it recovers",
+    "the best expert hangs in the middle third of an episode: requests sent there miss the limit until it recovers",
     middle={"slowness": FAILED},
 )
 _scenario(
     "quality-3",
-    "the best expert's answers lose 40 % in the middle third while predictions stay: only rewards tell",
+    "the best expert's scores are 40 % lower in the middle third of an episode; only the rewards show it",
     middle={"quality": 0.6},
 )
 _scenario(
     "rtx4090-3",
-    "RTX 4090s as measured with vLLM at 90 requests/s, 22 ms a token: batches of a hundred, each token counts",
+    "RTX 4090s, measured with vLLM, at 90 requests/s, 22 ms per token: large batches, and each token takes time",
     arrivals=lambda: PoissonArrivals.create(90.0),
     profile="rtx4090",
     latency_limit=0.022,
@@ -199,7 +197,7 @@ _scenario(
 )
 _scenario(
     "a100-3",
-    "A100s at 100 requests/s, 13 ms a token: past 256 tokens an iteration slows down, so prefills hurt",
+    "A100s at 100 requests/s, 13 ms per token: iterations are slow above 256 tokens, so prefills delay all",
     arrivals=lambda: PoissonArrivals.create(100.0),
     profile="a100",
     latency_limit=0.013,
@@ -207,18 +205,18 @@ _scenario(
 )
 _scenario(
     "mixed-3",
-    "the best model on the slowest GPU (RTX 3090, A40, A100) at 24 requests/s, 30 ms a token: quality costs speed",
+    "the best model on the slowest GPU (RTX 3090, A40, A100) at 24 requests/s, 30 ms per token",
     arrivals=lambda: PoissonArrivals.create(24.0),
     profile=("rtx3090", "a40", "a100"),
     slots=96,
 )
 _scenario(
     "measured-3",
-    "servers calibrated from logs, 40 requests/s, 30 ms a token: the best model is the slow one, and serves few",
+    "servers calibrated from logs at 40 requests/s, 30 ms per token: the best model is slow and can serve only few",
     arrivals=lambda: PoissonArrivals.create(40.0),
     profile=("rtxpro6000x2-qwen3-32b", "rtx4090-llama-3.1-8b", "rtxpro6000-llama-3.1-8b"),
     slots=96,
 )
 SCENARIOS["azure"] = THREE
-register("azure", _azure, 'the arrivals of a recorded trace, path="...csv": hours with their own bursts and lulls')
-register("cluster", _cluster, 'experts of your own from a YAML file, path="experts.yaml"')
+register("azure", _azure, 'the arrivals of a recorded trace, path="...csv", whose rate varies over hours')
+register("cluster", _cluster, 'your own experts from a YAML file, path="experts.yaml"')

@@ -1,4 +1,4 @@
-"""What is static of an environment: it changes shapes or code. Whatever may vary in a sweep is in `EnvParams`."""
+"""The static settings of an environment, which change shapes or code. `EnvParams` has what a sweep may vary."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Penalty = Literal["predicted", "paper", "exact", "off"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Static settings of N experts behind a router. Raises `UserError` for a value that means nothing."""
+    """Static settings of N experts behind a router. Raises `UserError` for an invalid value."""
 
     num_experts: int
-    slots: int = 48  # S: requests that one expert holds, running and waiting; one more is a counted rejection
-    queue_nodes: int = 10  # K: running and waiting requests that are observed of each expert
+    slots: int = 48  # S: requests that an expert can hold, running and waiting; a further one is rejected
+    queue_nodes: int = 10  # K: observed running requests, and observed waiting requests, of each expert
     episode_length: int = 5000  # requests
     obs: Literal["graph", "flat"] = "graph"  # a `GraphObservation`, or one flat vector
     penalty: Penalty = "predicted"  # form of the action impact estimator
     metrics: Level = "histogram"
-    drop: bool = True  # whether a router may drop a request; if not, it may where no expert could take it
+    drop: bool = True  # whether dropping is always allowed; if not, only if no expert is allowed
 
     def __post_init__(self) -> None:
         choices = {"obs": ("graph", "flat"), "penalty": get_args(Penalty), "metrics": get_args(Level)}
@@ -34,5 +34,5 @@ class Settings:
 
     @property
     def num_actions(self) -> int:
-        """N + 1: send to expert 0..N-1, or drop."""
+        """N + 1: experts 0..N-1, and dropping."""
         return self.num_experts + 1

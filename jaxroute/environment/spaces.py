@@ -1,7 +1,7 @@
-"""Spaces of actions and observations: what has which shape, dtype and range. Ours, so that nothing else is needed.
+"""Spaces of actions and observations: shapes, dtypes and ranges. They need no other library.
 
-The adapters turn them into gymnax's or gymnasium's own classes. `sample` and `contains` work inside `jax.jit` and
-`jax.vmap`; shapes and dtypes are static, so a wrong one is a plain False.
+The adapters convert them to the classes of gymnax or gymnasium. `sample` and `contains` work inside `jax.jit` and
+`jax.vmap`. Shapes and dtypes are static, so `contains` is a constant False for a wrong one.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from jaxroute.environment.settings import Settings
 
 
 class Discrete:
-    """The whole numbers 0..n - 1."""
+    """The integers 0..n - 1."""
 
     def __init__(self, n: int, dtype: Any = jnp.int32) -> None:
         self.n, self.shape, self.dtype = n, (), np.dtype(dtype)
 
     def sample(self, key: jax.Array) -> jax.Array:
-        """Any of them, all alike."""
+        """A uniform sample."""
         return jax.random.randint(key, (), 0, self.n, self.dtype)
 
     def contains(self, value: Any) -> jax.Array:
-        """bool []: `value` is a scalar of whole numbers, of any width, and in the range."""
+        """bool []: whether `value` is an integer scalar of any width within the range."""
         array = jnp.asarray(value)
         if array.shape != () or not jnp.issubdtype(array.dtype, jnp.integer):
             return jnp.bool_(False)
@@ -42,22 +42,22 @@ class Discrete:
 
 
 class Box:
-    """Arrays of one shape and dtype between two bounds, which belong to it; for bool, False to True."""
+    """Arrays of one shape and dtype between two inclusive bounds; for bool, False to True."""
 
     def __init__(self, low: Any, high: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> None:
-        """`low` and `high` are numbers, or arrays that broadcast to `shape`; both may be infinite."""
+        """`low` and `high` are numbers or arrays that broadcast to `shape`; both may be infinite."""
         self.shape, self.dtype = shape, np.dtype(dtype)
         self.low, self.high = (np.broadcast_to(np.asarray(bound, self.dtype), shape) for bound in (low, high))
 
     def sample(self, key: jax.Array) -> jax.Array:
-        """Uniform between finite bounds, an exponential away from a single one, a normal without."""
+        """Uniform between two finite bounds, exponential from one finite bound, normal without finite bounds."""
         if self.dtype == bool:
             return jax.random.bernoulli(key, 0.5, self.shape)
         low, high = jnp.asarray(self.low), jnp.asarray(self.high)
         uniform = jax.random.uniform(key, self.shape, self.dtype)
         away = -jnp.log1p(-uniform)
         bounded_below, bounded_above = jnp.isfinite(low), jnp.isfinite(high)
-        # Infinite bounds are replaced, so that no branch that is not taken computes with them.
+        # Infinite bounds are replaced, so that branches which are not selected do not compute with them.
         low, high = jnp.where(bounded_below, low, 0), jnp.where(bounded_above, high, 0)
         inside = jnp.minimum(low + uniform * (high - low), high)
         one_sided = jnp.where(bounded_below, low + away, high - away)
@@ -66,7 +66,7 @@ class Box:
         return jnp.where(bounded_below & bounded_above, inside, either).astype(self.dtype)
 
     def contains(self, value: Any) -> jax.Array:
-        """bool []: shape and dtype are the space's, and all is within the bounds; NaN is not."""
+        """bool []: whether shape and dtype are the space's, and all values are within the bounds (NaN is not)."""
         dtype = value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
         if np.shape(value) != self.shape or dtype != self.dtype:
             return jnp.bool_(False)
@@ -87,10 +87,10 @@ class Box:
 
 
 class Dict:
-    """Named spaces; what they hold is a mapping, or an object with fields of these names."""
+    """Named spaces. A value is a mapping, or an object with fields of these names."""
 
     def __init__(self, spaces: Mapping[str, Space], create: Callable[..., Any] = dict) -> None:
-        """`create(**samples)` makes what `sample` returns."""
+        """`create(**samples)` builds the result of `sample`."""
         self.spaces, self.create = dict(spaces), create
 
     def sample(self, key: jax.Array) -> Any:
@@ -100,7 +100,7 @@ class Dict:
         return self.create(**{name: space.sample(own) for (name, space), own in pairs})
 
     def contains(self, value: Any) -> jax.Array:
-        """bool []: all parts are there, and each is in its space."""
+        """bool []: whether all parts are present, and each is in its space."""
         if isinstance(value, Mapping):
             parts = dict(value)
         else:
@@ -133,11 +133,11 @@ RANGES = {
     "generated_tokens": POSITIVE,
     "latency_so_far": SHARE,
 }
-"""Least and greatest value of each feature of the observation."""
+"""Minimum and maximum of each feature of the observation."""
 
 
 def observation_space(settings: Settings) -> Space:
-    """A `Dict` that samples `GraphObservation`s, or with flat observations one `Box` float32 [F]."""
+    """A `Dict` that samples `GraphObservation`s, or with flat observations a `Box`, float32 [F]."""
     experts, nodes = settings.num_experts, settings.queue_nodes
 
     def features(names: tuple[str, ...], *axes: int) -> Box:

@@ -13,30 +13,31 @@ from jaxroute.workload.request import Request
 from jaxroute.workload.workload import Workload
 
 RECENT_GAPS = 32
-"""An exponential mean of gaps: each has a weight of 1 / 32, the first 32 of an episode their plain mean."""
+"""Length of the exponential mean of gaps: each has a weight of 1 / 32. The first 32 gaps have their plain mean."""
 
 RECENT_COMPLETIONS = 10
-"""An exponential mean of an expert's completions, which stands for LiteLLM's list of the last ten: each has a weight of
-1 / 10, but the first ones the whole. Several in one step count as that many of their mean latency."""
+"""Length of the exponential mean of an expert's completions, which replaces LiteLLM's list of the last ten: each has a
+weight of 1 / 10, except that the first completions set the mean. Several completions in one step count with their mean
+latency."""
 
 
 class EnvParams(struct.PyTreeNode):
-    """What a sweep may vary: every leaf is traced, so it may carry a batch axis for `jax.vmap`."""
+    """Everything that a sweep may vary: each leaf is traced, so it may have a batch axis for `jax.vmap`."""
 
     workload: Workload  # arrivals and requests
     engines: EngineParams  # each field [N]
-    latency_limit: jax.Array  # float [], L, s per output token: a request counts iff it stays below
+    latency_limit: jax.Array  # float [], L, s per output token: a request has QoS iff it is below
     penalty_weight: jax.Array  # float [], w
     penalty_prefill: jax.Array  # float [N], k1 of the paper's penalty, s per prompt token
     penalty_context: jax.Array  # float [N], k2 of the paper's penalty, s per context token
     token_scale: jax.Array  # float [], tokens that count as 1 in observations
-    # float [], per s: the reward counts a request's QoS over this to the power of its age, so that to a learner with
-    # this discount it is worth its QoS at its arrival. None: as it is
+    # float [], per s: the reward divides a request's QoS by this to the power of its age in s, so that to a learner
+    # with this discount the request is worth its QoS at its arrival. None: no division
     credit_discount: jax.Array | None = None
-    disturbances: Disturbances | None = None  # what changes while an episode runs; None: nothing does
+    disturbances: Disturbances | None = None  # changes during an episode; None: no changes
 
     def at(self, decision: jax.Array) -> EnvParams:
-        """The parameters between `decision` (int32 [], or [B] where environments are last) and the next one."""
+        """The parameters between `decision` (int32 [], or [B] with environments last) and the next decision."""
         if self.disturbances is None:
             return self
         latency = self.disturbances.slowed(self.engines.latency, decision)
@@ -44,23 +45,24 @@ class EnvParams(struct.PyTreeNode):
 
 
 class QueuedRequests(struct.PyTreeNode):
-    """What the environment knows of the request in each slot, beyond the engine's own state; each field [S, N]."""
+    """The environment's data of the request in each slot, beside the engine's state; each field [S, N]."""
 
-    arrival: jax.Array  # float, s relative to the present, <= 0
+    arrival: jax.Array  # float, s relative to the current decision, <= 0
     index: jax.Array  # int32, number of the request in the episode
     score: jax.Array  # float, true
     predicted_score: jax.Array  # float
-    predicted_tokens: jax.Array  # int32, predicted output
+    predicted_tokens: jax.Array  # int32, predicted output tokens
 
 
 class EnvState(struct.PyTreeNode):
-    """One environment at a decision. Times are relative to it; randomness comes in with each step's key."""
+    """One environment at a decision. Times are relative to the decision; random numbers come from the key of a step."""
 
-    engines: EngineState  # each field [N] or [S, N]; every iteration that has started is accounted as done
+    engines: EngineState  # each field [N] or [S, N]; every started iteration counts as finished
     queued: QueuedRequests
-    request: Request  # the arriving one
+    request: Request  # the arriving request
     workload: WorkloadState
     step: jax.Array  # int32 [], decisions taken in the episode
-    recent_gap: jax.Array  # float [], s between arrivals, see `RECENT_GAPS`; 0 at an episode's first
-    recent_latency: jax.Array  # float [N], s per token, see `RECENT_COMPLETIONS`; 0 before the first
-    totals: EpisodeTotals | None  # of the episode so far, at its first decision still the last one's; None: metrics off
+    recent_gap: jax.Array  # float [], s between arrivals, see `RECENT_GAPS`; 0 at the first arrival of an episode
+    recent_latency: jax.Array  # float [N], s per token, see `RECENT_COMPLETIONS`; 0 before the first completion
+    # of the episode up to now; at its first decision those of the previous episode; None: metrics off
+    totals: EpisodeTotals | None

@@ -1,7 +1,7 @@
-"""A step of the routing environment, for a batch: route, run, collect, reward, observe, and end what is over.
+"""A step of the routing environment for a batch: route, run, collect, reward, observe, and end finished episodes.
 
-B environments are the last axis of all arrays here, [slots, experts, B], except in observations and in the totals'
-timing record, where they are the first (see `batching`).
+The B environments are the last axis of all arrays here, [slots, experts, B], except in observations and in the timing
+record of the totals, where they are the first axis (see `batching`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Observation = GraphObservation | jax.Array
 def step(
     settings: Settings, state: EnvState, action: jax.Array, arrival: Arrival, first: Arrival, params: EnvParams
 ) -> Outcome:
-    """Routes by `action` (int32 [B]) and runs to `arrival`. Where the episode ends with that, the requests still open
-    then run to their end, which the totals count, and a new episode begins with `first`.
+    """Routes by `action` (int32 [B]) and runs to `arrival`. If the episode ends there, the open requests run to their
+    end and are added to the totals, and a new episode begins with `first`.
     """
     state = _begin_totals(settings, state)
     ends = state.step + 1 >= settings.episode_length
@@ -44,14 +44,14 @@ def step(
     action = jnp.where(inside, action, settings.num_experts)
     everyone = jnp.ones_like(ends)
     decision = Turn(everyone, action, arrival.gap, arrival, ends=jnp.bool_(False))
-    # The end of an episode is a turn in which nobody arrives, and which waits until all is done.
+    # The end of an episode is a turn without a routed request, which runs until all requests have ended.
     end = Turn(everyone, action, jnp.full_like(arrival.gap, AFTER_ALL), first, ends=jnp.bool_(True))
     end = end.only(ends).replace(action=jnp.full_like(action, NOBODY))
     return take_both(lambda state, turn: take_turn(settings, state, turn, params), state, decision, end)
 
 
 def take_turn(settings: Settings, state: EnvState, turn: Turn, params: EnvParams) -> Taken:
-    """A turn of the environments that take part in it, on any number of slots that holds all of their requests."""
+    """A turn of the participating environments, on any number of slots that holds all of their requests."""
     now = params.at(state.step)
     penalty = action_penalty(settings, state, turn.action, now)
     state, joined = _route(settings, state, turn.action, now)
@@ -64,14 +64,14 @@ def take_turn(settings: Settings, state: EnvState, turn: Turn, params: EnvParams
 
 
 def observe_batch(settings: Settings, state: EnvState, params: EnvParams) -> Observation:
-    """The observation of the kind that `settings` name, leaves [B, ...]."""
+    """The observation, graph or flat as in `settings`, leaves [B, ...]."""
     observation = observe(state, params.at(state.step), settings.queue_nodes, settings.slots, settings.drop)
     return flatten(observation) if settings.obs == "flat" else observation
 
 
 def _begin_totals(settings: Settings, state: EnvState) -> EnvState:
-    """Empty totals in the first step of an episode. Not at the end of the one before: then the environment would hold
-    both, and copy them at every step."""
+    """Empties the totals in the first step of an episode. If this happened at the end of the previous episode, the
+    environment would have to hold both totals and copy them at every step."""
     begins = state.step == 0
 
     def empty(totals: EpisodeTotals) -> EpisodeTotals | None:
@@ -86,7 +86,7 @@ def _begin_totals(settings: Settings, state: EnvState) -> EnvState:
 
 
 def _route(settings: Settings, state: EnvState, action: jax.Array, params: EnvParams) -> tuple[EnvState, jax.Array]:
-    """Sends the arriving request to the chosen expert, where it joins the queue if it can; bool [B], whether it did."""
+    """Sends the arriving request to the chosen expert. Also returns whether it joined the queue there, bool [B]."""
     request, totals = state.request, state.totals
     chosen = jnp.arange(settings.num_experts)[:, None] == action
     own = QueuedRequests(
@@ -111,7 +111,7 @@ def _route(settings: Settings, state: EnvState, action: jax.Array, params: EnvPa
 
 
 def _run(state: EnvState, until: jax.Array, params: EnvParams) -> tuple[EnvState, Finished, EngineWork]:
-    """Runs every iteration that starts before `until` (s) and takes out what finished."""
+    """Runs every iteration that starts before `until` (s) and removes the finished requests."""
     engines, work, _ = run_until(state.engines, until, params.engines)
     engines, queued, finished = collect(engines, state.queued, params.engines)
     return state.replace(engines=engines, queued=queued), finished, work
@@ -132,7 +132,7 @@ def _completed(finished: Finished) -> Completed:
 
 
 def _reward(completed: Completed, params: EnvParams) -> tuple[jax.Array, jax.Array]:
-    """QoS of what finished, and that as the reward counts it (`EnvParams.credit_discount`), float [B] each."""
+    """QoS of the finished requests, and their credit in the reward (`EnvParams.credit_discount`), float [B] each."""
     qos = credit = completed.qos(params.latency_limit)
     if params.credit_discount is not None:
         credit = jnp.where(completed.served, qos * params.credit_discount**completed.arrival, 0)
@@ -142,7 +142,7 @@ def _reward(completed: Completed, params: EnvParams) -> tuple[jax.Array, jax.Arr
 def _count(
     settings: Settings, state: EnvState, finished: Finished, completed: Completed, work: EngineWork, params: EnvParams
 ) -> EnvState:
-    """Adds what was done and what finished to the totals, and to the mean latency of recent completions."""
+    """Adds the work and the completed requests to the totals, and to the mean latency of recent completions."""
     totals = state.totals
     if totals is not None:
         totals = add_work(totals, work, finished.ignored, params.engines.usable_blocks)
@@ -155,7 +155,7 @@ def _count(
 
 
 def _move_on(state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> EnvState:
-    """Moves the present to the arrival. Where that begins an episode, the state is then as a reset makes it."""
+    """Moves the origin of times to the arrival. If an episode begins, the state is then the same as after a reset."""
     waited = jnp.maximum(jnp.max(state.engines.clock, axis=0), 0)
     gap = jnp.where(turn.takes_part, jnp.where(turn.ends, waited, turn.arrival.gap), 0)
     begins = turn.takes_part & turn.ends
@@ -163,7 +163,7 @@ def _move_on(state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> 
     if totals is not None:
         drained = jnp.where(turn.ends, qos, 0)
         totals = totals.replace(drained_qos=totals.drained_qos + drained, elapsed=totals.elapsed + gap)
-    # By now `step` counts the gaps too.
+    # `step` has been increased, so it is the number of gaps.
     change = (gap - state.recent_gap) / jnp.clip(state.step, 1, RECENT_GAPS)
     recent_gap = state.recent_gap + jnp.where(turn.takes_part, change, 0)
     engines = shift_time(state.engines, gap, params.engines)

@@ -1,6 +1,6 @@
-"""What the environments of a batch do next, and what comes of it: the arguments and results of `step`.
+"""The arguments and results of `step`: what the environments of a batch do next, and the outcome.
 
-B environments are the last axis, except in observations.
+The B environments are the last axis, except in observations.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ NOBODY = -1
 class Arrival(struct.PyTreeNode):
     """The next arrival of each environment."""
 
-    gap: jax.Array  # float [B], s from this decision to it
+    gap: jax.Array  # float [B], s from this decision to the arrival
     request: Request
-    workload: WorkloadState  # after it
+    workload: WorkloadState  # after the arrival
 
 
 class Turn(struct.PyTreeNode):
-    """A decision, or the end of an episode. Environments that take no part in it stay as they are."""
+    """A decision, or the end of an episode. Environments that do not take part do not change."""
 
     takes_part: jax.Array  # bool [B]
     action: jax.Array  # int32 [B], expert 0..N-1, N: drop, or NOBODY
-    until: jax.Array  # float [B], s: the iterations that start before it run
+    until: jax.Array  # float [B], s: iterations that start before it run
     arrival: Arrival  # the next request
-    ends: jax.Array  # bool []: the arrival comes when all is done, whatever its gap, and begins the next episode
+    ends: jax.Array  # bool []: the arrival begins the next episode, after all requests have ended; its gap is ignored
 
     def only(self, which: jax.Array) -> Turn:
-        """The same turn for those `which` (bool [] or [B]) alone."""
+        """The same turn, in which only `which` (bool [] or [B]) take part."""
         return self.replace(
             takes_part=self.takes_part & which,
             action=jnp.where(which, self.action, NOBODY),
@@ -47,21 +47,21 @@ class Turn(struct.PyTreeNode):
 
 
 class Taken(struct.PyTreeNode):
-    """What a turn leads to; 0 in the last three where an environment takes no part."""
+    """The result of a turn. The last three fields are 0 if an environment does not take part."""
 
     state: EnvState
-    observation: Any  # of the state, leaves [B, ...]
-    qos: jax.Array  # float [B], of what finished
-    credit: jax.Array  # float [B], that as the reward counts it (`EnvParams.credit_discount`)
-    penalty: jax.Array  # float [B], 0 where the request joined no expert
+    observation: Any  # of `state`, leaves [B, ...]
+    qos: jax.Array  # float [B], of the finished requests
+    credit: jax.Array  # float [B], the same in the reward (`EnvParams.credit_discount`)
+    penalty: jax.Array  # float [B], 0 if the request joined no expert
 
 
 class Outcome(struct.PyTreeNode):
-    """What a step leads to."""
+    """The result of a step."""
 
-    state: EnvState  # at the next decision: at the next arrival, or in environments that end, at a new episode's first
-    observation: Any  # of it
-    final_observation: Any  # at the next arrival, whether the episode ends or not
-    qos: jax.Array  # float [B], of what finished up to the next arrival
+    state: EnvState  # at the next decision: the next arrival, or the first one of a new episode
+    observation: Any  # of `state`
+    final_observation: Any  # at the next arrival, even if the episode ends
+    qos: jax.Array  # float [B], of the requests that finished up to the next arrival
     credit: jax.Array  # float [B]
     penalty: jax.Array  # float [B]

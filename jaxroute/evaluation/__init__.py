@@ -1,1 +1,1 @@
-"""Routers on the same episodes: metrics, statistics, tables, pictures."""
+"""Evaluation of routers on the same episodes: metrics, statistics, tables, pictures."""

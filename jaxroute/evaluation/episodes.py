@@ -1,4 +1,4 @@
-"""Routers over the same fresh episodes, as one compiled program."""
+"""Runs routers on the same fresh episodes, as one compiled program."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def evaluate_routers(
     seed: int,
     done: Callable[[str, EpisodeValues], None] = lambda name, values: None,
 ) -> dict[str, EpisodeValues]:
-    """Router name -> exact metrics of `episodes` whole episodes; `done` is called with each router's.
+    """Router name -> exact metrics of `episodes` whole episodes. `done` is called with the result of each router.
 
-    Episode e has the same request stream for every router and in every call with the same `seed`: the environment's
-    randomness depends on its keys alone, and routers draw from keys of their own.
+    Episode e has the same requests for every router and in every call with the same `seed`: the requests depend only on
+    the environment's keys, and routers use other keys.
     """
-    # The penalty is part of the reward, which is not reported.
+    # The penalty is part only of the reward, which is not reported.
     env = dataclasses.replace(env, metrics="exact", penalty="off")
     policies = [as_pytree(router) for router in routers.values()]
     keys = jax.random.split(jax.random.key(seed), episodes)
@@ -46,23 +46,23 @@ def evaluate_routers(
 
 
 def as_pytree(router: Router) -> Router:
-    """`router` as an argument of a program: one that is a pytree stays as it is, a plain function becomes one.
+    """`router` as an argument of a program: a pytree is returned unchanged, and a plain function becomes a `Partial`.
 
-    A function hidden in another `Partial` would be a constant, and another network's parameters another program.
+    Inside another `Partial` a router would be a constant, so other network parameters would need another program.
     """
     return jax.tree_util.Partial(router) if jax.tree_util.all_leaves([router]) else router
 
 
 def act(policies: list[Router], which: jax.Array, *inputs: Any) -> jax.Array:
     """The action, int32 [], of policy `which` (int32 []) on a router's `inputs`."""
-    # `switch` hashes its branches, which a pytree of traced leaves is not made for.
+    # `switch` hashes its branches, and a pytree with traced leaves cannot be hashed.
     return jax.lax.switch(which, [lambda *inputs, policy=policy: policy(*inputs) for policy in policies], *inputs)
 
 
 def run_episodes(
     env: RoutingEnvironment, policies: list[Router], which: jax.Array, keys: jax.Array, params: EnvParams
 ) -> dict[str, jax.Array]:
-    """Metrics of an episode per key. `which` has no batch axis, so `switch` runs that policy only."""
+    """Metrics of one episode per key. `which` has no batch axis, so `switch` runs only that policy."""
     env_keys, router_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     fold_in = jax.vmap(jax.random.fold_in, (0, None))
 
@@ -74,10 +74,10 @@ def run_episodes(
         return (observation, state), None
 
     observation, state = jax.vmap(env.reset, (0, None))(fold_in(env_keys, env.episode_length), params)
-    # An episode's totals are whole after its last step, where the scan ends.
+    # The totals of an episode are complete after its last step, where the scan ends.
     (_, state), _ = jax.lax.scan(step, (observation, state), jnp.arange(env.episode_length))
     return jax.vmap(partial(summarize, level=env.metrics))(state.totals)
 
 
-# One for the process, so that calls with the same environment and routers compile it once.
+# One function per process, so that calls with the same environment and routers compile it once.
 _program = jax.jit(run_episodes, static_argnums=0)

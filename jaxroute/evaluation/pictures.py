@@ -1,4 +1,4 @@
-"""The two pictures of a run: learning curves, and QoS of the routers against each other."""
+"""The two pictures of a run: learning curves, and the QoS of the routers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CURVES = (
 
 
 def learning_curve(path: Path, records: Sequence[dict[str, Any]], results: dict[str, EpisodeValues]) -> None:
-    """Writes a PNG of the training `records` (rows of metrics.jsonl) over frames; `results` gives the line to beat."""
+    """Writes a PNG of the training `records` (rows of metrics.jsonl), and the best heuristic of `results` as a line."""
     frames = np.array([record["frames"] for record in records])
     heuristics = {name: float(values["qos"].mean()) for name, values in results.items() if name != "trained"}
     with rc_context(STYLE):
@@ -55,7 +55,7 @@ def learning_curve(path: Path, records: Sequence[dict[str, Any]], results: dict[
 
 
 def qos_comparison(path: Path, results: dict[str, EpisodeValues]) -> None:
-    """Writes a PNG of each router's mean QoS and of the trained router's paired lead, with 95 % intervals."""
+    """Writes a PNG of each router's mean QoS and the trained router's paired lead, with 95 % intervals."""
     names = sorted(results, key=lambda name: float(results[name]["qos"].mean()))
     others = [name for name in names if name != "trained"]
     episodes = len(results[names[0]]["qos"])

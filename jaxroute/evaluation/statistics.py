@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """mean - half_width to mean + half_width covers the true mean with probability `CONFIDENCE`."""
+    """The interval from mean - half_width to mean + half_width contains the true mean with probability `CONFIDENCE`."""
 
     mean: float
     half_width: float
@@ -35,8 +35,8 @@ def mean_interval(values: np.ndarray) -> Interval:
 
 
 def paired_difference(values: np.ndarray, others: np.ndarray) -> Interval:
-    """Interval of the mean of `values - others`, both [E], episode e of each met the same requests.
+    """Interval of the mean of `values - others`, both [E], where episode e of both had the same requests.
 
-    The pairing takes out what the request streams add to both, so this interval is narrower than the two apart.
+    The pairing removes the common effect of the requests, so the interval is narrower than without it.
     """
     return mean_interval(np.asarray(values, np.float64) - np.asarray(others, np.float64))

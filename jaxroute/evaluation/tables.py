@@ -37,7 +37,7 @@ ROWS = (  # label; metric of `environment.metrics.summarize`; factor; decimals
 
 
 def print_evaluation(console: Console, results: dict[str, EpisodeValues]) -> None:
-    """The table, in parts of five routers where there are more, each with the trained one."""
+    """Prints the table, in parts of at most five routers, each with the trained one."""
     first = [name for name in results if name == "trained"]
     others = [name for name in results if name not in first]
     width = 5 - len(first)
@@ -46,7 +46,7 @@ def print_evaluation(console: Console, results: dict[str, EpisodeValues]) -> Non
 
 
 def evaluation_table(results: dict[str, EpisodeValues]) -> Table:
-    """Routers in columns, metrics in rows; ± is half of a 95 % interval over the episodes. 80 characters hold it."""
+    """Routers in columns, metrics in rows, within 80 characters; ± is half of a 95 % interval over the episodes."""
     episodes = len(next(iter(results.values()))["qos"])
     title = f"{episodes} fresh episodes, the same requests for every router"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -72,9 +72,9 @@ def evaluation_table(results: dict[str, EpisodeValues]) -> Table:
 
 
 def write_evaluation(path: Path, results: dict[str, EpisodeValues], seed: int, notes: Sequence[str]) -> None:
-    """Every router's metrics: means over episodes, null without a value; QoS also per episode, with intervals.
+    """Writes every router's metrics: means over episodes, or null; for QoS also each episode, with intervals.
 
-    `notes` are what to know of the data, a line each.
+    `notes` are remarks on the data, one line each.
     """
     routers = {}
     for name, values in results.items():
@@ -92,7 +92,7 @@ def write_evaluation(path: Path, results: dict[str, EpisodeValues], seed: int, n
 
 
 def _mean(values: np.ndarray) -> float | list[Any] | None:
-    """Mean over the episodes that have a value, per expert where there is that axis; None without any."""
+    """Mean over the episodes that have a value, for each expert if there is such an axis; None if no episode has."""
     if values.ndim > 1:
         return [_mean(column) for column in values.T]
     finite = values[np.isfinite(values)]

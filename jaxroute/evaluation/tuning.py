@@ -1,4 +1,4 @@
-"""The parameters of routers that have some to tune: the best of a small grid, on short episodes of their own."""
+"""Grid search over the parameters of tunable routers, on separate short episodes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _EPISODES, _LENGTH, _KEY = 4, 1000, 0x74756E65
 def tune(name: str, env: RoutingEnvironment, params: EnvParams) -> Parameters:
     """The setting in the grid of the router `name` with the highest mean QoS in this scenario; empty without a grid.
 
-    `params` are traced: another rate or limit costs no compilation. The episodes are shorter than the evaluation's, and
-    of a key that no evaluation seed gives.
+    `params` are traced, so another rate or limit needs no compilation. The episodes are shorter than those of the
+    evaluation, and their key differs from that of every evaluation seed.
     """
     settings = ROUTERS[name].grid
     if settings is None:

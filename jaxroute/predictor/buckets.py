@@ -1,4 +1,4 @@
-"""Values as buckets: where the bounds lie, and from a distribution over buckets back to one value."""
+"""Buckets of values: their bounds, and point predictions from distributions over buckets."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ BUCKETS = 10
 
 @dataclass(frozen=True)
 class Buckets:
-    """For each expert bounds that part the training values into `BUCKETS` equal shares (fewer where values repeat)."""
+    """Bounds per expert that divide the training values into `BUCKETS` equal shares (fewer if values repeat)."""
 
-    bounds: np.ndarray  # float32 [N, BUCKETS + 1], ascending: the first is the least value, the last the greatest
-    means: np.ndarray  # float32 [N, BUCKETS], of the training values in each; a bound where there is none
+    bounds: np.ndarray  # float32 [N, BUCKETS + 1], ascending from the minimum to the maximum
+    means: np.ndarray  # float32 [N, BUCKETS], means of the training values; a bound for an empty bucket
 
     @classmethod
     def fit(cls, values: np.ndarray) -> Buckets:
-        """From training values [P, N]."""
+        """Computes the buckets from training values [P, N]."""
         bounds = np.quantile(values, np.linspace(0, 1, BUCKETS + 1), axis=0).T.astype(np.float32)
         buckets = cls(bounds, bounds[:, :-1].copy())
         labels = buckets.labels(values)
@@ -37,11 +37,11 @@ class Buckets:
         )
 
     def expectation(self, probability: np.ndarray) -> np.ndarray:
-        """[P, N] from [P, N, BUCKETS]: the mean of the distribution."""
+        """The means [P, N] of the distributions [P, N, BUCKETS]."""
         return (probability * self.means).sum(axis=-1)
 
     def median(self, probability: np.ndarray) -> np.ndarray:
-        """[P, N] from [P, N, BUCKETS]: the median, with values spread evenly in a bucket: the least absolute error."""
+        """The medians [P, N] of the distributions [P, N, BUCKETS], which minimise the absolute error."""
         below = np.cumsum(probability, axis=-1) - probability
         bucket = (below <= 0.5).sum(axis=-1, keepdims=True) - 1
         mass = np.take_along_axis(probability, bucket, -1)

@@ -1,4 +1,4 @@
-"""From a prompt's text to the numbers a predictor reads, the same on every machine and in every run of Python."""
+"""Features of a prompt's text for a predictor, which are the same on every machine and in every run of Python."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxroute.errors import UserError
 
-HASH_COLUMNS = 4096  # of each kind of n-grams
-COMPONENTS = 64  # of the n-grams or of the encoder's vectors; with some hundred prompts more do not measure better
+HASH_COLUMNS = 4096  # columns of each kind of n-grams
+COMPONENTS = 64  # of the n-grams or the encoder's vectors; with some hundred prompts, more do not help
 TASK_WORDS = (
     "answer article best brainstorm calculate classify code compare convert correct create describe design detailed "
     "difference edit email essay example examples explain extract find fix following format function generate give "
@@ -24,7 +24,7 @@ TASK_WORDS = (
     "python question recipe review rewrite sentence short single song step steps story suggest summarize summary "
     "table text tips title topic translate two ways what when where which who why word write"
 ).split()
-"""Words that tell what kind of answer is asked for."""
+"""Words that indicate the kind of answer."""
 
 _WORDS = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 _TOKENS = _WORDS.pattern + r"|[^\w\s]"
@@ -34,7 +34,7 @@ Encoder = Callable[[Sequence[str]], np.ndarray]
 
 
 def surface(texts: Sequence[str]) -> np.ndarray:
-    """float32 [P, F]: lengths, lines, punctuation, kinds of characters, and which of `TASK_WORDS` there are."""
+    """float32 [P, F]: lengths, lines, punctuation, kinds of characters, and occurrence of the `TASK_WORDS`."""
     return np.array([_surface(text) for text in texts], np.float32)
 
 
@@ -48,7 +48,7 @@ def _surface(text: str) -> list[float]:
     return [
         *np.log1p(counts),
         *(float(text.rstrip().endswith(mark)) for mark in "?.:"),
-        float("\n\n" in text),  # an instruction and something that it is about
+        float("\n\n" in text),  # an instruction with an input
         float(text[:1].islower()),
         digits / size,
         sum(character.isupper() for character in text) / size,
@@ -61,9 +61,9 @@ def _surface(text: str) -> list[float]:
 
 
 def hashed_ngrams(texts: Sequence[str]) -> Any:
-    """Sparse float32 [P, 2 * HASH_COLUMNS], log(1 + count): words and pairs, runs of 3 to 5 characters inside of words.
+    """Sparse float32 [P, 2 * HASH_COLUMNS], log(1 + count): words and pairs, runs of 3 to 5 characters within words.
 
-    scikit-learn hashes an n-gram to its column, the same on every machine. Raises `UserError` without scikit-learn.
+    scikit-learn hashes an n-gram to the same column on every machine. Raises `UserError` without scikit-learn.
     """
     vectorizer = partial(
         _sklearn("feature_extraction.text").HashingVectorizer,
@@ -90,7 +90,7 @@ def _sklearn(module: str) -> Any:
 def sentence_encoder(name: str) -> Encoder:
     """The sentence-transformers model at the folder `name`, in the installed package, or in the local cache.
 
-    Nothing is downloaded. Raises `UserError` where the package or the model is missing.
+    Nothing is downloaded. Raises `UserError` if the package or the model is missing.
     """
     try:
         sentence_transformers = importlib.import_module("sentence_transformers")
@@ -100,7 +100,7 @@ def sentence_encoder(name: str) -> Encoder:
         ) from None
     try:
         model = sentence_transformers.SentenceTransformer(_model_folder(name), local_files_only=True)
-    except Exception as error:  # whatever the library raises for a folder that holds no model
+    except Exception as error:  # the library raises various exceptions for a folder without a model
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"--encoder {name}: no sentence-transformers model there ({reason}); give its folder, an installed package "
@@ -114,7 +114,7 @@ def sentence_encoder(name: str) -> Encoder:
 
 
 def _model_folder(name: str) -> str:
-    """`name` itself, or the folder of a model that an installed package of that name carries."""
+    """`name`, or the folder of the model in an installed package of that name."""
     spec = importlib.util.find_spec(name) if name.isidentifier() and not Path(name).exists() else None
     for location in (spec and spec.submodule_search_locations) or ():
         for file in sorted(Path(location).rglob("modules.json")):
@@ -124,9 +124,9 @@ def _model_folder(name: str) -> str:
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """What turns text into features, fitted on the training prompts' text alone. Arrays are float32.
+    """Maps text to features; it is fitted only on the text of the training prompts. Arrays are float32.
 
-    A prompt's n-grams weighted by TF-IDF, or the encoder's vector, are scaled to length 1 and projected.
+    The n-grams of a prompt weighted by TF-IDF, or the encoder's vector, are scaled to length 1 and projected.
     """
 
     surface_mean: np.ndarray  # [F]
@@ -136,7 +136,7 @@ class FeatureMap:
 
     @classmethod
     def fit(cls, texts: Sequence[str], encoder: Encoder | None = None) -> FeatureMap:
-        """From P texts, not all alike. D is that of `hashed_ngrams`, or the encoder's. Raises as `hashed_ngrams`."""
+        """Fits to P texts, not all equal. D is that of `hashed_ngrams` or the encoder. Raises as `hashed_ngrams`."""
         plain = surface(texts)
         frequencies = np.empty(0) if encoder else _tfidf().fit(hashed_ngrams(texts)).idf_
         vectors = _unit_vectors(texts, encoder, frequencies)
@@ -147,7 +147,7 @@ class FeatureMap:
         return cls(*(array.astype(np.float32) for array in arrays))
 
     def __call__(self, texts: Sequence[str], encoder: Encoder | None = None) -> np.ndarray:
-        """float32 [P, K + F]. `encoder` is the one that the map was fitted with. Raises as `hashed_ngrams`."""
+        """float32 [P, K + F]. `encoder` is the encoder of the fit. Raises as `hashed_ngrams`."""
         vectors = _unit_vectors(texts, encoder, self.document_frequencies)
         plain = np.clip((surface(texts) - self.surface_mean) / self.surface_std, -4, 4)
         return np.concatenate([vectors @ self.components, 0.5 * plain], axis=1).astype(np.float32)
@@ -158,7 +158,7 @@ def _tfidf() -> Any:
 
 
 def _unit_vectors(texts: Sequence[str], encoder: Encoder | None, frequencies: np.ndarray) -> Any:
-    """[P, D], rows of length 1 (or 0): sparse for n-grams, dense for an encoder's vectors."""
+    """[P, D] with rows of length 1 (or 0): sparse for n-grams, dense for vectors of an encoder."""
     if encoder:
         return _sklearn("preprocessing").normalize(encoder(texts))
     tfidf = _tfidf()

@@ -1,4 +1,4 @@
-"""How good predictions are on prompts that were held out, beside those of predicting a constant."""
+"""Metrics of predictions on held-out prompts, compared with constant predictions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def held_out_metrics(
 ) -> dict[str, Any]:
     """Metrics of a `prediction` for P held-out prompts; `truth` is their score and output tokens, each [P, N].
 
-    `training` are the same of the training prompts: constants are taken from them. Every entry is a list of N + 1
-    numbers, for each expert and for all together (None where it is not defined), but those under "best_expert".
+    `training` are the same values of the training prompts, from which the constants are computed. Except under
+    "best_expert", every entry is a list of N + 1 numbers: for each expert, and for all together (None if undefined).
 
-    Under "score", "log_tokens" and "tokens": "mae", beside "mae_of_mean" and "mae_of_median", the constants, and the
-    rank correlation (Spearman) over prompts, overall as the mean over the experts. The first two have also
-    "mae_of_expectation", of the distribution's mean instead of its median, and "bucket_accuracy" beside
-    "bucket_accuracy_of_constant", the most frequent bucket. Under "best_expert": the share of prompts for which the
-    expert of the greatest prediction has the greatest score, beside always naming the expert that is best on average;
-    and the mean score of the expert named, of that one, and of the best for each prompt.
+    "score", "log_tokens" and "tokens" have "mae"; "mae_of_mean" and "mae_of_median" of the constants; and the rank
+    correlation (Spearman) over prompts, whose overall value is the mean over experts. The first two also have
+    "mae_of_expectation", with the mean of the distribution instead of its median; "bucket_accuracy"; and
+    "bucket_accuracy_of_constant", with the most frequent bucket. "best_expert" has the share of prompts for which the
+    expert with the highest prediction has the highest score, and that share for the expert with the highest mean; and
+    the mean scores of the predicted expert, of the expert with the highest mean, and of the best for each prompt.
     """
     targets = {
         "score": (prediction.score, truth[0], training[0]),
@@ -83,12 +83,12 @@ def _bucket_metrics(
 
 
 def _overall(values: np.ndarray) -> list[float | None]:
-    """Means of [P, N] for each expert and over all."""
+    """Means of values [P, N] for each expert and over all."""
     return [*values.mean(axis=0).tolist(), float(values.mean())]
 
 
 def _spearman(predicted: np.ndarray, truth: np.ndarray) -> float | None:
-    """Spearman's rank correlation, None where one of the two is constant."""
+    """Spearman's rank correlation, or None if one of the two is constant."""
     if np.ptp(predicted) == 0 or np.ptp(truth) == 0:
         return None
     correlation: Any = spearmanr(predicted, truth)[0]

@@ -1,10 +1,10 @@
 """The predictor: bucket classifiers for score and log output length, trained in JAX and averaged over folds.
 
-As in arXiv 2508.00234, a softmax over buckets for every expert; its DistilBERT is here a small network on features of
-the text (`features`). The data are few and the score is mostly noise given the prompt, so what keeps the network from
-learning by heart matters most: heavy dropout, weight decay, labels spread over the neighbouring buckets, and an early
-stop for each target on a fold of the training prompts. One network per fold is trained, all at once (`jax.vmap`), and
-their distributions are averaged.
+As in arXiv 2508.00234, there is a softmax over buckets for every expert. A small network on features of the text
+(`features`) replaces the paper's DistilBERT. There are few data, and given the prompt the score is mostly noise, so
+regularisation matters most: strong dropout, weight decay, labels spread over neighbouring buckets, and early stopping
+for each target on a fold of the training prompts. One network per fold is trained, all at once (`jax.vmap`), and their
+distributions are averaged.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from jaxroute.predictor.buckets import BUCKETS, Buckets
 from jaxroute.predictor.features import Encoder, FeatureMap
 
 FOLDS = 5
-ROUNDS = 50  # at most; after each the held-back fold is looked at
-STEPS_PER_ROUND = 4  # at least; more where the prompts do not fit so many batches
-BATCH = 256  # prompts, at most
+ROUNDS = 50  # maximum; the held-out fold is evaluated after each round
+STEPS_PER_ROUND = 4  # minimum; more if the prompts do not fit into this many batches
+BATCH = 256  # maximum number of prompts
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.1
-LABEL_SPREAD = 1.0  # standard deviation, in buckets, of the normal that a label is spread by
+LABEL_SPREAD = 1.0  # standard deviation, in buckets, of the normal that spreads a label
 
 
 class BucketClassifier(nn.Module):
@@ -46,13 +46,13 @@ class BucketClassifier(nn.Module):
         features = nn.Dropout(0.3, deterministic=not training)(features)
         hidden = nn.relu(nn.Dense(self.hidden)(features))
         hidden = nn.Dropout(0.5, deterministic=not training)(hidden)
-        # Zeros: before the first step every bucket is as likely as in the training data.
+        # With zeros, all buckets are equally likely before the first step, as in the training data.
         logits = nn.Dense(self.num_experts * BUCKETS, kernel_init=nn.initializers.zeros)(hidden)
         return nn.log_softmax(logits.reshape(*logits.shape[:-1], self.num_experts, BUCKETS))
 
 
 class Prediction(NamedTuple):
-    """Of P prompts and N experts."""
+    """Predictions for P prompts and N experts."""
 
     score: np.ndarray  # float [P, N]
     log_tokens: np.ndarray  # float [P, N], natural logarithm of the output tokens
@@ -67,16 +67,16 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained predictor: all of it arrays."""
+    """A trained predictor, which consists of arrays."""
 
     features: FeatureMap
     score: Buckets
     log_tokens: Buckets
-    params: Any  # of `BucketClassifier`; leaves [2, FOLDS, ...], for score and log length
+    params: Any  # parameters of `BucketClassifier`; leaves [2, FOLDS, ...], for score and log length
     trained_on: np.ndarray  # uint64 [P], ascending: `prompt_keys` of the training prompts
 
     def __call__(self, texts: Sequence[str], encoder: Encoder | None = None) -> Prediction:
-        """Predicts each prompt by the mean of all networks, a training prompt by the one not fitted to it."""
+        """Predicts a prompt with the mean of all networks, and a training prompt with the one not fitted to it."""
         keys = prompt_keys(texts)
         place = np.minimum(np.searchsorted(self.trained_on, keys), len(self.trained_on) - 1)
         share = np.full((len(texts), FOLDS), 1 / FOLDS)
@@ -89,21 +89,21 @@ class Predictor:
 
 
 def prompt_keys(texts: Sequence[str], seed: int | None = None) -> np.ndarray:
-    """uint64 [P]: a hash of each prompt, the same everywhere, by which a prompt is known again. `seed` gives others."""
+    """uint64 [P]: a hash of each prompt and of `seed`, if given, which is the same on every machine."""
     salt = b"" if seed is None else f"{seed}\n".encode()
     digests = (hashlib.blake2b(salt + text.encode("utf-8", "surrogatepass"), digest_size=8) for text in texts)
     return np.array([int.from_bytes(digest.digest(), "little") for digest in digests], np.uint64)
 
 
 def holdout_split(texts: Sequence[str], share: float, seed: int) -> np.ndarray:
-    """bool [P]: whether a prompt is held out. It depends on the prompt's text alone, so equal ones stay together."""
+    """bool [P]: whether a prompt is held out. It depends only on the text, so equal prompts are in the same part."""
     return prompt_keys(texts, seed) / 2.0**64 < share
 
 
 def fit(
     texts: Sequence[str], score: np.ndarray, output_tokens: np.ndarray, seed: int = 0, encoder: Encoder | None = None
 ) -> Predictor:
-    """Trains on P prompts: score float [P, N], output tokens int [P, N]. P in the hundreds takes seconds on a core."""
+    """Trains on P prompts: score float [P, N], output tokens int [P, N]. Hundreds of prompts take seconds on a core."""
     features = FeatureMap.fit(texts, encoder)
     targets = score, np.log(output_tokens)
     buckets = [Buckets.fit(target) for target in targets]
@@ -133,7 +133,7 @@ def _train_all(
 
 
 def _train(network: BucketClassifier, key: jax.Array, features: jax.Array, labels: jax.Array, fitted: jax.Array) -> Any:
-    """Parameters after the round that is best on the prompts not `fitted`: bool [P]; labels int32 [P, N]."""
+    """Parameters of the round with the best result on the prompts not `fitted` (bool [P]); labels int32 [P, N]."""
     count = len(features)
     distance = jnp.arange(BUCKETS)[:, None] - jnp.arange(BUCKETS)
     spread = jax.nn.softmax(-0.5 * (distance / LABEL_SPREAD) ** 2)
@@ -153,7 +153,7 @@ def _train(network: BucketClassifier, key: jax.Array, features: jax.Array, label
         return (optax.apply_updates(params, updates), state), None
 
     def ranked_score(params: Any) -> jax.Array:
-        """Ranked probability score on the held-back prompts: unlike the likelihood it knows near from far."""
+        """Ranked probability score on held-out prompts. Unlike the likelihood, it uses the distance of buckets."""
         cumulated = jnp.cumsum(jnp.exp(network.apply(params, features)), axis=-1)  # type: ignore
         truth = labels[..., None] <= jnp.arange(BUCKETS)
         return jnp.square(cumulated - truth).sum(axis=-1).mean(axis=-1) @ ~fitted

@@ -35,11 +35,11 @@ ROWS = (  # label; target and metric of `predictor.metrics.held_out_metrics`; fa
     ("  of the mean", "tokens", "mae_of_mean", 1, 1),
     ("  of the median", "tokens", "mae_of_median", 1, 1),
 )
-BINS = 5  # of the picture's calibration line
+BINS = 5  # points of the calibration line in the picture
 
 
 def metrics_table(metrics: dict[str, Any], experts: Sequence[str], prompts: int) -> Table:
-    """Experts in columns and all of them together in the last."""
+    """A table with the experts in columns, and all of them together in the last column."""
     title = f"{prompts} held-out prompts"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
@@ -55,7 +55,7 @@ def metrics_table(metrics: dict[str, Any], experts: Sequence[str], prompts: int)
 
 
 def best_expert_line(metrics: dict[str, Any], experts: Sequence[str], best_on_average: int) -> str:
-    """One line on the share of prompts whose best expert is named, and on what that is worth."""
+    """One line on the share of prompts whose best expert is predicted, and on the resulting mean score."""
     best = metrics["best_expert"]
     return (
         f"best expert named for {100 * best['share_named']:.1f} % of prompts (always {experts[best_on_average]}: "
@@ -67,7 +67,7 @@ def best_expert_line(metrics: dict[str, Any], experts: Sequence[str], best_on_av
 def predictions_picture(
     path: Path, experts: Sequence[str], prediction: Prediction, score: np.ndarray, output_tokens: np.ndarray
 ) -> None:
-    """Writes a PNG: true against predicted for each expert, score above and output tokens below."""
+    """Writes a PNG of true against predicted values for each expert: scores above, output tokens below."""
     targets = ("score", prediction.score, score), ("output tokens", prediction.output_tokens, output_tokens)
     with rc_context(STYLE):
         figure = Figure(figsize=(max(3.4 * len(experts), 6.8), 6.8), layout="constrained")
@@ -90,7 +90,7 @@ def predictions_picture(
 
 
 def _scatter(axes: Axes, predicted: np.ndarray, truth: np.ndarray) -> None:
-    """Prompts as points, the median truth of equal shares of them as a line, and where both are equal."""
+    """Draws prompts as points, the median true value of equal shares of them as a line, and the diagonal."""
     axes.scatter(
         predicted, truth, s=14, color=OTHER_COLOUR, alpha=0.6, linewidths=0, label=f"{len(truth)} held-out prompts"
     )

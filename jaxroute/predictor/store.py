@@ -1,4 +1,4 @@
-"""A trained predictor in a folder: arrays in `model.npz`, all else in `model.json`, written last."""
+"""Stores a trained predictor in a folder: arrays in `model.npz`, all else in `model.json`, which is written last."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FORMAT = "jaxroute predictor 2"
 
 @dataclass(frozen=True)
 class StoredPredictor:
-    """A predictor and what it was trained with."""
+    """A predictor and the arguments of its training."""
 
     predictor: Predictor
     experts: list[str]
-    score: str  # the score's name in the data
+    score: str  # name of the score in the data
     seed: int
     holdout: float
     encoder: str | None  # --encoder
@@ -58,10 +58,10 @@ def save_predictor(folder: Path, stored: StoredPredictor) -> None:
 
 
 def load_predictor(folder: Path) -> StoredPredictor:
-    """Reads arrays and JSON, and runs nothing in them.
+    """Reads a predictor. It reads only arrays and JSON, and executes no code from them.
 
     Raises:
-        UserError: no model, one that is cut short or altered, or one of another kind.
+        UserError: there is no model, it is damaged, or it is of another version.
     """
     try:
         about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def load_predictor(folder: Path) -> StoredPredictor:
 
 
 def _check(stored: StoredPredictor) -> None:
-    """Raises `ValueError` where the network's shapes are not those that the experts and the features ask for."""
+    """Raises `ValueError` if the shapes of the network do not fit the experts and the features."""
     predictor = stored.predictor
     inputs = predictor.features.components.shape[1] + len(predictor.features.surface_mean)
     network = BucketClassifier(len(stored.experts))

@@ -1,4 +1,4 @@
-"""Routers by name: the heuristics of the paper, what people run today, and two that run the simulator forward."""
+"""Routers by name: the paper's heuristics, rules of current systems, and two that run the simulator forward."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from jaxroute.routers import paper, planning, serving
 from jaxroute.routers.choice import RuleRouter
 
 Parameters = dict[str, float | int]
-"""Numbers of a rule, by name."""
+"""Parameters of a rule, by name."""
 
 
 class RouterSpec(NamedTuple):
-    """A router that has a name: everything that commands, tables, pictures and tuning need of it."""
+    """A named router, with everything that commands, tables, pictures and tuning need."""
 
     rule: Callable[..., jax.Array]  # its docstring has the rule and its source
     label: str  # in tables and pictures
-    grid: Callable[[int], list[Parameters]] | None = None  # settings to choose among when tuned, for N experts
+    grid: Callable[[int], list[Parameters]] | None = None  # settings that tuning compares, for N experts
 
 
 def _pairs_and_thresholds(num_experts: int) -> list[Parameters]:
-    # The margin of the one pair order is the other's with its sign turned.
+    # One order per pair is enough: exchanging the two experts only changes the sign of the margin.
     pairs = list(combinations(range(num_experts), 2)) or [(0, 0)]
     thresholds = (-0.2, -0.1, -0.05, -0.025, 0.0, 0.025, 0.05, 0.1, 0.2)
     return [
@@ -61,16 +61,16 @@ ROUTERS = {
     "lookahead": RouterSpec(planning.lookahead, "Lookahead"),
     "clairvoyant": RouterSpec(planning.clairvoyant, "Clairvoyant"),
 }
-"""A new router is one entry here: configuration, help texts, tables, pictures and tuning follow from it."""
+"""A new router is one entry here; configuration, help texts, tables and pictures follow from it."""
 
 ROUTER_LABELS = {"trained": "Trained", **{name: spec.label for name, spec in ROUTERS.items()}}
 
 
 def make_router(name: str, env: RoutingEnvironment, **parameters: Any) -> RuleRouter:
-    """The router of this name for `env`; `parameters` in place of its rule's defaults may be traced.
+    """The router of this name for `env`. `parameters` override the defaults of its rule, and may be traced.
 
     Raises:
-        UserError: there is no such router, or it has no such parameter.
+        UserError: no router has this name, or the router has no such parameter.
     """
     rule = ROUTERS[require_known(name, ROUTERS, "router")].rule
     own = [key for key, value in inspect.signature(rule).parameters.items() if value.kind is value.KEYWORD_ONLY]

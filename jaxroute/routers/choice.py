@@ -1,4 +1,4 @@
-"""What routers have in common: their type, the experts to choose among, and the choice."""
+"""Common parts of routers: their type, the experts to choose among, and the choice."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Router = Callable[[jax.Array, Any, EnvState, EnvParams], jax.Array]
 
 
 class RuleRouter(struct.PyTreeNode):
-    """A rule for an environment. Routers of one rule and equal environments are equal, and share what is compiled."""
+    """A rule for an environment. Routers with one rule and equal environments are equal and share compiled programs."""
 
     rule: Callable[..., jax.Array] = struct.field(pytree_node=False)  # (env, key, observation, state, params, **own)
     env: RoutingEnvironment = struct.field(pytree_node=False)
-    parameters: dict[str, Any]  # numbers of the rule, by name, traced
+    parameters: dict[str, Any]  # parameters of the rule, by name, traced
 
     def __call__(self, key: jax.Array, observation: Any, state: EnvState, params: EnvParams) -> jax.Array:
         """The action, int32 []."""
@@ -34,17 +34,17 @@ class RuleRouter(struct.PyTreeNode):
 
 
 def candidates(env: RoutingEnvironment, state: EnvState, params: EnvParams) -> jax.Array:
-    """bool [N]: the experts that the action mask allows, or all where it allows none."""
+    """bool [N]: the experts that the action mask allows, or all experts if it allows none."""
     allowed = action_mask(state, params, env.slots)[:-1]
     return allowed | ~allowed.any()
 
 
 def smallest(cost: jax.Array, among: jax.Array) -> jax.Array:
-    """int32 []: the expert of the smallest `cost` [N] among those in `among` (bool [N]), the first of equals."""
+    """int32 []: the expert with the smallest `cost` [N] in `among` (bool [N]); ties go to the lowest index."""
     return jnp.argmin(jnp.where(among, cost.astype(float), jnp.inf)).astype(jnp.int32)
 
 
 def smallest_at_random(cost: jax.Array, among: jax.Array, key: jax.Array) -> jax.Array:
-    """As `smallest`, any of equals, all alike."""
+    """Like `smallest`, but ties are broken uniformly at random."""
     cost = jnp.where(among, cost.astype(float), jnp.inf)
     return smallest(jax.random.uniform(key, cost.shape), among & (cost == cost.min()))

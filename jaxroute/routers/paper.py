@@ -1,4 +1,4 @@
-"""The heuristics that the paper compares with (arXiv 2508.00234, section "Baselines")."""
+"""The heuristics that the paper compares with (arXiv 2508.00234)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxroute.routers.choice import candidates, smallest
 def round_robin(
     env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
 ) -> jax.Array:
-    """Each decision's expert follows the one before it; a barred expert's turn passes to the next allowed one."""
+    """The experts in turn, one per decision; if an expert is not allowed, the next allowed one takes its turn."""
     turns_away = (jnp.arange(env.num_experts) - state.step) % env.num_experts
     return smallest(turns_away, candidates(env, state, params))
 
@@ -25,8 +25,8 @@ def shortest_queue(
 ) -> jax.Array:
     """The expert with the fewest requests, running and waiting; ties go to the lowest index.
 
-    That is also what load balancers call least outstanding requests, or least connections: a router sees a request
-    begin and end, and what is between is running or waiting (Envoy's LEAST_REQUEST over all hosts,
+    Load balancers call this rule least outstanding requests or least connections. They count requests between beginning
+    and end, which here run or wait (Envoy's LEAST_REQUEST over all hosts,
     https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/load_balancing/load_balancers).
     """
     return smallest(env.queue_lengths(state), candidates(env, state, params))

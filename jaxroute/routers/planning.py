@@ -1,4 +1,4 @@
-"""Routers that run the simulator itself forward: on predictions, and on the truth."""
+"""Routers that run the simulator forward, with predicted or with true lengths and scores."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from jaxroute.simulator.disciplines import rules
 def lookahead(
     env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
 ) -> jax.Array:
-    """The action with the highest predicted gain in QoS; drops where none is above 0 (simulation.md section 4).
+    """The action with the highest predicted gain in QoS; drops if no gain is above 0 (simulation.md section 4).
 
-    The gain of an expert: QoS of all of its requests when it runs to its end with the request, less that without,
-    with no further arrivals, and with predicted lengths and scores for the true ones. All other experts go on alike.
+    The gain of an expert is the QoS of all of its requests if it runs until it is empty with the request, less their
+    QoS without it. There are no further arrivals, and predicted lengths and scores replace the true ones. The other
+    experts are not affected.
     """
     return _highest_gain(env, state, params, clairvoyant=False)
 
@@ -30,7 +31,7 @@ def lookahead(
 def clairvoyant(
     env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
 ) -> jax.Array:
-    """As `lookahead`, with the true lengths and scores: what a router could reach that knew them.
+    """Like `lookahead`, with the true lengths and scores, to show the value of knowing them.
 
     It is no upper bound: a router that also knew future arrivals could do better.
     """
@@ -39,7 +40,7 @@ def clairvoyant(
 
 def _highest_gain(env: RoutingEnvironment, state: EnvState, params: EnvParams, clairvoyant: bool) -> jax.Array:
     def batched(state: EnvState, params: EnvParams) -> jax.Array:
-        """float [B, N], of leaves [B, ...]."""
+        """The gains, float [B, N], from leaves [B, ...]."""
         state, params = batch_last((state, params))
         gains = lambda state: _gains(state, params, clairvoyant)  # noqa: E731
         if env.slots <= FEW_SLOTS:
@@ -49,13 +50,13 @@ def _highest_gain(env: RoutingEnvironment, state: EnvState, params: EnvParams, c
 
     gain = over_batch(batched)(state.replace(workload=None, totals=None), params.replace(workload=None))
     mask = action_mask(state, params, env.slots, env.drop)
-    # To drop gains 0, and stands first: it is what an expert has to beat.
+    # Dropping has a gain of 0 and is first, so an expert is chosen only if its gain is above 0.
     gain = jnp.where(jnp.roll(mask, 1), jnp.append(0.0, gain), -jnp.inf)
     return (jnp.argmax(gain) - 1).astype(jnp.int32) % env.num_actions
 
 
 def _gains(state: EnvState, params: EnvParams, clairvoyant: bool) -> jax.Array:
-    """float [N, B]: the gain in QoS of sending the request to each expert; 0 where it could never finish."""
+    """float [N, B]: the gain in QoS of sending the request to each expert; 0 if it could never finish there."""
     engines, queued, request = state.engines, state.queued, state.request
     score, own_score, length = queued.score, request.score, request.output_tokens
     if not clairvoyant:

@@ -1,4 +1,4 @@
-"""What people run today: rules of load balancers and of LLM gateways, from their published formulas."""
+"""Rules of current load balancers and LLM gateways, from their published formulas."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jaxroute.simulator.load_balancing import data_parallel_load
 
 
 def random(env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams) -> jax.Array:
-    """Any expert, all alike."""
+    """An expert chosen uniformly at random."""
     return smallest(jax.random.uniform(key, (env.num_experts,)), candidates(env, state, params))
 
 
 def least_work(
     env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
 ) -> jax.Array:
-    """The expert with the fewest tokens outstanding, by predictions.
+    """The expert with the fewest predicted outstanding tokens.
 
-    Sum over its requests of max(prompt - computed, 0) + max(predicted, generated + 1) - generated: prompt tokens still
-    to prefill and output tokens still to come. The join-the-least-workload rule of queueing theory, in tokens.
+    The outstanding tokens of a request are max(prompt - computed, 0) + max(predicted, generated + 1) - generated:
+    prompt tokens to prefill and output tokens to generate. This is the join-the-least-workload rule, in tokens.
     """
     engines = state.engines
     to_prefill = jnp.maximum(engines.prompt_tokens - engines.computed, 0)
@@ -38,7 +38,7 @@ def least_work(
 def power_of_two(
     env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
 ) -> jax.Array:
-    """Of two different random experts the one with fewer requests, running and waiting; of equals, either.
+    """Of two different random experts, the one with fewer requests, running and waiting; ties are broken at random.
 
     Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", IEEE TPDS 12 (2001),
     https://www.eecs.harvard.edu/~michaelm/postscripts/tpds2001.pdf.
@@ -58,10 +58,10 @@ def latency_based(
     *,
     buffer: float | jax.Array = 0.0,
 ) -> jax.Array:
-    """Any expert, all alike, whose recent latency per output token is at most (1 + `buffer`) times the lowest one.
+    """A random one of the experts whose recent latency per output token is at most (1 + `buffer`) times the lowest.
 
-    LiteLLM's latency-based routing, whose buffer is 0 unless one is set; here it is tuned. An expert without data
-    counts as 0 s, so it is tried first. There the latency is a mean of ten, here it is `EnvState.recent_latency`.
+    This is LiteLLM's latency-based routing. Its default buffer is 0; here the buffer is tuned. An expert without data
+    counts as 0 s, so it is tried first. LiteLLM averages the last ten latencies; here it is `EnvState.recent_latency`.
     https://github.com/BerriAI/litellm/blob/main/litellm/router_strategy/lowest_latency.py.
     """
     among = candidates(env, state, params)
@@ -73,7 +73,7 @@ def latency_based(
 def vllm_data_parallel(
     env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
 ) -> jax.Array:
-    """The expert with the smallest `data_parallel_load`, vLLM's load balancing; ties go to the lowest index."""
+    """The expert with the smallest `data_parallel_load`: vLLM's load balancing. Ties go to the lowest index."""
     running = state.engines.num_running
     waiting = state.engines.num_requests - running
     return smallest(data_parallel_load(waiting, running), candidates(env, state, params))
@@ -90,11 +90,11 @@ def llm_d(
     kv_weight: float | jax.Array = 2.0,
     load_weight: float | jax.Array = 1.0,
 ) -> jax.Array:
-    """The expert with the highest weighted sum of llm-d's scores, any of equals.
+    """The expert with the highest weighted sum of llm-d's scores; ties are broken at random.
 
-    Over the candidates, with w requests waiting: queue (max w - w) / (max w - min w), 1 where all are equal; KV cache
-    1 - use; load 0.5 * (1 - min(w, 128) / 128). The weights are those of llm-d's default and sample profiles, less its
-    prefix scorer: here no prompts share one.
+    For a candidate with w waiting requests, the scores are: queue (max w - w) / (max w - min w), or 1 if all are equal;
+    KV cache 1 - use; load 0.5 * (1 - min(w, 128) / 128). The weights are those of llm-d's default and sample profiles
+    without its prefix scorer, because prompts here share no prefixes.
     https://github.com/kubernetes-sigs/gateway-api-inference-extension/tree/main/pkg/epp/scheduling/framework/plugins/scorer
     and https://github.com/llm-d/llm-d-inference-scheduler/blob/main/pkg/plugins/scorer/load_aware.go.
     """
@@ -118,12 +118,12 @@ def routellm(
     strong: int | jax.Array = 0,
     weak: int | jax.Array = 1,
 ) -> jax.Array:
-    """The strong expert where its predicted score is at least `threshold` above the weak one's, else the weak one.
+    """The strong expert if its predicted score is at least `threshold` above the weak expert's, else the weak expert.
 
-    RouteLLM's rule with two models and a cutoff on the predicted chance that the strong one wins
-    (https://github.com/lm-sys/RouteLLM/blob/main/routellm/routers/routers.py), which grows with the margin between the
-    predicted scores. Which two of N experts, and the cutoff, are tuned. Where the chosen one is barred the other takes
-    its place, and where both are, the first that is not.
+    This is RouteLLM's rule for two models, with a cutoff on the predicted probability that the strong one wins
+    (https://github.com/lm-sys/RouteLLM/blob/main/routellm/routers/routers.py), which increases with the difference of
+    the predicted scores. The two experts and the cutoff are tuned. If the chosen expert is not allowed, the other one
+    is chosen; if both are not, the first allowed expert.
     """
     score, expert = state.request.predicted_score, jnp.arange(env.num_experts)
     wins = score[strong] - score[weak] >= threshold
@@ -141,9 +141,9 @@ def score_minus_load(
     *,
     weight: float | jax.Array = 0.05,
 ) -> jax.Array:
-    """The expert with the highest predicted score - `weight` * requests there, running and waiting.
+    """The expert with the highest predicted score - `weight` * its requests, running and waiting.
 
-    The weight is tuned, so that this is the strongest rule that looks at no more than one number of each expert.
+    The weight is tuned, so this is the strongest of the rules that use one number per expert for its load.
     """
     cost = weight * env.queue_lengths(state) - state.request.predicted_score
     return smallest(cost, candidates(env, state, params))

@@ -1,4 +1,4 @@
-"""Arrays of a run on disk: a folder in orbax's array format, and checksums of its files beside it."""
+"""Stores arrays of a run on disk: a folder in orbax's array format, with checksums of its files beside it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ FOLDER = "checkpoint"
 
 
 class DamagedError(UserError):
-    """Arrays that are not as they were written."""
+    """Stored arrays were damaged."""
 
 
 def save_checkpoint(run: Path, params: Any) -> None:
-    """Writes the network's parameters under the folder `run`, over those that are there."""
+    """Writes the network's parameters into the folder `run`, replacing previous ones."""
     save_arrays(run / FOLDER, params)
 
 
@@ -33,7 +33,7 @@ def load_checkpoint(run: Path, example: Any) -> Any:
     """Parameters with the structure, shapes and dtypes of `example`.
 
     Raises:
-        UserError: no checkpoint, one that is cut short or altered, or one of another network.
+        UserError: there is no checkpoint, or it is damaged, or it is that of another network.
     """
     folder = run / FOLDER
     if not checksums(folder).is_file():
@@ -42,27 +42,27 @@ def load_checkpoint(run: Path, example: Any) -> Any:
 
 
 def save_arrays(folder: Path, tree: Any) -> None:
-    """Writes `tree`, dicts of arrays, as `folder`, over what is there; the checksums last, which make it count."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports each of its steps
+    """Writes `tree`, dicts of arrays, as `folder`, replacing it. The checksums are last, and make it valid."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every step
     checksums(folder).unlink(missing_ok=True)
     for unfinished in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
         shutil.rmtree(unfinished)
-    # Half the time without compression, and a sixth more space.
+    # Without compression, it takes half the time and a sixth more space.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
-        # As NumPy arrays, which name no device: what a GPU trained is evaluated anywhere.
+        # NumPy arrays have no device, so parameters trained on a GPU can be loaded anywhere.
         checkpointer.save(folder.absolute(), jax.device_get(tree), force=True)
     write_text(checksums(folder), "".join(f"{digest}  {name}\n" for name, digest in sorted(_digests(folder).items())))
 
 
 def load_arrays(folder: Path, example: Any, remedy: str) -> Any:
-    """What `save_arrays` wrote, NumPy arrays with the structure, shapes and dtypes of `example`.
+    """The arrays that `save_arrays` wrote, as NumPy arrays with the structure, shapes and dtypes of `example`.
 
-    Checksums are compared first, since orbax meets damaged arrays with pages of text. Reads arrays and JSON, and runs
-    nothing in them.
+    Checksums are compared first, since orbax prints pages of text for damaged arrays. It reads only arrays and JSON,
+    and executes no code from them.
 
     Raises:
-        DamagedError: cut short, altered or unreadable; the message ends with `remedy`.
-        UserError: arrays of another shape.
+        DamagedError: a file is incomplete, changed or unreadable; the message ends with `remedy`.
+        UserError: the arrays have other shapes.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
@@ -77,7 +77,7 @@ def load_arrays(folder: Path, example: Any, remedy: str) -> Any:
         raise DamagedError(f"{folder}: {what} is cut short, missing or altered; {remedy}")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         arrays = checkpointer.restore(folder.absolute())
-    # Compared here: asked for other shapes, orbax returns the stored ones or fails noisily.
+    # Shapes are compared here: orbax would return the stored shapes, or fail with pages of text.
     shapes, wanted = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (arrays, example))
     if shapes != wanted:
         raise UserError(f"{folder}: is of another configuration than config.yaml; restore that file or train anew")
@@ -101,6 +101,6 @@ def _digest(file: Path) -> str:
 
 
 def load_params(run: Path, network: nn.Module, env: RoutingEnvironment, env_params: EnvParams) -> Any:
-    """The variables of `network` that the checkpoint in `run` holds. Raises `UserError` as `load_checkpoint`."""
+    """The variables of `network` from the checkpoint in `run`. Raises the errors of `load_checkpoint`."""
     observation, _ = jax.eval_shape(env.reset, jax.random.key(0), env_params)
     return load_checkpoint(run, jax.eval_shape(network.init, jax.random.key(0), observation))

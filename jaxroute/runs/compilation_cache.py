@@ -1,4 +1,4 @@
-"""Where JAX keeps compiled programs between runs, so that a command compiles a program only once."""
+"""JAX's persistent compilation cache, so that commands compile a program only once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import jax
 
 
 def keep_compiled_programs() -> None:
-    """Turns JAX's persistent compilation cache on, in the user's cache folder.
+    """Turns on JAX's persistent compilation cache in the user's cache folder.
 
-    A folder that the user has chosen (JAX_COMPILATION_CACHE_DIR) stays, and where none can be written nothing is kept.
+    JAX_COMPILATION_CACHE_DIR overrides the folder. Without a writable folder there is no cache.
     """
     if jax.config.values["jax_compilation_cache_dir"]:
         return

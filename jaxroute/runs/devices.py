@@ -1,4 +1,4 @@
-"""What a command computes on."""
+"""The devices that a command uses."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax
 
 
 def use_all_cores() -> None:
-    """Makes each core a device where JAX computes on the CPU and nothing else was asked for; before JAX's first use.
+    """Makes each CPU core a JAX device, unless the user chose another number. Call it before JAX is first used.
 
-    One program uses little more than one core.
+    One program on one device uses little more than one core.
     """
     if jax.config.values["jax_num_cpu_devices"] == -1 and hasattr(os, "sched_getaffinity"):
-        with suppress(RuntimeError):  # JAX has begun
+        with suppress(RuntimeError):  # JAX has been used already
             jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))

@@ -1,4 +1,4 @@
-"""Where metrics go beside `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow (docs/logging.md)."""
+"""Destinations of metrics beside `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow (docs/logging.md)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from jaxroute.files import write_text
 
 
 class Sink(Protocol):
-    """Takes the metrics of a run. Use as a context: left by an exception, the run counts as failed there.
+    """Receives the metrics of a run. Use it as a context manager; on an exception, the run is marked as failed.
 
-    Made from the run's folder, the configuration by dotted keys, and the frames that a resumed run has already done.
-    Making one raises `UserError` where its package or its server cannot be used.
+    It is created from the run's folder, the configuration by dotted keys, and the number of frames that a resumed run
+    has already done. Its creation raises `UserError` if its package or its server cannot be used.
     """
 
     def __enter__(self) -> Any: ...
@@ -31,24 +31,24 @@ class Sink(Protocol):
     ) -> None: ...
 
     def write(self, scalars: dict[str, float], frames: int) -> None:
-        """Logs finite numbers by name after `frames` frames, which grow from call to call."""
+        """Logs finite numbers by name after `frames` frames, which increase from call to call."""
         ...
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raises `UserError` where a logger's package is not installed."""
+    """Raises `UserError` if the package of a logger is not installed."""
     for name in names:
         if name != "tensorboard":
             _package(name)
 
 
 class TensorBoardSink:
-    """Event files in the folder `tensorboard` of the run."""
+    """Writes event files into the folder `tensorboard` of the run."""
 
     def __init__(self, run: Path, config: dict[str, Any], frames: int):
         folder = run / "tensorboard"
-        # File names begin with the second they are made in and are read in order. The suffix keeps those of one second
-        # apart and in order. The purge hides what a killed run logged after `frames`.
+        # File names begin with the second of their creation, and are read in order. The suffix distinguishes and orders
+        # files of one second. The purge hides points that a killed run logged after `frames`.
         suffix = f".{len(list(folder.glob('*'))):04d}"
         self._writer = SummaryWriter(str(folder), purge_step=frames + 1, flush_secs=1, filename_suffix=suffix)
 
@@ -67,7 +67,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A run of Weights & Biases with the folder's name; its files in the folder, or in `WANDB_DIR`."""
+    """A run of Weights & Biases with the folder's name; its files are in the folder or in `WANDB_DIR`."""
 
     def __init__(self, run: Path, config: dict[str, Any], frames: int):
         wandb = _package("wandb")
@@ -93,8 +93,8 @@ class WandbSink:
         self._run.finish(exit_code=int(kind is not None))
 
     def write(self, scalars: dict[str, float], frames: int) -> None:
-        """As of the other sinks; what the server has from before a kill is left out."""
-        # Steps that the server has from before a kill cannot be logged again; their numbers would be the same.
+        """Logs the scalars, except those of steps that the server received before a kill."""
+        # Such steps cannot be logged again; their values would be the same.
         if frames >= self._run.starting_step:
             self._run.log(scalars, step=frames, commit=True)
 
@@ -102,8 +102,8 @@ class WandbSink:
 class MlflowSink:
     """A run of MLflow with the folder's name, at `MLFLOW_TRACKING_URI` or in a database in the folder.
 
-    A database, since recent MLflow refuses to write plain files. Through its client, since `mlflow.set_tracking_uri`
-    would set the URI for the whole process and those it starts.
+    It uses a database because recent versions of MLflow refuse to write plain files, and a client because
+    `mlflow.set_tracking_uri` would set the URI for the whole process and its children.
     """
 
     def __init__(self, run: Path, config: dict[str, Any], frames: int):
@@ -116,7 +116,7 @@ class MlflowSink:
             self._client = mlflow.MlflowClient(mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else local)
             saved = _saved_id(run, "mlflow")
             self._id = saved or self._create(run, config)
-            # As with Weights & Biases: what is logged already is not logged again.
+            # As for Weights & Biases, points that are logged already are not logged again.
             history = self._client.get_metric_history(self._id, "frames") if saved else []
             self._logged = max((metric.step for metric in history), default=0)
             if saved:
@@ -150,7 +150,7 @@ class MlflowSink:
         return identity
 
     def _try(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Calls a server, which may have gone: that ends the logging there, but not the training."""
+        """Calls a server. If it does not answer, logging there ends, but not the training."""
         if self._lost:
             return
         try:
@@ -172,7 +172,7 @@ def _package(name: str) -> Any:
         package = importlib.import_module(name)
     except ImportError as error:
         raise UserError(_missing(name, str(error))) from None
-    if package.__file__ is None:  # a folder of that name in the current directory, as wandb leaves there
+    if package.__file__ is None:  # a folder of that name in the current directory, which wandb creates
         raise UserError(_missing(name, f"No module named '{name}'"))
     return package
 
@@ -187,7 +187,7 @@ def _failed(name: str, error: Exception, remedy: str) -> UserError:
 
 
 def _saved_id(run: Path, name: str) -> str | None:
-    """The identity that the run has at `name`, if it was there before."""
+    """The identifier of the run at the service `name`, if it has one."""
     path = run / f"{name}_run_id"
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 

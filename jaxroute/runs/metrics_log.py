@@ -1,4 +1,4 @@
-"""The metrics of a training: `metrics.jsonl`, always, and the loggers that the configuration names."""
+"""Logs the metrics of a training to `metrics.jsonl` and to the loggers that the configuration names."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from jaxroute.runs.loggers import SINKS
 
 
 class MetricsLog:
-    """A line of `metrics.jsonl` per chunk of training, and the same numbers to loggers. Use as a context.
+    """Writes one line of `metrics.jsonl` per chunk of training, and sends the same metrics to loggers.
 
-    Each line is handed to the operating system at once, so a killed process loses none.
+    Use it as a context manager. Each line is passed to the operating system at once, so a kill loses none.
     """
 
     kept: list[dict[str, Any]]
-    """What an earlier process logged of this run, up to the frames that it goes on from."""
+    """The records that an earlier process logged, up to the frames from which the run continues."""
 
     def __init__(self, run: Path, loggers: Sequence[str], config: dict[str, Any], frames: int = 0):
-        """`loggers` are names in `loggers.SINKS`, `config` the configuration by dotted keys, for their parameters.
+        """`loggers` are names in `loggers.SINKS`; `config` is the configuration by dotted keys, for their parameters.
 
-        `frames` is what a resumed run has done already. Lines of later frames, and damaged ones, are dropped.
-        Raises `UserError` where a logger cannot be used.
+        `frames` is the number of frames that a resumed run has done. Later and damaged lines are removed.
+        Raises `UserError` if a logger cannot be used.
         """
         path = run / "metrics.jsonl"
         with ExitStack() as stack:
@@ -46,7 +46,7 @@ class MetricsLog:
         self._stack.__exit__(kind, error, trace)
 
     def write(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Logs `record`: "frames" and metrics, one level of nesting. Returns what was logged, None in place of NaN."""
+        """Logs `record`: "frames" and metrics with one level of nesting. Returns it with None instead of NaN."""
         record = _finite(record)
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
@@ -57,7 +57,7 @@ class MetricsLog:
 
 
 def _whole_records(path: Path, frames: int) -> list[dict[str, Any]]:
-    """The records up to `frames` in the file, which may be missing or cut anywhere."""
+    """The records up to `frames` in the file, which may be missing or incomplete."""
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:

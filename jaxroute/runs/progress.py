@@ -1,4 +1,4 @@
-"""Training progress: a live bar on a terminal, plain lines now and then elsewhere."""
+"""Training progress: a live bar on a terminal, elsewhere lines from time to time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class TrainingProgress:
-    """Shows frames, rate, return, QoS and the time left. Use as a context; call `update` after every chunk.
+    """Shows frames, rate, return, QoS and remaining time. Use it as a context manager; call `update` after each chunk.
 
-    Until an episode has ended, the reward per decision stands in place of the return.
+    Until an episode has ended, it shows the reward per decision instead of the return.
     """
 
     def __init__(self, console: Console, frames: int, done: int = 0):
-        """`frames` in all, of which `done` were made by an earlier process."""
+        """`frames` is the total, of which an earlier process has done `done`."""
         self._console, self._frames = console, frames
         columns = BarColumn(bar_width=10), TextColumn("{task.description}")
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -41,10 +41,10 @@ class TrainingProgress:
         self._bar.stop()
 
     def update(self, frames: int, record: dict[str, Any]) -> None:
-        """After `frames` frames in all, `record` being the last chunk's metrics."""
+        """Reports `frames` frames in total; `record` has the metrics of the last chunk."""
         now = time.monotonic()
         rate = (frames - self._done) / (now - self._updated)
-        # The first chunk's time is mostly compilation.
+        # The time of the first chunk is mostly compilation.
         speed = f"{rate:,.0f}/s" if self._compiled else "compiled"
         left = f", {timedelta(seconds=round((self._frames - frames) / rate))} left" if self._compiled else ""
         self._done, self._updated, self._compiled = frames, now, True

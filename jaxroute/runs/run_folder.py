@@ -1,4 +1,4 @@
-"""The folder of a run: where it may be, and what its numbers depend on."""
+"""The folder of a run, and the versions that its results depend on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("jaxroute", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "j
 
 
 def prepare_run_folder(path: Path) -> None:
-    """Makes the folder `path`. Raises `UserError` where it cannot be written or already holds something."""
+    """Creates the folder `path`. Raises `UserError` if it cannot be written or is not empty."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         occupied = any(path.iterdir())
@@ -27,7 +27,7 @@ def prepare_run_folder(path: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers of a run depend on beside its configuration."""
+    """Versions that the results of a run depend on, in addition to its configuration."""
     packages = {package: version(package) for package in PACKAGES}
     machine = {
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop that a command meets when it can."""
+"""Turns SIGINT and SIGTERM into a flag that commands poll between chunks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jaxroute.errors import Interrupted
 
 
 class Stop:
-    """Whether a signal has come. As a context, it makes itself true at the first SIGINT or SIGTERM, and does nothing
-    else; a second one acts as usual.
+    """Whether a signal has come. As a context manager, it becomes true at the first SIGINT or SIGTERM, without any
+    other effect; a second signal has its usual effect.
 
-    Outside of the main thread, where Python allows no handlers, signals stay as they are.
+    Outside of the main thread, where Python allows no handlers, signals are not changed.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Stop:
         self._restore()
 
     def interrupted(self, message: str) -> Interrupted:
-        """What to raise when it is true."""
+        """The exception to raise if the flag is true."""
         return Interrupted(message, self._number or signal.SIGINT)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,7 @@
-"""The whole state of a training on disk, replay and random keys included, from which it goes on bit for bit.
+"""Stores the whole state of a training, including replay buffer and random keys; a resumed run is bit-identical.
 
-orbax's `CheckpointManager` would take more code: it calls back before a state has its name, and without saying which,
-so that checksums need a handler of our own, and it refuses to write where a damaged state is.
+orbax's `CheckpointManager` would need more code: its callback comes before a state has its name and does not identify
+the state, so checksums need a separate handler; and it refuses to overwrite a damaged state.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ REMEDY = "remove it to start from the beginning"
 
 
 class TrainingStates:
-    """Saves states of a training under `run`, now and then and in the background, and keeps the last ones.
+    """Saves states of a training under `run`, periodically and in the background, and keeps the newest ones.
 
-    Use as a context; it ends when the last state is written.
+    Use it as a context manager; it ends when the last state has been written.
     """
 
     def __init__(self, run: Path, seconds: float, kept: int):
-        """`seconds` are from one state to the next, `kept` the states that stay."""
+        """`seconds` is the time between two states, `kept` the number of states that are kept."""
         self._folder, self._seconds, self._kept = run / FOLDER, seconds, kept
         self._saved = time.monotonic()
         self._writer = ThreadPoolExecutor(max_workers=1)
@@ -46,20 +46,20 @@ class TrainingStates:
         self._writer.shutdown()
 
     def offer(self, frames: int, state: Any) -> None:
-        """Begins to save `state`, a pytree of arrays after `frames` frames, where it is time to and nothing is being
-        written. It may be donated afterwards."""
+        """Starts saving `state`, a pytree of arrays after `frames` frames, if it is due and no other state is being
+        written. `state` may be donated afterwards."""
         due = time.monotonic() - self._saved >= self._seconds
         if due and (self._writing is None or self._writing.done()):
             self._begin(frames, state)
 
     def save(self, frames: int, state: Any) -> None:
-        """Saves `state` now, and returns when it is on disk. Raises `UserError` where it cannot be written."""
+        """Saves `state` now, and returns when it is on disk. Raises `UserError` if it cannot be written."""
         self.wait()
         self._begin(frames, state)
         self.wait()
 
     def wait(self) -> None:
-        """Returns when nothing is being written. Raises `UserError` where something could not be."""
+        """Waits until no state is being written. Raises `UserError` if one could not be written."""
         if self._writing is not None:
             self._writing.result()
 
@@ -73,22 +73,22 @@ class TrainingStates:
             self._folder.mkdir(exist_ok=True)
             save_arrays(self._folder / f"frames-{frames:012d}", arrays)
             states = {path.with_suffix("") for path in self._folder.glob("frames-*")}
-            for old in states.difference(_complete(self._folder)[-self._kept :]):  # and what a killed process left
+            for old in states.difference(_complete(self._folder)[-self._kept :]):  # and the remains of killed processes
                 checksums(old).unlink(missing_ok=True)
                 for path in self._folder.glob(f"{old.name}*"):
                     shutil.rmtree(path, ignore_errors=True)
-        except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
+        except (OSError, ValueError) as error:  # TensorStore raises ValueError
             raise UserError(f"{self._folder}: cannot be written ({error}); free space there, then --resume") from None
 
 
 def newest_state(run: Path, example: Any) -> tuple[int, Any, list[str]]:
-    """(frames, state, notes) of the newest whole state of a run; (0, None, []) where none was ever saved.
+    """(frames, state, notes) of the newest complete state of a run; (0, None, []) if none was ever saved.
 
-    `state` is as `example`, the shapes and dtypes of a state (`jax.eval_shape` of its making). Notes name damaged
-    states that were passed over, a line each.
+    `example` has the structure, shapes and dtypes of the state (`jax.eval_shape`). Notes name damaged states that were
+    skipped, one line each.
 
     Raises:
-        UserError: no state is whole, or they are of another training.
+        UserError: no state is complete, or the states are those of another training.
     """
     folder, notes = run / FOLDER, []
     for path in reversed(_complete(folder)):
@@ -102,15 +102,15 @@ def newest_state(run: Path, example: Any) -> tuple[int, Any, list[str]]:
 
 
 def named_arrays(state: Any) -> dict[str, np.ndarray]:
-    """Copies of the arrays of a pytree by their paths in it, as `save_arrays` takes them; keys as their data.
+    """Copies of the arrays of a pytree by their paths, for `save_arrays`; random keys are converted to their data.
 
-    They are copies, since on a CPU NumPy's views would share the memory that a donated state leaves to the next one.
+    They are copies because on a CPU, NumPy views would share memory that JAX reuses when the state is donated.
     """
     return {name: np.array(_data(leaf)) for name, leaf in _named_leaves(state).items()}
 
 
 def load_state(folder: Path, example: Any, remedy: str) -> Any:
-    """A pytree like `example`, of shapes and dtypes, from its `named_arrays` in `folder`. Raises as `load_arrays`."""
+    """A pytree like `example` from its `named_arrays` in `folder`. Raises the errors of `load_arrays`."""
     leaves = _named_leaves(example)
     arrays = load_arrays(folder, {name: _shape(leaf) for name, leaf in leaves.items()}, remedy)
     return jax.tree.unflatten(jax.tree.structure(example), [_like(arrays[name], leaf) for name, leaf in leaves.items()])
@@ -122,7 +122,7 @@ def remove_states(run: Path) -> None:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """States with checksums, oldest first; what has none was being written or removed when the run was killed."""
+    """States with checksums, oldest first. A state without was being written or removed when the run was killed."""
     return sorted(path.with_suffix("") for path in folder.glob("frames-*.sha256"))
 
 

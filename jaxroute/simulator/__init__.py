@@ -1,1 +1,1 @@
-"""Serving engines: exact models of vLLM's V1 and V0 schedulers and of Orca's, advanced by jumps from event to event."""
+"""Exact models of serving engines with vLLM's V1 and V0 schedulers and Orca's, advanced by jumps between events."""

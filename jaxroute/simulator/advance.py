@@ -1,9 +1,9 @@
-"""Runs an engine: one iteration at a time, or by jumps from event to event. Both give the same schedule.
+"""Runs an engine, one iteration at a time or by jumps from event to event. Both give the same schedule.
 
-Between two events the batch is constant and every running request gains one token an iteration, so a run of decode
-iterations has a closed form (latency.py). A jump takes one scheduled iteration, whatever it is, and after it as many
-plain decode iterations as end at the next event: the instant to stop at, a completion, or a KV block that cannot be
-had.
+Between two events the batch is constant and every running request gains one token per iteration, so the duration of
+several decode iterations has a closed form (latency.py). A jump consists of one scheduled iteration of any kind and of
+the plain decode iterations that follow it until the next event. An event is the time to stop at, a completion, or a KV
+block that is not available.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ class EngineWork(struct.PyTreeNode):
     """What engines did while they were advanced. Counts are int32 [...], times float [...] in seconds."""
 
     iterations: jax.Array
-    idle_iterations: jax.Array  # iterations in a row, up to now, that scheduled nothing (a stall, when they do not end)
+    idle_iterations: jax.Array  # consecutive iterations, up to now, that scheduled nothing; unlimited in a stall
     prefill_tokens: jax.Array  # sum of np
     decodes: jax.Array  # sum of nd
     context_tokens: jax.Array  # sum of ctx
     busy_time: jax.Array  # sum of the durations of iterations
-    block_seconds: jax.Array  # KV blocks held, integrated over busy time (in a run of decodes: growing linearly)
+    block_seconds: jax.Array  # KV blocks held, integrated over busy time; assumed to grow linearly in a run
 
     @classmethod
     def none(cls, shape: tuple[int, ...] = ()) -> EngineWork:
-        """Nothing done yet, by engines of these trailing axes."""
+        """Zero work of engines with these trailing axes."""
         count, time = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, float)
         return cls(count, count, count, count, count, time, time)
 
 
 class Jump(NamedTuple):
-    """One round of `advance`: an iteration, and the run of plain decode iterations after it."""
+    """One round of `advance`: an iteration and the plain decode iterations that follow it."""
 
-    runs: jax.Array  # bool [...], the round takes place; where it does not, only the two `before` mean anything
+    runs: jax.Array  # bool [...], whether the round takes place; if not, only the two `before` are valid
     before: EngineState
     work_before: EngineWork
     output: SchedulerOutput  # of the iteration
@@ -63,7 +63,7 @@ def run_iteration(
         params.latency, output.prefill_tokens, output.decodes, output.context_tokens.astype(state.clock.dtype)
     )
     clock = state.clock + duration
-    # 6: a request whose computed tokens reach its length yields a token; 3: a preempted one starts again from nothing.
+    # Rule 6: a request whose computed tokens reach its length yields a token. Rule 3: a preempted request restarts.
     computed = jnp.where(state.position < output.num_running, state.computed + output.tokens, 0)
     sampled = (output.tokens > 0) & (computed >= state.prompt_tokens + state.generated)
     generated = state.generated + sampled
@@ -98,10 +98,10 @@ def _iterations_until_full(
     enough: jax.Array,
     block_size: jax.Array,
 ) -> jax.Array:
-    """Decode iterations for which `usable` KV blocks are enough, int32 [...]; any number from `enough` on means enough.
+    """Number of decode iterations for which `usable` KV blocks suffice, int32 [...]; values from `enough` on are equal.
 
-    Rounding every request's last block up or down bounds the answer within `block_size - 1`, and bisection finds it.
-    The loop runs only where memory is that short.
+    Rounding every request's last block up or down bounds the result within `block_size - 1`, and bisection finds it.
+    The loop runs only for engines whose memory is short.
     """
     batch = jnp.maximum(batch, 1)
     spare = usable * block_size - context
@@ -129,9 +129,9 @@ def run_decodes(
     most_iterations: jax.Array | int,
     stall_iterations: jax.Array | int,
 ) -> tuple[EngineState, EngineWork]:
-    """Runs the plain iterations that follow, up to the next event; none where the next iteration is something else.
+    """Runs the plain decode iterations up to the next event; none if the next iteration is of another kind.
 
-    `stalled`, bool [...]: the last iteration changed nothing, so that it repeats until something arrives.
+    `stalled`, bool [...]: the last iteration changed nothing, so it repeats until a request arrives.
     """
     own = rules(params)
     running = state.unfinished() & (state.position < state.num_running) & ~stalled
@@ -190,12 +190,12 @@ def jump(
     most_iterations: jax.Array | int = LARGE,
     stall_iterations: jax.Array | int = LARGE,
 ) -> Jump:
-    """The next round of an `advance` with these bounds; engines that it may not run stay as they are."""
+    """The next round of an `advance` with these bounds. Engines that may not run do not change."""
     runs = may_run(state, work, until, params, most_iterations, stall_iterations)
     middle, work_middle, output = run_iteration(state, work, params)
     stalled = total((output.tokens > 0) | output.preempted) == 0
     if rules(params).ignores:
-        stalled &= ~stalled  # all False, but not a constant, which Triton does not take
+        stalled &= ~stalled  # all False, but not a constant, which Triton rejects
     run = run_decodes(middle, work_middle, stalled, until, params, most_iterations, stall_iterations)
     after, work_after = jax.tree.map(lambda new, old: jnp.where(runs, new, old), run, (state, work))
     return Jump(runs, state, work, output, middle, work_middle, stalled, after, work_after)
@@ -211,11 +211,11 @@ def advance(
     on_jump: Callable[[Any, Jump], Any] | None = None,
     seen: Any = None,
 ) -> tuple[EngineState, EngineWork, Any]:
-    """Runs engines by jumps: every iteration that starts before `until` (float [...], s from the present; rule 9).
+    """Runs, by jumps, every iteration that starts before `until` (float [...], s from the present; rule 9).
 
-    Ends sooner when the queue is empty, when `work` counts `most_iterations`, or `stall_iterations` empty ones in a
-    row. Requests that finish are marked, not removed. `seen`, any pytree, becomes `on_jump(seen, jump)` after every
-    round, and is returned last.
+    Stops earlier if the queue is empty, if `work` counts `most_iterations`, or after `stall_iterations` consecutive
+    empty iterations. Finished requests are marked, not removed. After every round, `seen` (any pytree) is replaced by
+    `on_jump(seen, jump)`; its last value is the last result.
     """
 
     def goes_on(carry: tuple[EngineState, EngineWork, Any]) -> jax.Array:
@@ -237,7 +237,7 @@ def may_run(
     most_iterations: jax.Array | int = LARGE,
     stall_iterations: jax.Array | int = LARGE,
 ) -> jax.Array:
-    """bool [...]: the next iteration belongs to an advance with these bounds (see `advance`)."""
+    """bool [...]: whether the next iteration is within the bounds (see `advance`)."""
     return (
         (total(rules(params).occupies(state, params)) > 0)
         & (state.clock < until)

@@ -1,13 +1,13 @@
-"""`advance` as a kernel for NVIDIA GPUs (Pallas, Triton), and the function that takes it there and nowhere else.
+"""`advance` as a kernel for NVIDIA GPUs (Pallas, Triton), and the function that selects it on these GPUs.
 
-As one loop over all engines, `advance` runs until the slowest of them is done, and their state crosses memory in every
-round. In the kernel a program loads one engine, runs `advance` on it in registers for as long as that engine needs,
-and stores it back: no engine waits for another, and state crosses memory once. The rules are not repeated here, and
-it serves every discipline.
+Without the kernel, `advance` is one loop over all engines. It runs until the slowest engine is done, and the state of
+all engines crosses memory in every round. In the kernel, a program loads one engine, runs `advance` on it in registers
+until that engine is done, and stores it. No engine waits for another, and the state crosses memory once. The kernel
+calls the same functions, so it has no rules of its own and works for every discipline.
 
-So, of one engine, `advance` must be made of what Triton lowers: elementwise operations; sums, minima and maxima over
-slots; `cumsum`; loops. It lowers no slices, gathers, sorts and products of vectors, neither `any` nor `all`, and no
-constant scalar as the result of a loop's round.
+For one engine, `advance` may therefore use only what Triton can lower: elementwise operations; sums, minima and maxima
+over slots; `cumsum`; loops. Triton lowers no slices, gathers, sorts, products of vectors, `any` or `all`, and no
+constant scalar as the result of a round of a loop.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from jaxroute.simulator.advance import EngineWork, advance
 from jaxroute.simulator.engine import LARGE, EngineParams, EngineState
 
 HAS_TRITON = find_spec("jax.experimental.pallas.triton") is not None
-"""JAX has announced that a later version will be without: then GPUs run the loop too."""
+"""JAX has announced that a later version will not have it: GPUs then run the loop too."""
 
 CHANGED = ("num_running", "clock", "generated", "computed", "preemptions", "first_token_time", "finish_time")
-"""What an advance changes of an engine's state."""
+"""Fields of an engine's state that `advance` changes."""
 
 
 def advance_engines(
@@ -36,9 +36,9 @@ def advance_engines(
     most_iterations: jax.Array | int = LARGE,
     stall_iterations: jax.Array | int = LARGE,
 ) -> tuple[EngineState, EngineWork]:
-    """`advance` without an observer; on an NVIDIA GPU one kernel, also under `jax.vmap`.
+    """`advance` without an observer; one kernel on an NVIDIA GPU, also under `jax.vmap`.
 
-    Only slots out of use can differ, which hold nothing: the kernel leaves them as they were.
+    The results can differ only in unused slots, which the kernel does not write.
     """
     if not HAS_TRITON:
         return advance(state, work, until, params, most_iterations, stall_iterations)[:2]
@@ -48,11 +48,11 @@ def advance_engines(
 
 
 def advance_in_kernel(*inputs: Any, interpret: bool = False) -> tuple[EngineState, EngineWork]:
-    """`advance` of engines [...] as a kernel of one program an engine; `interpret` it where there is no GPU.
+    """`advance` of engines [...] as a kernel with one program per engine; `interpret` runs it without a GPU.
 
-    `inputs` are the six arguments of `advance`, all arrays; what engines share may have fewer or shorter axes, and is
-    in memory once. A program is one warp: a thread has a slot or two, so everything fits in registers, and a sum over
-    slots is a few shuffles without a barrier.
+    `inputs` are the six arguments of `advance`, all arrays. Those that engines share may have fewer or shorter axes and
+    are in memory once. A program is one warp: each thread has a slot or two, so everything fits in registers, and a sum
+    over slots is a few shuffles without a barrier.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -64,7 +64,7 @@ def advance_in_kernel(*inputs: Any, interpret: bool = False) -> tuple[EngineStat
     def program(*refs: Any) -> None:
         ins, outs = refs[: len(inputs)], refs[len(inputs) :]
         state, _, until, *_ = ins
-        # Nothing is moved of engines that are busy until then, and of slots out of use.
+        # Engines whose next iteration starts later, and unused slots, are neither loaded nor stored.
         used = jnp.where(state.clock[...] < until[...], state.num_requests[...], 0)
         in_use = jnp.arange(block, dtype=jnp.int32) < used
 
@@ -81,7 +81,7 @@ def advance_in_kernel(*inputs: Any, interpret: bool = False) -> tuple[EngineStat
         jax.tree.map(store, outs, ([getattr(state, name) for name in CHANGED], work))
 
     def spec(leaf: Any) -> pl.BlockSpec:
-        """One engine's part of a leaf: a scalar, or `block` slots, of which the last may not exist."""
+        """One engine's part of a leaf: a scalar or `block` slots, the last of which may be out of bounds."""
         slots = leaf.ndim > len(engines)
         sizes = leaf.shape[slots:]
 
@@ -100,7 +100,7 @@ def advance_in_kernel(*inputs: Any, interpret: bool = False) -> tuple[EngineStat
         grid=engines,
         in_specs=jax.tree.map(spec, inputs),
         out_specs=jax.tree.map(spec, outputs),
-        # The state is written where it was read: what is not written stays as it was.
+        # The outputs alias the inputs, so what the kernel does not write keeps its value.
         input_output_aliases={getattr(number[0], name): place for place, name in enumerate(CHANGED)},
         compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,

@@ -1,6 +1,6 @@
-"""Profiles as YAML files: those that come with the package, one's own, and roofline guesses.
+"""Profiles as YAML files: those of the package and of users; and roofline guesses.
 
-A file has the engine's options under `engine`, as `jaxroute.replay` takes them; the rest says where they come from.
+A file has the engine's options under `engine`, in the format of `jaxroute replay`; its other keys state their source.
 `jaxroute calibrate` writes such files.
 """
 
@@ -22,7 +22,7 @@ KEYS = ("name", "guess", "engine", "data_parallel_size", "request_overhead", "so
 
 
 def shipped() -> list[str]:
-    """Names of the profiles that come with the package."""
+    """Names of the profiles of the package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -32,7 +32,7 @@ def is_path_or_guess(name: str) -> bool:
 
 
 def load_profile(name: str | Path) -> dict[str, Any]:
-    """The profile of that name, or path of a YAML file, or `roofline:GPU:MODEL`, as a checked mapping with `KEYS`.
+    """The profile of a name, a path of a YAML file or `roofline:GPU:MODEL`, as a checked mapping with `KEYS`.
 
     Raises `UserError`.
     """

@@ -1,8 +1,8 @@
 """The loop of a simulated cluster: route a request, run the engines to an instant, collect what finished, shift time.
 
-The environment, the timeline, `replay`, calibration and the planning routers are all made of these functions; none of
-them moves a queue by itself. A cluster is engines along trailing axes (`engine`), and a payload: any pytree of arrays
-[S, ...] of what the caller knows of the request in each slot, which moves along with the slots.
+The environment, the timeline, `replay`, calibration and the planning routers all use these functions; none of them
+changes a queue in another way. A cluster consists of engines along trailing axes (`engine`) and a payload. The payload
+is any pytree of arrays [S, ...] with what the caller stores about the request in each slot; it moves with the slots.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from jaxroute.simulator.engine import IGNORED, LARGE, EngineParams, EngineState,
 from jaxroute.simulator.slots import append, remove
 
 AFTER_ALL = 1e30
-"""s, later than anything: engines that run until then drain."""
+"""s, later than any event: engines that run until then finish all requests."""
 
 
 class Admission(struct.PyTreeNode):
-    """What became of a request at the engines that it was sent to; every field bool [...]."""
+    """Whether a request was admitted by the engines it was sent to; every field bool [...]."""
 
     joined: jax.Array
-    infeasible: jax.Array  # rejected: the engine could never finish it (rule 8), by its true length
-    full: jax.Array  # rejected: there is no free slot
+    infeasible: jax.Array  # rejected: the engine could never finish it (rule 8, with its true length)
+    full: jax.Array  # rejected: no slot is free
 
 
 class Finished(struct.PyTreeNode):
-    """Requests that left, as they stood in their slots before they left."""
+    """The requests that were removed, in the slots that they had."""
 
     engines: EngineState
     payload: Any  # each leaf [S, ...]
-    served: jax.Array  # bool [S, ...], has all of its tokens; the other slots hold something else
-    ignored: jax.Array  # int32 [...], requests that the engine dropped, since they never fit (vllm_v0)
+    served: jax.Array  # bool [S, ...], the request has all of its tokens; other slots are not among the finished
+    ignored: jax.Array  # int32 [...], requests that the engine dropped because they can never fit (vllm_v0)
 
 
 def route(
@@ -50,7 +50,7 @@ def route(
     request: Tree,
     params: EngineParams,
 ) -> tuple[EngineState, Tree, Admission]:
-    """Sends a request to the engines that are `chosen` (bool [...]); it joins where it can finish and a slot is free.
+    """Sends a request to the `chosen` engines (bool [...]); it joins those that can finish it and have a free slot.
 
     `request` is its payload: a tree like `payload`, with leaves that broadcast to [...].
     """
@@ -74,9 +74,9 @@ def join(
     at: jax.Array,
     params: EngineParams,
 ) -> tuple[EngineState, Tree]:
-    """Puts a request at the tail of `waiting` at time `at` (s), where `joins` (bool [...]); a slot must be free there.
+    """Puts a request at the tail of `waiting` at time `at` (s) where `joins` (bool [...]), which need a free slot.
 
-    As `route`, without a question: what can never finish stalls its engine, as in vLLM.
+    Unlike `route`, it checks nothing: a request that can never finish stalls its engine, as in vLLM.
     """
     here = joins & (engines.position == engines.num_requests)
     payload = jax.tree.map(lambda old, new: jnp.where(here, new, old), payload, request)
@@ -96,8 +96,8 @@ def run_until(
 ) -> tuple[EngineState, EngineWork, Any]:
     """Runs every iteration that starts before `until` (float [...], s), with the bounds of `advance`.
 
-    Returns the engines, the work that was done, after that in `work`, and what `on_jump(seen, jump)` made of `seen` in
-    every round. With an observer it is the loop of `advance`, else on an NVIDIA GPU the kernel.
+    Returns the engines, the work done (added to `work`), and the last value of `seen`, which becomes
+    `on_jump(seen, jump)` after every round. Without an observer, an NVIDIA GPU runs the kernel instead of the loop.
     """
     work = EngineWork.none(engines.clock.shape) if work is None else work
     bounds = (until, params, most_iterations, stall_iterations)
@@ -107,7 +107,7 @@ def run_until(
 
 
 def collect(engines: EngineState, payload: Tree, params: EngineParams) -> tuple[EngineState, Tree, Finished]:
-    """Takes out the requests that the engines are done with; those that stay keep their order."""
+    """Removes the requests that the engines have finished; the others keep their order."""
     done = rules(params).finished(engines, params)
     served, ignored = done, jnp.zeros_like(engines.num_requests)
     if rules(params).ignores:
@@ -119,7 +119,7 @@ def collect(engines: EngineState, payload: Tree, params: EngineParams) -> tuple[
 
 
 def shift_time(engines: EngineState, by: jax.Array, params: EngineParams) -> EngineState:
-    """Moves the present on `by` s (float [...])."""
+    """Moves the origin of all times forward by `by` s (float [...])."""
     engines = engines.replace(clock=engines.clock - by, first_token_time=engines.first_token_time - by)
     if rules(params).finished_stay:
         engines = engines.replace(finish_time=engines.finish_time - by)

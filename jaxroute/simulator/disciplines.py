@@ -1,4 +1,4 @@
-"""The scheduling disciplines by name: a discipline is a file of rules and a row of the table here.
+"""The scheduling disciplines by name: each discipline is a file of rules and an entry of the table here.
 
 `EngineParams.discipline` is static, so a program contains the rules of one discipline only.
 """
@@ -17,24 +17,24 @@ from jaxroute.simulator.scheduler import SchedulerOutput
 
 
 class Discipline(NamedTuple):
-    """Everything that is particular to a discipline: functions of engines with any trailing axes, and constants."""
+    """What distinguishes a discipline: functions of engines with any trailing axes, and constants."""
 
     schedule: Callable[[EngineState, EngineParams], SchedulerOutput]
-    only_decodes: Callable[..., jax.Array]  # bool [...]: a run of decodes follows, while memory lasts (`scheduler`)
-    can_serve: Callable[[jax.Array, jax.Array, EngineParams], jax.Array]  # by prompt and output tokens: it can finish
-    occupies: Callable[[EngineState, EngineParams], jax.Array]  # bool [S, ...]: takes part in the engine's work
-    finished: Callable[[EngineState, EngineParams], jax.Array]  # bool [S, ...]: the engine is done with the request
+    only_decodes: Callable[..., jax.Array]  # bool [...]: only decodes follow while memory suffices (`scheduler`)
+    can_serve: Callable[[jax.Array, jax.Array, EngineParams], jax.Array]  # of prompt, output tokens: it can finish
+    occupies: Callable[[EngineState, EngineParams], jax.Array]  # bool [S, ...]: the engine works on the request
+    finished: Callable[[EngineState, EngineParams], jax.Array]  # bool [S, ...]: the engine has finished the request
     after_iteration: Callable[
         ..., EngineState
-    ]  # of (before, after, output, iteration number, params): the true `after`
-    held_blocks: Callable[[jax.Array, EngineParams], jax.Array]  # KV blocks of a request with so many tokens in them
+    ]  # of (before, after, output, iteration number, params): the corrected `after`
+    held_blocks: Callable[[jax.Array, EngineParams], jax.Array]  # KV blocks of a request with this many cached tokens
     admissible_blocks: Callable[[EngineParams], jax.Array]  # KV blocks that admissions may fill
-    longest: Callable[[EngineParams], jax.Array]  # tokens, prompt and output, at which a request ends
-    spare_blocks: int = 0  # KV blocks that stay free in an iteration of decodes
-    grows: bool = True  # a decode may take a KV block
-    ignores: bool = False  # requests that can never fit are dropped, and so the engine never stalls
-    finished_stay: bool = False  # a finished request may keep its seat for some iterations more
-    null_blocks: int = 1  # of `num_gpu_blocks`, those that no request can hold
+    longest: Callable[[EngineParams], jax.Array]  # number of tokens, prompt and output, at which a request ends
+    spare_blocks: int = 0  # KV blocks that an iteration of decodes leaves free
+    grows: bool = True  # whether a decode may take a KV block
+    ignores: bool = False  # whether requests that can never fit are dropped, so that the engine never stalls
+    finished_stay: bool = False  # whether a finished request may keep its seat for further iterations
+    null_blocks: int = 1  # number of `num_gpu_blocks` that no request can hold
 
 
 def _blocks_of_tokens(tokens: jax.Array, params: EngineParams) -> jax.Array:

@@ -1,12 +1,12 @@
 """One serving engine: its options, and the state of its queue.
 
 vLLM keeps `running` in order of admission and puts preempted requests, last admitted first, back at the head of
-`waiting`. So one array in order, with a boundary, holds both queues: the first `num_running` positions run, the rest
-wait. Preemption and admission only move the boundary.
+`waiting`. One ordered array with a boundary can therefore hold both queues: the first `num_running` positions run, and
+the others wait. Preemption and admission only move the boundary.
 
-Slots are the first axis. Engines, if there are several, are trailing axes, written `...` in shapes: [S, ...] for what a
-slot has and [...] for what an engine has, so that the two broadcast, and sums over slots run along whole rows of
-engines, which is what vector units want. The functions of this folder take any such trailing axes.
+Slots are the first axis. Several engines are trailing axes, written `...` in shapes: a field of a slot is [S, ...] and
+a field of an engine is [...]. The two then broadcast, and a sum over slots adds whole rows of engines, which vector
+units do fast. The functions of this folder accept any such trailing axes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ NEVER = jnp.inf
 """Time of an event that has not happened."""
 
 IGNORED = -jnp.inf
-"""Finish time of a request that `vllm_v0` dropped, since it can never fit."""
+"""Finish time of a request that `vllm_v0` dropped because it can never fit."""
 
 LARGE = 2**30
-"""An integer no count of tokens, iterations or positions reaches."""
+"""An integer above every count of tokens, iterations or positions."""
 
 
 class LatencyModel(struct.PyTreeNode):
     """Seconds an iteration takes: `c0 + c1*np + c2*nd + c3*ctx + c4*max(np + nd - knee, 0)` (simulation.md section 2).
 
     np = prefill and recompute tokens, nd = decode entries, ctx = computed tokens of the scheduled entries afterwards.
-    The last term is the steeper slope of a real GPU above some number of tokens in the iteration; c4 = 0 turns it off.
+    The last term is the steeper slope of a real GPU above some number of tokens per iteration; c4 = 0 disables it.
     All fields are traced floats [...]: [] for one engine, [N] for a cluster.
     """
 
@@ -46,21 +46,23 @@ class LatencyModel(struct.PyTreeNode):
 
 
 class EngineParams(struct.PyTreeNode):
-    """Options of an engine under vLLM's names. Every field is traced, [...]: [] for one engine, [N] for a cluster; only
-    the discipline is static, and one for the whole cluster.
+    """Options of an engine under vLLM's names.
+
+    Every field is traced, [...]: [] for one engine, [N] for a cluster. Only the discipline is static; it is the same
+    for the whole cluster.
     """
 
     latency: LatencyModel
-    usable_blocks: jax.Array  # int32, KV blocks requests can hold: `num_gpu_blocks`, less V1's and orca's null block
-    block_size: jax.Array  # int32, tokens a KV block
-    max_num_seqs: jax.Array  # int32, most running requests
+    usable_blocks: jax.Array  # int32, KV blocks that requests can hold: `num_gpu_blocks` less the null block
+    block_size: jax.Array  # int32, tokens per KV block
+    max_num_seqs: jax.Array  # int32, maximum number of running requests
     max_num_batched_tokens: jax.Array  # int32, token budget of an iteration
-    max_model_len: jax.Array  # int32, a request ends when prompt + generated reaches it
-    long_prefill_token_threshold: jax.Array  # int32, most tokens of one request an iteration; 0: no such limit
+    max_model_len: jax.Array  # int32, a request ends when its prompt + generated tokens reach it
+    long_prefill_token_threshold: jax.Array  # int32, maximum tokens of a request per iteration; 0: no limit
     enable_chunked_prefill: jax.Array  # bool
-    reserve_full_isl: jax.Array  # bool, admit only what fits with its whole prompt
+    reserve_full_isl: jax.Array  # bool, admit only requests whose whole prompt fits
     watermark_blocks: jax.Array | None = None  # int32, vllm_v0: KV blocks that an admission must leave free
-    async_output_proc: jax.Array | None = None  # bool, vllm_v0: stops are looked at one iteration later
+    async_output_proc: jax.Array | None = None  # bool, vllm_v0: stop conditions are checked one iteration later
     discipline: str = struct.field(pytree_node=False, default="vllm_v1")  # a name of `disciplines.DISCIPLINES`
 
 
@@ -68,15 +70,15 @@ class EngineState(struct.PyTreeNode):
     """Queue of an engine with S slots, in order. Times are seconds relative to the present, so they stay small.
 
     A slot in [0, num_requests) is in use. A request that finishes during an advance keeps its slot, marked by its
-    finish time, until the slots are compacted (`slots.remove`); schedulers pass over it.
+    finish time, until the slots are compacted (`slots.remove`); schedulers skip it.
     """
 
     num_requests: jax.Array  # int32 [...], slots in use
-    num_running: jax.Array  # int32 [...], boundary: slots before it run, those from it on wait
+    num_running: jax.Array  # int32 [...], boundary: slots before it run, the others wait
     clock: jax.Array  # float [...], start of the next iteration; in the past when the engine is idle
     prompt_tokens: jax.Array  # int32 [S, ...]
-    target_tokens: jax.Array  # int32 [S, ...], tokens to generate: the true length, cut at max_model_len
-    generated: jax.Array  # int32 [S, ...], tokens generated so far, kept over preemptions
+    target_tokens: jax.Array  # int32 [S, ...], tokens to generate: the true length, limited by max_model_len
+    generated: jax.Array  # int32 [S, ...], tokens generated so far; a preemption keeps them
     computed: jax.Array  # int32 [S, ...], tokens in the KV cache; 0 while waiting
     preemptions: jax.Array  # int32 [S, ...]
     first_token_time: jax.Array  # float [S, ...], NEVER before it
@@ -123,33 +125,33 @@ def empty_engine(num_slots: int, shape: tuple[int, ...] = ()) -> EngineState:
 def blocks_for(tokens: jax.Array, block_size: jax.Array) -> jax.Array:
     """KV blocks that hold `tokens`: ceil(tokens / block_size), int32.
 
-    By a float multiplication, since CPUs have no SIMD integer division. The half keeps the quotient off the integers,
-    so the rounding is exact below 2**20 tokens, also where a GPU divides approximately.
+    It multiplies floats, since CPUs have no SIMD integer division. Subtracting one half keeps the quotient away from
+    integers, so rounding is exact below 2**20 tokens, even on a GPU that divides approximately.
     """
     reciprocal = 1.0 / block_size.astype(jnp.float32)
     return jnp.floor((tokens + (block_size - 1)).astype(jnp.float32) * reciprocal + 0.5 * reciprocal).astype(jnp.int32)
 
 
 def total(values: jax.Array) -> jax.Array:
-    """Sum over slots, [...] of `values` [S, ...], of their dtype; bool counts as int32. Values must be finite.
+    """Sum over slots, [...] of `values` [S, ...], with their dtype; bool counts as int32. Values must be finite.
 
-    As a product with ones: XLA computes a sum anew, without vector instructions, inside of everything that uses it, but
-    a product once.
+    It is a product with ones: XLA recomputes a sum inside every operation that uses it, without vector instructions,
+    but computes a product once.
     """
-    if values.ndim == 1:  # one engine, as in a GPU's program (advance_kernel.py), which has no such product
+    if values.ndim == 1:  # one engine in a GPU program (advance_kernel.py), which has no such product
         return jnp.sum(values, dtype=jnp.int32 if values.dtype == bool else values.dtype)
     return _product(jnp.ones((1, values.shape[0])), values)[0]
 
 
 def prefix_sum(values: jax.Array) -> jax.Array:
-    """Inclusive cumulative sum over slots, of the shape and dtype of `values` [S, ...]; as `total`."""
+    """Inclusive cumulative sum over slots, with the shape and dtype of `values` [S, ...]; a product like `total`."""
     if values.ndim == 1:
         return jax.lax.cumsum(values.astype(jnp.int32) if values.dtype == bool else values)
     return _product(jnp.tri(values.shape[0]), values)
 
 
 def _product(matrix: jax.Array, values: jax.Array) -> jax.Array:
-    """`matrix` [M, S] times `values` [S, ...] over slots: [M, ...]."""
+    """Matrix product [M, ...] of `matrix` [M, S] and `values` [S, ...]."""
     values = values.astype(jnp.int32) if values.dtype == bool else values
     flat = values.reshape(values.shape[0], -1)
     product = jnp.dot(matrix.astype(values.dtype), flat, precision=jax.lax.Precision.HIGHEST)
@@ -157,7 +159,7 @@ def _product(matrix: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def anywhere(mask: jax.Array) -> jax.Array:
-    """bool []: whether `mask`, bool [...], holds for an engine."""
+    """bool []: whether `mask` (bool [...]) is True for any engine."""
     return jnp.any(mask) if mask.ndim else mask
 
 
@@ -167,8 +169,8 @@ def lowest(values: jax.Array) -> jax.Array:
 
 
 def target_tokens(prompt_tokens: jax.Array, output_tokens: jax.Array, max_model_len: jax.Array) -> jax.Array:
-    """Tokens that a request generates: its length, or fewer where max_model_len cuts it (vLLM's check_stop).
+    """Tokens that a request generates: its output length, or fewer if max_model_len ends it (vLLM's check_stop).
 
-    `max_model_len` is what `disciplines.Discipline.longest` gives.
+    `max_model_len` is the result of `disciplines.Discipline.longest`.
     """
     return jnp.maximum(jnp.minimum(output_tokens, max_model_len - prompt_tokens), 1)

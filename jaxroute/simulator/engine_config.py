@@ -1,4 +1,4 @@
-"""An engine's options from a dictionary under vLLM's names, with vLLM's defaults."""
+"""Reads an engine's options from a dictionary with vLLM's names and defaults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "long_prefill_token_threshold": 0,
     "latency": [0.00390625, 2**-14, 2**-16, 2**-24],
 }
-"""The latency is [c0, c1, c2, c3] or [c0, c1, c2, c3, knee, c4] of `LatencyModel`; these values are dyadic."""
+"""The latency is [c0, c1, c2, c3] or [c0, c1, c2, c3, knee, c4] of `LatencyModel`; the defaults are dyadic."""
 
 _NOT_IN_V0 = ("enable_chunked_prefill", "reserve_full_isl", "long_prefill_token_threshold")
 # Recorded schedules have the key unchecked_budget, and the tests' random cases reach small budgets by it.
@@ -39,8 +39,8 @@ _SMALLEST = {"long_prefill_token_threshold": 0, "max_model_len": 2}
 def defaults_of(discipline: str) -> dict[str, Any]:
     """The options of an engine under this discipline, with their defaults.
 
-    vllm_v0 has those of vLLM 0.6, where max_num_batched_tokens, None here, is at least max_model_len. orca takes V1's,
-    of which the token budget, chunking and reserve_full_isl mean nothing to it.
+    vllm_v0 has the options of vLLM 0.6, where max_num_batched_tokens (here None) is at least max_model_len. orca has
+    V1's options; the token budget, chunking and reserve_full_isl have no effect on it.
     """
     if discipline != "vllm_v0":
         return DEFAULTS
@@ -51,9 +51,9 @@ def defaults_of(discipline: str) -> dict[str, Any]:
 def engine_from_config(
     config: Mapping[str, Any], where: str, also_known: tuple[str, ...] = (), discipline: str = "vllm_v1"
 ) -> EngineParams:
-    """`EngineParams` of one engine, each field [], from options under vLLM's names; missing ones take `defaults_of`.
+    """`EngineParams` of one engine, each field [], from options with vLLM's names; the defaults are `defaults_of`.
 
-    `where` names the source in errors; `also_known` are keys that the caller reads itself.
+    `where` names the source in errors; `also_known` are further keys, which the caller reads.
     Raises `UserError` for an unknown key, a wrong type or a value out of range.
     """
     defaults, null_blocks = defaults_of(discipline), DISCIPLINES[discipline].null_blocks
@@ -98,14 +98,14 @@ def engine_from_config(
 
 
 def _check_v0(values: Mapping[str, Any], where: str) -> None:
-    """Raises `UserError` for what vLLM 0.6 refuses at its start (simulation.md section 1a, rule 1)."""
+    """Raises `UserError` for options that vLLM 0.6 refuses at its start (simulation.md section 1a, rule 1)."""
     watermark, budget = values["watermark"], values["max_num_batched_tokens"]
     if isinstance(watermark, bool) or not isinstance(watermark, int | float) or not 0 <= watermark < 1:
         raise UserError(f"{where}: watermark must be a number from 0 to below 1, not {watermark!r}")
     for key in ("max_model_len", "max_num_seqs"):
         if budget < values[key] and not values["unchecked_budget"]:
             raise UserError(
-                f"{where}: max_num_batched_tokens {budget} is below {key} {values[key]}, as vllm_v0 refuses"
+                f"{where}: max_num_batched_tokens {budget} is below {key} {values[key]}, which vllm_v0 refuses"
             )
 
 

@@ -1,20 +1,20 @@
-"""What is known of each GPU, from which profiles and roofline guesses are computed."""
+"""The data of each GPU, from which profiles and roofline guesses are computed."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 MEMORY_USED = 0.9
-"""Share of a GPU's memory that the engine takes, vLLM's default gpu_memory_utilization."""
+"""Share of a GPU's memory that the engine uses: vLLM's default gpu_memory_utilization."""
 
 
 class Gpu(NamedTuple):
-    """NVIDIA's data sheet, and the measured time of a 7B model's linear layers where somebody measured it."""
+    """NVIDIA's data sheet, and if measured the time of a 7B model's linear layers."""
 
     memory_gb: float
     bandwidth_gb_s: float  # of the memory
     tflops: float  # dense bf16 operations with float32 accumulation
-    linear_ms: tuple[float, float, float] | None = None  # at 1, 256 and 2,048 tokens in an iteration
+    linear_ms: tuple[float, float, float] | None = None  # with 1, 256 and 2,048 tokens per iteration
 
 
 GPUS = {
@@ -30,4 +30,4 @@ GPUS = {
     "h100": Gpu(80, 3350, 989, (5.6, 9.2, 40.4)),
     "h200": Gpu(141, 4800, 989),
 }
-"""GPUs by name, the SXM form where there are two."""
+"""GPUs by name; the SXM version if there are two."""

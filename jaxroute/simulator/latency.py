@@ -1,4 +1,4 @@
-"""Time of one iteration, of a run of decode iterations, and how many of them start before an instant."""
+"""Duration of an iteration and of a run of decode iterations, and how many of them start before an instant."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def iteration_time(
 
 
 def prefill_time(model: LatencyModel, tokens: jax.Array) -> jax.Array:
-    """Seconds that prefilling `tokens` alone adds to an iteration."""
+    """Seconds that prefilling `tokens` adds to an iteration without other tokens."""
     above_knee = jnp.maximum(tokens - model.knee_tokens, 0)
     return model.per_prefill_token * tokens + model.per_token_above_knee * above_knee
 
@@ -31,7 +31,7 @@ def prefill_time(model: LatencyModel, tokens: jax.Array) -> jax.Array:
 def decode_run(model: LatencyModel, decodes: jax.Array, context_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(first, growth) in seconds: iteration j = 0, 1, ... of an unchanged decode batch takes `first + growth * j`.
 
-    `context_tokens` is the batch's computed tokens before the run; every iteration adds one for each of the `decodes`.
+    `context_tokens` are the computed tokens of the batch before the run; each iteration adds one for each decode.
     """
     return iteration_time(model, jnp.int32(0), decodes, context_tokens + decodes), model.per_context_token * decodes
 
@@ -43,10 +43,10 @@ def run_time(first: jax.Array, growth: jax.Array, iterations: jax.Array) -> jax.
 
 
 def iterations_started_before(first: jax.Array, growth: jax.Array, gap: jax.Array) -> jax.Array:
-    """How many iterations of a decode run start less than `gap` seconds (> 0) after its beginning, int32 >= 1.
+    """Number of iterations of a decode run that start less than `gap` seconds (> 0) after its beginning, int32 >= 1.
 
-    The root of the quadratic, in the form that is stable for small growth. Rounding can put it one off, so the result
-    is checked against the run's own times on both sides.
+    It is the root of the quadratic, in the form that is stable for small growth. Rounding may make it wrong by one, so
+    the times of the neighbouring iterations are checked too.
     """
     linear = first - 0.5 * growth
     root = 2 * gap / (linear + jnp.sqrt(linear * linear + 2 * growth * gap))

@@ -1,4 +1,4 @@
-"""How vLLM spreads requests over data-parallel engines: the router and the calibration compute it alike."""
+"""vLLM's rule for data-parallel engines, which a router and the calibration use."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import jax
 
 
 def data_parallel_load(waiting: jax.Array, running: jax.Array) -> jax.Array:
-    """int32 [...]: vLLM sends a request to the engine with the smallest 4 * waiting + running, the first of equals.
+    """int32 [...]: vLLM sends a request to the engine with the smallest 4 * waiting + running, the first of equal ones.
 
-    `DPLBAsyncMPClient.get_core_engine_for_request`
-    (https://github.com/vllm-project/vllm/blob/v0.10.2/vllm/v1/engine/core_client.py), with counts that are always
-    fresh; later versions weigh waiting requests by KV use.
+    This is `DPLBAsyncMPClient.get_core_engine_for_request` of
+    https://github.com/vllm-project/vllm/blob/v0.10.2/vllm/v1/engine/core_client.py with counts that are always current.
+    Later versions weight waiting requests by KV use.
     """
     return 4 * waiting + running

@@ -1,9 +1,9 @@
-"""The experts that scenarios name, and the hardware they run on.
+"""The experts that scenarios name, and the hardware that they run on.
 
-A profile gives an engine's latency model and KV cache. `paper` and `rtx4090` state both, and so do calibrated ones,
-which are files (`catalogue`). The others are GPUs, known by the time of a 7B model's linear layers on them: an expert's
-larger or smaller weights scale that, its KV bytes a token over the memory's bandwidth are the time of a context token,
-and what memory its weights leave is its KV cache.
+A profile gives an engine's latency model and KV cache. `paper`, `rtx4090` and calibrated profiles, which are files
+(`catalogue`), state both. The others are GPUs with measured times of a 7B model's linear layers. For an expert, these
+times are scaled by the size of its weights; the time of a context token is its KV bytes per token over the memory
+bandwidth; and the KV cache is the memory that its weights leave free.
 """
 
 from __future__ import annotations
@@ -45,30 +45,30 @@ EXPERTS = {
     "dolly-12b": Expert(0.6226, 23.6, 737_280),
     "stablelm-7b": Expert(0.6247, 15.7, 393_216),
 }
-"""The paper's six in its order, then others of MixInstruct. MPT's score stands for both MPTs."""
+"""The six experts of the paper in its order, then others of MixInstruct. Both MPT models have MPT's score."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """An engine whose latency and KV cache are given, whatever the expert."""
+    """An engine whose latency and KV cache are given and do not depend on the expert."""
 
-    latency: tuple[float, ...]  # s: c0, c1, c2, c3 and, with a knee, knee tokens and c4
+    latency: tuple[float, ...]  # s: c0, c1, c2, c3; with a knee also its tokens and c4
     usable_blocks: int  # KV blocks of `BLOCK_SIZE` tokens
     max_num_seqs: int
     max_model_len: int
-    latency_limit: float  # s a token, a limit that suits the profile
+    latency_limit: float  # s per token, a suitable limit for the profile
     token_scale: float  # tokens that count as 1 in observations
-    engine: Mapping[str, Any] = field(default_factory=dict)  # further options, by vLLM's names
+    engine: Mapping[str, Any] = field(default_factory=dict)  # further options with vLLM's names
 
 
 REFERENCE_WEIGHTS_GB = 13.5
-"""Of the 7B model whose linear layers `Gpu.linear_ms` timed."""
+"""Weights of the 7B model that `Gpu.linear_ms` was measured with."""
 
 
 def profile_of_gpu(name: str, expert_name: str) -> Profile:
-    """What a GPU of `GPUS` with measured linear layers is for an expert.
+    """The profile of a GPU of `GPUS` with measured linear layers, for an expert.
 
-    Raises `UserError` where the expert's weights leave no room for a KV cache.
+    Raises `UserError` if the expert's weights leave no room for a KV cache.
     """
     gpu, expert = GPUS[name], EXPERTS[expert_name]
     assert gpu.linear_ms is not None
@@ -93,17 +93,17 @@ def profile_of_gpu(name: str, expert_name: str) -> Profile:
 PROFILES = {
     # The frozen scenario (simulation.md section 7): the per-token constants of the paper's first author.
     "paper": Profile((0.015, 7.2e-5, 5e-5, 2.5e-5), 14_000 // BLOCK_SIZE, 64, 8192, 0.030, 256.0),
-    # Measured: Llama-3.1-8B, vLLM 0.19, 2,588 KV blocks of which vLLM keeps one; 25 us a token up to 256, then 90 us.
+    # Measured: Llama-3.1-8B, vLLM 0.19, 2,588 KV blocks, one of them vLLM's; 25 us/token up to 256, then 90 us/token.
     "rtx4090": Profile((0.018, 2.5e-5, 2.5e-5, 1.4e-7, 256, 6.5e-5), 2587, 256, 32_768, 0.060, 2048.0),
 }
-"""Hardware whose engine is the same for every expert."""
+"""Profiles that are the same for every expert."""
 
 TIMED_GPUS = [name for name, gpu in GPUS.items() if gpu.linear_ms]
-"""GPUs whose engine follows from the expert's size."""
+"""GPUs whose profile depends on the size of the expert."""
 
 
 def calibrated(name: str) -> Profile:
-    """The profile of a name that `catalogue.load_profile` takes. Its latency limit is one and a half times the base.
+    """The profile of a name that `catalogue.load_profile` accepts. Its latency limit is 1.5 times the base.
 
     Raises `UserError`.
     """
@@ -117,9 +117,9 @@ def calibrated(name: str) -> Profile:
 
 
 def engine_profiles(experts: Sequence[str], profile: str | Sequence[str]) -> list[Profile]:
-    """The profile of each expert; `profile` is one name for all, or a name for each.
+    """The profile of each expert; `profile` is one name for all experts or a name for each.
 
-    A name is one of `PROFILES` or `TIMED_GPUS`, or one that `catalogue.load_profile` takes. Raises `UserError`.
+    A name is one of `PROFILES` or `TIMED_GPUS`, or one that `catalogue.load_profile` accepts. Raises `UserError`.
     """
     names = [profile] * len(experts) if isinstance(profile, str) else list(profile)
     if len(names) != len(experts):
@@ -147,9 +147,9 @@ def cluster(
 ) -> EngineParams:
     """Engines of a cluster, each field [N]: expert i on its own GPU of profile i.
 
-    `kv_cache_tokens`, one number or one for each expert, overrides the profiles' KV caches; requests can hold as many
-    blocks under every `discipline`. vllm_v0 processes output asynchronously, its default. `max_model_len` overrides the
-    profiles'; orca reserves so much for every request. Raises `UserError`.
+    `kv_cache_tokens`, one number or one per expert, overrides the KV caches of the profiles; under every `discipline`
+    requests can hold the same number of blocks. vllm_v0 has its default, asynchronous output processing.
+    `max_model_len` overrides that of the profiles; orca reserves this many tokens per request. Raises `UserError`.
     """
     null_blocks = DISCIPLINES[require_known(discipline, DISCIPLINES, "discipline")].null_blocks
     blocks = [profile.usable_blocks for profile in profiles]

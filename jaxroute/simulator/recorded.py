@@ -1,7 +1,7 @@
-"""One engine on a recorded list of requests: by jumps, or iteration by iteration with every decision.
+"""Runs one engine on a recorded list of requests: by jumps, or iteration by iteration with every decision.
 
-Pure functions of arrays: `jax.vmap` runs many engines and lists of one shape. A request's slot is its position in the
-list, so there are as many slots as requests and nothing is ever rejected. The command is `jaxroute replay`.
+The functions are pure: `jax.vmap` runs many engines and lists of one shape. A request's slot is its position in the
+list, so there are as many slots as requests, and none is ever rejected. The command is `jaxroute replay`.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from jaxroute.simulator.scheduler import SchedulerOutput
 
 
 class Recording(struct.PyTreeNode):
-    """R requests in order of arrival; those from the `count`-th on are padding. Times in seconds."""
+    """R requests in order of arrival; requests from index `count` on are padding. Times are in seconds."""
 
-    gap: jax.Array  # float [R], since the arrival before (the first one: since the start)
-    arrival_iteration: jax.Array  # int32 [R], joins before the iteration of this index, where `by_iteration`
+    gap: jax.Array  # float [R], since the previous arrival; for the first one since the start
+    arrival_iteration: jax.Array  # int32 [R], with `by_iteration`: joins before the iteration of this index
     prompt_tokens: jax.Array  # int32 [R]
     output_tokens: jax.Array  # int32 [R]
     count: jax.Array  # int32 []
-    by_iteration: jax.Array  # bool [], arrivals are by iteration, not by time
+    by_iteration: jax.Array  # bool [], whether arrivals are given by iteration instead of time
     max_iterations: jax.Array  # int32 []
-    stall_iterations: jax.Array  # int32 [], so many empty iterations in a row with no arrival left are a stall
+    stall_iterations: jax.Array  # int32 [], this many consecutive empty iterations after the last arrival: a stall
 
 
 class ReplayOutcome(struct.PyTreeNode):
-    """What became of the requests. Times are seconds since `arrival`, which counts from the present of the moment:
-    with arrivals by time each request's own arrival, so 0; with arrivals by iteration the start of the recording.
+    """Results per request. Times are in seconds; with arrivals by time they count from the arrival of the request,
+    and with arrivals by iteration from the start of the recording.
     """
 
-    first_token: jax.Array  # float [R], NEVER where no token came
-    finish: jax.Array  # float [R], NEVER where it did not finish
+    first_token: jax.Array  # float [R], NEVER if it has no token
+    finish: jax.Array  # float [R], NEVER if it did not finish
     preemptions: jax.Array  # int32 [R]
     emitted: jax.Array  # int32 [R]
-    end: jax.Array  # float [], end of the last iteration, since the last request joined (by iteration: since the start)
+    end: jax.Array  # float [], end of the last iteration since the last arrival (by iteration: since the start)
     joined: jax.Array  # int32 [], requests that arrived before the run ended
     work: EngineWork
     stalled: jax.Array  # bool []
-    drained: jax.Array  # bool [], the engine is done with every request
-    ignored_iteration: jax.Array  # int32 [R], when vllm_v0 dropped the request, -1 for the others
+    drained: jax.Array  # bool [], the engine has finished every request
+    ignored_iteration: jax.Array  # int32 [R], iteration in which vllm_v0 dropped the request, else -1
 
 
 class _Run(struct.PyTreeNode):
     state: EngineState
     work: EngineWork
-    joined: jax.Array  # int32 [], requests so far
-    age: jax.Array  # float [R], seconds since a request's arrival; stays 0 with arrivals by iteration
+    joined: jax.Array  # int32 [], requests that have arrived
+    age: jax.Array  # float [R], seconds since the request's arrival; 0 with arrivals by iteration
     first_token: jax.Array
     finish: jax.Array
-    skipped: jax.Array  # int32 [], iterations that an idle engine passed over to the index of an arrival
+    skipped: jax.Array  # int32 [], iterations that an idle engine skipped to the index of an arrival
     ignored_iteration: jax.Array
 
 
@@ -66,7 +66,7 @@ def _start(recording: Recording) -> _Run:
 
 
 def _note_times(run: _Run) -> _Run:
-    """Notes the new first tokens and finishes, relative to arrival, before the present moves on."""
+    """Stores the times of new first tokens and finishes relative to the arrival, before the origin of times moves."""
     state = run.state
     ignored = (state.finish_time == IGNORED) & (run.ignored_iteration < 0)
     return run.replace(
@@ -77,7 +77,7 @@ def _note_times(run: _Run) -> _Run:
 
 
 def _is_due(recording: Recording, run: _Run, params: EngineParams) -> jax.Array:
-    """bool []: the next request joins before the next iteration. An idle engine goes to it at once."""
+    """bool []: the next request joins before the next iteration. An idle engine advances to it at once."""
     index = jnp.minimum(run.joined, recording.gap.shape[0] - 1)
     idle = ~jnp.any(rules(params).occupies(run.state, params))
     reached = jnp.where(
@@ -89,17 +89,17 @@ def _is_due(recording: Recording, run: _Run, params: EngineParams) -> jax.Array:
 
 
 def _join(recording: Recording, run: _Run, params: EngineParams) -> _Run:
-    """Moves the present to the next arrival, and lets the request join."""
+    """Moves the origin of times to the next arrival, and adds the request to the queue."""
     run = _note_times(run)
     index = run.joined
     gap = jnp.where(recording.by_iteration, 0, recording.gap[index])
     state = shift_time(run.state, gap, params)
-    # By iteration, an idle engine moves the index, not the clock.
+    # With arrivals by iteration, an idle engine advances the index, not the clock.
     at = jnp.where(recording.by_iteration, state.clock, 0)
     prompt, output = recording.prompt_tokens[index], recording.output_tokens[index]
     state, _ = join(state, (), jnp.bool_(True), prompt, output, (), at, params)
     to_index = recording.arrival_iteration[index] - run.work.iterations
-    # An engine that is already stuck when the last request joins gets one more iteration to show it.
+    # An engine that is already stalled when the last request joins runs one more iteration, which shows the stall.
     idle = jnp.minimum(run.work.idle_iterations, recording.stall_iterations - 1)
     return run.replace(
         work=run.work.replace(idle_iterations=idle),
@@ -153,17 +153,17 @@ def replay_by_jumps(recording: Recording, params: EngineParams) -> ReplayOutcome
 def replay_by_iterations(
     recording: Recording, params: EngineParams, num_iterations: int
 ) -> tuple[ReplayOutcome, SchedulerOutput, jax.Array, jax.Array]:
-    """Runs at most `num_iterations` (static, M) one by one.
+    """Runs at most `num_iterations` (static, M) iterations one by one; the tests compare `replay_by_jumps` with it.
 
-    Returns the outcome; what the scheduler decided, stacked [M, ...]; bool [M], whether the iteration took place;
-    int32 [M], the number of waiting requests after the decision. The test of the other.
+    Returns the outcome; the decisions of the scheduler, stacked [M, ...]; bool [M], whether the iteration took place;
+    int32 [M], the number of waiting requests after the decision.
     """
 
     def step(run: _Run, _: None) -> tuple[_Run, tuple[SchedulerOutput, jax.Array, jax.Array]]:
         is_due = lambda run: _is_due(recording, run, params)  # noqa: E731
         run = jax.lax.while_loop(is_due, lambda run: _join(recording, run, params), run)
         stall = jnp.where(run.joined == recording.count, recording.stall_iterations, LARGE)
-        # No more iterations than this one, so that no run of decodes follows it.
+        # The limit is this iteration, so that no run of decodes follows it.
         most = jnp.minimum(recording.max_iterations, run.work.iterations + 1)
         done = jump(run.state, run.work, jnp.asarray(AFTER_ALL, float), params, most, stall)
         waiting = total(done.middle.unfinished() & (done.middle.position >= done.output.num_running))

@@ -1,8 +1,8 @@
-"""A recorded list of requests from a file, on one engine, and what became of them as JSON.
+"""Runs one engine on a list of requests from a file, and returns the results as JSON.
 
 SPEC is a JSON file in the format of the recorded vLLM schedules (`config`, `requests` and, if it is not V1, `engine`),
 or a CSV of requests in order of time with the columns `arrival_time,prompt_len,output_len` (or Azure's, see
-`workload.trace.load_trace`), which runs on the default engine.
+`workload.trace.load_trace`). A CSV runs on the default engine.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from jaxroute.workload import load_trace
 from jaxroute.workload.files import MOST_TOKENS
 
 ENGINES = {"V1": "vllm_v1", "V0": "vllm_v0", "orca": "orca"}
-"""Disciplines by the name that a file's `engine` gives them."""
+"""Disciplines by their names in a file's `engine`."""
 
 RUN_DEFAULTS = {"max_iterations": 1_000_000, "stall_iterations": 3}
-"""Options of a run beside the engine's own (`engine_config.DEFAULTS`)."""
+"""Options of a run in addition to the engine's (`engine_config.DEFAULTS`)."""
 
 
 def load_spec(path: Path) -> dict[str, Any]:
-    """Reads SPEC, JSON or CSV by its ending, into a dictionary with `config` and `requests`. Raises `UserError`."""
+    """Reads SPEC (JSON, or CSV by its suffix) into a dictionary with `config` and `requests`. Raises `UserError`."""
     if path.suffix.lower() == ".csv":
         return {"config": {}, "requests": _csv_requests(path)}
     spec = read_json(path)
@@ -52,11 +52,11 @@ def _csv_requests(path: Path) -> list[dict[str, float]]:
 
 
 def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EngineParams, Recording, np.ndarray, np.ndarray]:
-    """The engine; the requests in order of arrival; their ids (int [R], positions in the list); their absolute times.
+    """The engine; the requests in order of arrival; their ids (int [R], positions in the list); and time origins.
 
-    Ties go by id. The times are float64 [R] in seconds, from which the outcome counts: zeros with arrivals by
-    iteration.
-    Raises `UserError`, naming the request.
+    Equal arrivals are ordered by id. The origins are float64 [R] in seconds: the times of the outcome are relative to
+    them. They are the arrival times, or 0 with arrivals by iteration.
+    Raises `UserError`, which names the request.
     """
     config, requests = spec["config"], spec["requests"]
     discipline = ENGINES[require_known(spec.get("engine", "V1"), ENGINES, "engine", f"{where}: key engine: ")]
@@ -72,7 +72,7 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
         "arrival_iteration",
     }
     if len(kinds) != 1:
-        raise UserError(f"{where}: every request needs arrival_time, or every one arrival_iteration, not both")
+        raise UserError(f"{where}: all requests need arrival_time, or all need arrival_iteration, not both")
     kind = kinds.pop()
     for index, request in enumerate(requests):
         _check_request(request, kind, f"{where}: requests[{index}]")
@@ -106,7 +106,7 @@ def _check_request(request: Any, kind: str, where: str) -> None:
 
 
 def result(outcome: ReplayOutcome, ids: np.ndarray, times: np.ndarray, engine: EngineParams) -> dict[str, Any]:
-    """The JSON of a finished run: absolute times in seconds, null for what did not happen."""
+    """The JSON of a finished run: absolute times in seconds, null for events that did not happen."""
 
     def absolute(since: jax.Array) -> list[float | None]:
         values = np.asarray(since, np.float64) + times
@@ -139,14 +139,14 @@ def result(outcome: ReplayOutcome, ids: np.ndarray, times: np.ndarray, engine: E
 
 
 def _v0_end(ignored_iteration: int, finish: float | None) -> dict[str, Any]:
-    """How a request ended under vLLM's V0, in the terms of its schedule files."""
+    """How a request ended under vLLM's V0, with the names of the recorded schedules."""
     if ignored_iteration >= 0:
         return {"ignored_iter": ignored_iteration, "finish_reason": "FINISHED_IGNORED"}
     return {"ignored_iter": None, "finish_reason": None if finish is None else "FINISHED_LENGTH_CAPPED"}
 
 
 def replay(spec: Mapping[str, Any], where: str = "spec") -> dict[str, Any]:
-    """Runs a spec (see `load_spec`) in the precision that JAX is set to; returns what the command writes."""
+    """Runs a spec (see `load_spec`) in JAX's current precision; returns the JSON that the command writes."""
     engine, recording, ids, times = engine_and_recording(spec, where)
     outcome = jax.jit(replay_by_jumps)(recording, engine)
     return result(jax.device_get(outcome), ids, times, engine)

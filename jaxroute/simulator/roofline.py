@@ -1,8 +1,9 @@
-"""A guess of an engine from its GPU's and its model's data sheets, for those that nobody has measured.
+"""A guess of an engine from the data sheets of its GPU and model, for hardware without measurements.
 
-An iteration reads every weight once, and the KV cache of its requests; its tokens need two operations a weight. What
-takes longer is its time: a base up to the number of tokens at which the operations take as long as the weights, and a
-slope above it. No overhead, no kernel below its peak: real servers are slower (docs/calibration.md).
+An iteration reads every weight once and the KV cache of its requests, and each of its tokens needs two operations per
+weight. Its duration is the longer of the two: a base up to the number of tokens at which the operations take as long as
+reading the weights, and a slope above it. The guess includes no overhead and assumes peak rates, so real servers are
+slower (docs/calibration.md).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxroute.workload.files import MOST_TOKENS
 
 @dataclass(frozen=True)
 class ModelData:
-    """A decoder-only transformer's shape. A mixture of experts has `experts` MLPs, of which a token uses some."""
+    """Shape of a decoder-only transformer. A mixture of experts has `experts` MLPs; a token uses some of them."""
 
     layers: int
     hidden: int
@@ -33,14 +34,14 @@ class ModelData:
     bytes_per_weight: int = 2
 
     def _weights(self, experts: int) -> int:
-        """Weights of the layers and of the output, without the embedding, of which a token reads one row."""
+        """Weights of the layers and the output. The embedding is left out, since a token reads only one row of it."""
         attention = 2 * self.hidden * self.head_size * (self.heads + self.kv_heads)
         mlp = 3 * self.hidden * self.intermediate * experts
         return self.layers * (attention + mlp) + self.hidden * self.vocabulary
 
     @property
     def read_bytes(self) -> int:
-        """Of an iteration that uses every expert."""
+        """Bytes that an iteration reads if it uses every expert."""
         return self.bytes_per_weight * self._weights(self.experts)
 
     @property
@@ -50,12 +51,12 @@ class ModelData:
 
     @property
     def operations(self) -> int:
-        """Of one token."""
+        """Operations per token."""
         return 2 * self._weights(self.experts_used)
 
     @property
     def kv_bytes(self) -> int:
-        """Of one token, keys and values."""
+        """Bytes of keys and values per token."""
         return 2 * self.layers * self.kv_heads * self.head_size * self.bytes_per_weight
 
 
@@ -68,11 +69,11 @@ MODELS = {
     "qwen3-32b": ModelData(64, 5120, 64, 8, 128, 25_600, 151_936, max_model_len=40_960),
     "qwen3-30b-a3b": ModelData(48, 2048, 32, 4, 128, 768, 151_936, 128, 8, max_model_len=262_144),
 }
-"""The models' own config.json."""
+"""From the models' config.json."""
 
 
 def known_in(text: str | None, table: dict[str, Any]) -> str | None:
-    """The longest name of `table` that is part of `text`, such as "NVIDIA GeForce RTX 4090"; None for none."""
+    """The longest name of `table` that `text` contains, such as "NVIDIA GeForce RTX 4090"; None if there is none."""
 
     def plain(name: str) -> str:
         return "".join(letter for letter in name.lower() if letter.isalnum())
@@ -82,9 +83,9 @@ def known_in(text: str | None, table: dict[str, Any]) -> str | None:
 
 
 def roofline(gpu: Gpu, model: ModelData, gpus: int = 1) -> dict[str, Any]:
-    """Engine options (`engine_config.engine_from_config`) of the model on one GPU, or split over some.
+    """Engine options (`engine_config.engine_from_config`) of the model on `gpus` GPUs, which share it evenly.
 
-    Raises `UserError` where the weights leave no room for a KV cache.
+    Raises `UserError` if the weights leave no room for a KV cache.
     """
     bandwidth, speed = 1e9 * gpus * gpu.bandwidth_gb_s, 1e12 * gpus * gpu.tflops
     room = MEMORY_USED * 1e9 * gpus * gpu.memory_gb - model.stored_bytes
@@ -92,7 +93,7 @@ def roofline(gpu: Gpu, model: ModelData, gpus: int = 1) -> dict[str, Any]:
     if blocks < 2:
         raise UserError(
             f"roofline: {model.stored_bytes / 1e9:.1f} GB of weights leave no KV cache in {gpus} x "
-            f"{gpu.memory_gb:g} GB; choose a larger GPU, or more"
+            f"{gpu.memory_gb:g} GB; choose a larger GPU, or more GPUs"
         )
     base, token = model.read_bytes / bandwidth, model.operations / speed
     return {

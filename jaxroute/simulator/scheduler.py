@@ -1,15 +1,15 @@
 """The scheduling decision of an iteration under `vllm_v1`: vLLM's V1 scheduler without loops (simulation.md section 1).
 
-vLLM walks over `running`, preempting from the tail when blocks run out, and then over `waiting` until the first request
-that cannot be admitted. Because the queue is one array in order, both walks together schedule a prefix of it:
+vLLM iterates over `running`, preempting from the tail when blocks run out, and then over `waiting` until the first
+request that it cannot admit. The queue is one ordered array, so both loops together schedule a prefix of it:
 
-- the token budget left for position i is the budget less what the positions before it want;
-- a running request at i survives iff the blocks of positions 0..i, after this iteration, fit the cache. Victims are
-  taken from the tail, so the survivors are the longest prefix that fits, and its tail is what vLLM preempts;
-- a waiting request at i is admitted iff everyone before it is and its own conditions hold.
+- the token budget left for position i is the budget less the tokens of the positions before it;
+- a running request at i survives iff the blocks of positions 0..i after this iteration fit the cache: victims are taken
+  from the tail, so the survivors are the longest prefix that fits, and vLLM preempts the others;
+- a waiting request at i is admitted iff all requests before it are admitted and its own conditions hold.
 
-So the new boundary is the first position that fails: before the old one it means preemption (and no admission), behind
-it admission. Cumulative sums and one minimum replace the loops.
+The new boundary is the first position that fails. If it is before the old boundary, requests are preempted (and none is
+admitted); if it is behind, requests are admitted. Cumulative sums and one minimum replace the loops.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, anywhere
 
 
 class SchedulerOutput(struct.PyTreeNode):
-    """What one iteration does, for queues of S slots; named as in vLLM."""
+    """The decision of one iteration for queues of S slots; the names are vLLM's."""
 
-    num_running: jax.Array  # int32 [...], the boundary afterwards
+    num_running: jax.Array  # int32 [...], the new boundary
     tokens: jax.Array  # int32 [S, ...], tokens scheduled for each slot, 0 for the others
     preempted: jax.Array  # bool [S, ...]
     prefill_tokens: jax.Array  # int32 [...], np
     decodes: jax.Array  # int32 [...], nd
     context_tokens: jax.Array  # int32 [...], ctx
     used_blocks: jax.Array  # int32 [...], KV blocks held during the iteration
-    ignored: jax.Array | None = None  # bool [S, ...], vllm_v0: dropped, since they can never fit
+    ignored: jax.Array | None = None  # bool [S, ...], vllm_v0: dropped because they can never fit
 
 
 def prefill_limit(params: EngineParams) -> jax.Array:
-    """Most tokens of one request in an iteration, int32 [...]: the long-prefill threshold, where there is one."""
+    """Maximum tokens of one request per iteration, int32 [...]: the long-prefill threshold, if it is set."""
     threshold = params.long_prefill_token_threshold
     return jnp.where(threshold > 0, threshold, LARGE)
 
@@ -49,7 +49,7 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
     running = position < state.num_running
     length = state.prompt_tokens + state.generated
 
-    # 2 and 4: tokens that each request asks for.
+    # Rules 2 and 4: tokens that each request asks for.
     room = jnp.where(running, params.max_model_len - 1 - state.computed, LARGE)
     wanted = jnp.minimum(jnp.minimum(length - state.computed, prefill_limit(params)), room)
     wanted = jnp.where(unfinished, jnp.maximum(wanted, 0), 0)
@@ -57,10 +57,10 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
 
     def take_turns(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         _, unfinished, wanted, _ = carry
-        # Each gets what those before it leave of the budget.
+        # Each request gets what the requests before it leave of the budget.
         capped = jnp.minimum(wanted, budget)
         tokens = jnp.clip(budget - (prefix_sum(capped) - capped), 0, wanted)
-        # 3 and 5: blocks held afterwards by everyone up to here; for an admission also with the whole prompt.
+        # Rules 3 and 5: blocks held afterwards by all requests up to here; an admission also counts its whole prompt.
         blocks = jnp.where(unfinished, blocks_for(state.computed + tokens, params.block_size), 0)
         blocks_up_to = prefix_sum(blocks)
         fits = blocks_up_to <= params.usable_blocks
@@ -70,13 +70,12 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
         seated = prefix_sum(unfinished) <= params.max_num_seqs
         passes = fits & (running | ((tokens > 0) & unchunked & whole_fits & seated))
         failed = lowest(jnp.where(unfinished & ~passes, position, LARGE))
-        # All true, but not a constant, which Triton does not take as the result of a loop's round.
+        # All True, but not a constant, which Triton rejects as the result of a round of a loop.
         return ample | ~ample, passes, tokens, jnp.minimum(failed, state.num_requests)
 
-    # Mostly there is enough of everything for everyone, and then nobody needs to wait their turn (who does so anyway
-    # gets the same). A loop of at most one round, since under `vmap` a loop is left out where no engine needs it, and
-    # a branch is not. What it works on must come in by the carry and change there: XLA computes what a loop does not
-    # change ahead of it.
+    # Usually there are enough tokens, seats and blocks for every request, and the sequential rules change nothing. They
+    # are a loop of at most one round: under `vmap`, a loop is skipped if no engine needs it, and a branch is not. The
+    # loop must carry and change its inputs, because XLA computes whatever a loop does not change ahead of it.
     most = jnp.where(running | ~params.reserve_full_isl, state.computed + wanted, length)
     most_blocks = total(jnp.where(unfinished, blocks_for(most, params.block_size), 0))
     ample = (
@@ -108,8 +107,8 @@ def only_decodes(
     blocks_after: Callable[[jax.Array | int], jax.Array],
     params: EngineParams,
 ) -> jax.Array:
-    """bool [...]: the iterations that follow decode `running` (bool [S, ...], `batch` of them, int32 [...]), and nobody
-    else gets on, while memory lasts. `blocks_after` gives the KV blocks that they hold after so many iterations.
+    """bool [...]: while memory suffices, the next iterations only decode `running` (bool [S, ...], `batch` requests,
+    int32 [...]) and admit nobody. `blocks_after(n)` are the KV blocks that these requests hold after n iterations.
     """
     decoding = (state.generated > 0) & (state.computed == state.prompt_tokens + state.generated - 1)
     plain = (total(running & decoding) == batch) & (batch > 0) & (batch <= params.max_num_batched_tokens)
@@ -119,9 +118,10 @@ def only_decodes(
 def _is_blocked(state: EngineState, batch: jax.Array, next_blocks: jax.Array, params: EngineParams) -> jax.Array:
     """bool [...]: the head of `waiting` cannot join a batch of `batch` decodes that will hold `next_blocks`.
 
-    Rules 4 and 5. While the batch only decodes it stays so: seats and budget do not change, blocks only become scarcer.
+    Rules 4 and 5. This remains so while the batch only decodes: seats and budget do not change, and blocks only
+    decrease.
     """
-    head = state.position == state.num_running  # never a finished request: those have been running
+    head = state.position == state.num_running  # never a finished request, which was running
     length = total(jnp.where(head, state.prompt_tokens + state.generated, 0))
     budget = params.max_num_batched_tokens - batch
     wanted = jnp.minimum(length, prefill_limit(params))
@@ -137,7 +137,7 @@ def _is_blocked(state: EngineState, batch: jax.Array, next_blocks: jax.Array, pa
 
 
 def can_serve(prompt_tokens: jax.Array, output_tokens: jax.Array, params: EngineParams) -> jax.Array:
-    """bool [...]: a request of these lengths could ever finish (rule 8)."""
+    """bool [...]: whether a request of these lengths can finish (rule 8)."""
     length = jnp.minimum(prompt_tokens + output_tokens, params.max_model_len)
     feasible = blocks_for(length - 1, params.block_size) <= params.usable_blocks
     whole = prompt_tokens + output_tokens - 1

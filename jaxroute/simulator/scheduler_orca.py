@@ -1,8 +1,8 @@
 """The scheduling decision of one iteration under `orca`: iteration-level scheduling with reserved memory.
 
-As Orca (OSDI 2022) does it: a request is admitted with the KV blocks of the longest sequence there can be, keeps them
-to its end, and is never preempted. All reservations are alike, so an engine has a fixed number of places
-(simulation.md section 1b).
+As in Orca (OSDI 2022), a request is admitted with the KV blocks of the longest possible sequence, keeps them until it
+ends, and is never preempted. All reservations are equal, so an engine has a fixed number of places (simulation.md
+section 1b).
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ def reserved_blocks(params: EngineParams) -> jax.Array:
 
 
 def held_blocks(tokens: jax.Array, params: EngineParams) -> jax.Array:
-    """int32, KV blocks that a request with so many `tokens` in the cache holds; none before it runs."""
+    """int32, KV blocks that a request with `tokens` in the cache holds; 0 before it runs."""
     return jnp.where(tokens > 0, reserved_blocks(params), 0)
 
 
 def can_serve(prompt_tokens: jax.Array, output_tokens: jax.Array, params: EngineParams) -> jax.Array:
-    """bool [...]: the longest sequence has a place, and the prompt leaves it room for a token."""
+    """bool [...]: the cache has room for one reservation, and the prompt leaves room for a token."""
     del output_tokens
     return (prompt_tokens < params.max_model_len) & (reserved_blocks(params) <= params.usable_blocks)
 
 
 def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
-    """The decision for the iteration that starts now: everyone who runs decodes, and who finds a place is prefilled."""
+    """The decision for the next iteration: running requests decode, and requests that find a place are prefilled."""
     position, unfinished = state.position, state.unfinished()
     rank = prefix_sum(unfinished)
     has_place = (rank <= params.max_num_seqs) & (rank * reserved_blocks(params) <= params.usable_blocks)
-    # Who runs has a place: those before it only become fewer.
+    # A running request always has a place, since the requests before it only decrease.
     scheduled = unfinished & has_place
     tokens = jnp.where(scheduled, state.prompt_tokens + state.generated - state.computed, 0)
     decodes = total(scheduled & (position < state.num_running))
@@ -59,7 +59,7 @@ def only_decodes(
     blocks_after: Callable[[jax.Array | int], jax.Array],
     params: EngineParams,
 ) -> jax.Array:
-    """bool [...]: the iterations that follow decode `running`, and nobody else gets on."""
+    """bool [...]: the next iterations only decode `running` and admit nobody."""
     del running, blocks_after
     full = (batch >= params.max_num_seqs) | ((batch + 1) * reserved_blocks(params) > params.usable_blocks)
     return (batch > 0) & ((state.num_running == state.num_requests) | full)

@@ -1,10 +1,10 @@
 """The scheduling decision of one iteration under `vllm_v0`: vLLM's V0 scheduler (simulation.md section 1a).
 
-An iteration either prefills, what it can admit from the head of `waiting`, or decodes all of `running`. As V1's, its
-walks over the queue become prefix sums and minima; the victims of a preemption are a tail of `running` here too, so
-the queue stays one array with a boundary. Requests that are ignored stay in their slots, marked by `IGNORED`, until the
-slots are compacted. With asynchronous output processing, a finished request whose `computed` is above 0 lingers: it
-still holds its seat and blocks, for one iteration.
+An iteration either prefills the requests that it can admit from the head of `waiting`, or decodes all of `running`. As
+for V1, prefix sums and minima replace its loops over the queue. The victims of a preemption are again a tail of
+`running`, so the queue remains one array with a boundary. Ignored requests stay in their slots, marked by `IGNORED`,
+until the slots are compacted. With asynchronous output processing, a finished request whose `computed` is above 0
+lingers: it holds its seat and blocks for one more iteration.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jaxroute.simulator.scheduler import SchedulerOutput
 
 
 def _lingers(state: EngineState, params: EngineParams) -> jax.Array:
-    """bool [S, ...]: finished, but the engine has not looked at that yet (rule 11)."""
+    """bool [S, ...]: finished, but the engine has not checked this yet (rule 11)."""
     assert params.async_output_proc is not None
     ended = (state.finish_time > IGNORED) & (state.finish_time < NEVER)
     return params.async_output_proc & (state.position < state.num_requests) & ended & (state.computed > 0)
@@ -41,19 +41,19 @@ def occupies(state: EngineState, params: EngineParams) -> jax.Array:
 
 
 def can_serve(prompt_tokens: jax.Array, output_tokens: jax.Array, params: EngineParams) -> jax.Array:
-    """bool [...]: the prompt would not be ignored (rule 3); one that grows too large later is, then."""
+    """bool [...]: the prompt would not be ignored (rule 3). A request that grows too large is ignored later."""
     del output_tokens
     return (prompt_tokens < params.max_model_len) & ~_too_large(prompt_tokens, params)
 
 
 def _too_large(length: jax.Array, params: EngineParams) -> jax.Array:
-    """Rule 3 (a) and (b): a request of this `length` is ignored when it is the head of `waiting`."""
+    """Rule 3 (a) and (b): a request of this `length` is ignored at the head of `waiting`."""
     longest = jnp.minimum(params.max_model_len, params.max_num_batched_tokens)
     return (length > longest) | (blocks_for(length, params.block_size) > admissible_blocks(params))
 
 
 def admissible_blocks(params: EngineParams) -> jax.Array:
-    """int32 [...]: KV blocks that admissions may fill: all but the watermark."""
+    """int32 [...]: KV blocks that admissions may fill, which are all but the watermark."""
     assert params.watermark_blocks is not None
     return params.usable_blocks - params.watermark_blocks
 
@@ -65,7 +65,7 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
     waiting = state.unfinished() & (position >= state.num_running)
     held = jnp.where(running, blocks_for(state.computed, params.block_size), 0)
 
-    # 3: everyone before the first that has to wait is admitted or ignored.
+    # Rule 3: all requests before the first one that has to wait are admitted or ignored.
     too_large = waiting & _too_large(length, params)
     candidate = waiting & ~too_large
     need = jnp.where(candidate, blocks_for(length, params.block_size), 0)
@@ -76,19 +76,19 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
     admitted = candidate & (position < stop)
     prefills = total(admitted) > 0
 
-    # 5 and 6: a request survives iff, with everyone behind it preempted, a block is free when its turn comes.
-    passed_over = running & (length > params.max_model_len)  # 13
+    # Rules 5 and 6: a request survives iff a block is free in its turn after all requests behind it are preempted.
+    passed_over = running & (length > params.max_model_len)  # rule 13
     decodes = running & ~passed_over
     grows = jnp.where(decodes, blocks_for(state.computed + 1, params.block_size) - held, 0)
     held_up_to, taken_before = prefix_sum(held), prefix_sum(grows) - grows
     out = lowest(jnp.where(decodes & (held_up_to + taken_before >= params.usable_blocks), position, LARGE))
-    # One that is passed over needs no block, but can be a victim of the last that had its turn before it.
+    # A skipped request needs no block, but can be the victim of the last request that had its turn before it.
     last = -lowest(jnp.where(decodes & (position < out), -position, 1))
     taken = total(jnp.where(position < last, grows, 0))
     victim = passed_over & (last >= 0) & (position > last) & (held_up_to + taken >= params.usable_blocks)
     out = jnp.minimum(out, lowest(jnp.where(victim, position, LARGE)))
     survives = running & (prefills | (position < out))
-    preempted = running & ~survives & state.unfinished()  # 14: a victim that has finished is only freed
+    preempted = running & ~survives & state.unfinished()  # rule 14: a finished victim is only freed
 
     tokens = jnp.where(prefills, jnp.where(admitted, length, 0), decodes & survives)
     scheduled = total(tokens)
@@ -105,7 +105,7 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
 
 
 def finished(state: EngineState, params: EngineParams) -> jax.Array:
-    """bool [S, ...]: the request has its last token or was ignored, and does not hold its seat any more."""
+    """bool [S, ...]: the request has its last token or was ignored, and no longer holds its seat."""
     ended = (state.position < state.num_requests) & (state.finish_time < NEVER)
     return ended & ~_lingers(state, params)
 
@@ -113,8 +113,8 @@ def finished(state: EngineState, params: EngineParams) -> jax.Array:
 def after_iteration(
     before: EngineState, after: EngineState, output: SchedulerOutput, iteration: jax.Array, params: EngineParams
 ) -> EngineState:
-    """`after` the iteration of this number (int32 [...]): what is decoded once more yields no token (rule 11) and then
-    gives up its blocks (15); requests that were ignored are marked (3), with the iteration's number as `computed`.
+    """`after` the iteration with this number (int32 [...]), corrected: a request that is decoded once more yields no
+    token (rule 12) and then frees its blocks (15); ignored requests are marked (3), with the number as `computed`.
     """
     assert output.ignored is not None
     unfinished = before.unfinished()
@@ -134,9 +134,9 @@ def only_decodes(
     blocks_after: Callable[[jax.Array | int], jax.Array],
     params: EngineParams,
 ) -> jax.Array:
-    """bool [...]: the iterations that follow decode `running`, and nobody else gets on, while memory lasts.
+    """bool [...]: while memory suffices, the next iterations only decode `running` and admit nobody.
 
-    Not while somebody lingers, who is decoded once more.
+    False while a request lingers, because it is decoded once more.
     """
     head = state.position == state.num_running
     length = total(jnp.where(head, state.prompt_tokens + state.generated, 0))

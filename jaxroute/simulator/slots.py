@@ -1,4 +1,4 @@
-"""Slots of a queue: a request joins at the end; finished ones are taken out without changing the order of the rest."""
+"""Slots of a queue: a request joins at the end, and finished requests are removed without reordering the others."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jaxroute.simulator.engine import NEVER, EngineState, Tree, prefix_sum, tota
 def append(
     state: EngineState, joins: jax.Array, prompt_tokens: jax.Array, target_tokens: jax.Array, at: jax.Array
 ) -> EngineState:
-    """Puts a request at the tail of `waiting`, at time `at` (s), where `joins` (bool [...]); all of them [...].
+    """Puts a request at the tail of `waiting` at time `at` (s) where `joins` (bool [...]); all arguments are [...].
 
-    The caller has seen a free slot. An idle engine starts at the arrival; a busy one goes on with its own clock.
+    The caller has checked that a slot is free. An idle engine starts at the arrival; a busy engine keeps its clock.
     """
     here = joins & (state.position == state.num_requests)
     return state.replace(
@@ -30,14 +30,14 @@ def append(
 
 
 _AT_ONCE = 3
-"""Requests of one engine that a round of `remove` takes out; more than one rarely finish between two arrivals."""
+"""Requests per engine that a round of `remove` removes; more than one rarely finish between two arrivals."""
 
 
 def remove(state: EngineState, carried: Tree, done: jax.Array) -> tuple[EngineState, Tree]:
-    """Takes out the requests in the slots `done` (bool [S, ...]); `carried`, more arrays [S, ...], move along.
+    """Removes the requests in the slots `done` (bool [S, ...]); `carried`, further arrays [S, ...], move with them.
 
-    A slot is filled from the next one that stays, which is at most a few further on: selects among shifted copies, on
-    CPUs an order of magnitude cheaper than a gather by sorted or counted positions.
+    A slot is filled from the next remaining one, which is at most a few slots further on. Selecting among shifted
+    copies is an order of magnitude cheaper on CPUs than a gather by sorted or counted positions.
     """
 
     def shifted(leaf: jax.Array, by: int) -> jax.Array:
@@ -48,8 +48,8 @@ def remove(state: EngineState, carried: Tree, done: jax.Array) -> tuple[EngineSt
         gaps = prefix_sum(done)
         leaves_now = done & (gaps <= _AT_ONCE)
         gaps = jnp.minimum(gaps, _AT_ONCE)
-        # A slot i < by that `shifted` wraps around to the end has at most i + 1 <= by gaps up to it, and `by` of them
-        # only if it is a gap itself: so it is never taken for a slot that moves up.
+        # `shifted` wraps slots i < by around to the end, which is harmless: such a slot has at most i + 1 <= by gaps up
+        # to it, and exactly `by` gaps only if it is a gap itself, so it is never selected as a slot that moves up.
         comes = [(shifted(gaps, by) == by) & ~shifted(leaves_now, by) for by in range(_AT_ONCE)]
 
         def fill(leaf: jax.Array) -> jax.Array:
@@ -63,7 +63,7 @@ def remove(state: EngineState, carried: Tree, done: jax.Array) -> tuple[EngineSt
         num_running = state.num_running - total(leaves_now & (state.position < state.num_running))
         filled, carried = jax.tree.map(fill, (state, carried))
         filled = filled.replace(num_requests=state.num_requests - total(leaves_now), num_running=num_running)
-        # Past the end a gap may be copied along.
+        # Slots past the end may receive a copy of a gap.
         return filled, carried, fill(done & ~leaves_now) & (state.position < filled.num_requests)
 
     return jax.lax.while_loop(lambda carry: jnp.any(carry[2]), close_gaps, (state, carried, done))[:2]

@@ -1,1 +1,1 @@
-"""Many trainings at once: trials of a spec, programs that run a batch of them, results that survive a kill."""
+"""Sweeps: the trials of a spec, programs that run a batch of trainings, and results that survive a kill."""

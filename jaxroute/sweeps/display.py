@@ -1,4 +1,4 @@
-"""A sweep's progress: on a terminal a table of the best trials and a bar, elsewhere a line now and then."""
+"""Progress of a sweep: on a terminal a table of the best trials and a bar, elsewhere lines from time to time."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from jaxroute.sweeps.plan import Batch
 from jaxroute.sweeps.ranking import ranking, survivor_count
 from jaxroute.sweeps.spec import Spec
 
-BEST = 10  # trials of the table
+BEST = 10  # trials in the table
 
 
 class SweepDisplay:
-    """Use as a context; call `chunk_done` and `finished` as the batches run."""
+    """Use it as a context manager; call `chunk_done` and `finished` while batches run."""
 
     def __init__(self, console: Console, spec: Spec):
         self._console, self._spec = console, spec
         trials, frames = len(spec.trials), 0
-        self._total = 0.0  # frames of all trainings; fewer are trained where too many trials diverge
+        self._total = 0.0  # estimated frames of all trainings; fewer are trained if too many trials diverge
         for rung in spec.rungs:
             self._total += len(spec.seeds) * trials * (rung - frames)
             trials, frames = survivor_count(trials, spec.keep), rung
@@ -51,12 +51,12 @@ class SweepDisplay:
             self._live.stop()
 
     def chunk_done(self, batch: Batch, share: float) -> None:
-        """`share` of the batch's training is done."""
+        """Reports that `share` of the training of the batch is done."""
         self._under_way[batch.name] = share * self._frames(batch)
         self._show(due=time.monotonic() - self._printed > SECONDS_BETWEEN_LINES)
 
     def finished(self, batch: Batch, rows: list[dict[str, Any]], earlier: bool = False) -> None:
-        """A batch is done, by an `earlier` process or now; `rows` are the whole table so far."""
+        """Reports a finished batch, which an `earlier` process may have run; `rows` are the whole table."""
         self._under_way.pop(batch.name, None)
         self._finished += self._frames(batch)
         self._earlier += self._frames(batch) if earlier else 0.0

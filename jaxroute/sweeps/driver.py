@@ -1,4 +1,4 @@
-"""Carries a sweep out: rung by rung, batch by batch, what is missing and nothing else."""
+"""Runs a sweep: rung by rung and batch by batch, only the batches without results."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jaxroute.sweeps.runner import forget_batch, forget_rung, run_batch
 from jaxroute.sweeps.spec import Spec
 
 Execute = Callable[[Sequence[Batch], SweepDisplay], Iterator[tuple[Batch, dict[str, Any]]]]
-"""Runs batches of a rung, and yields each with the part of the results that it gives."""
+"""Runs batches of a rung, and yields each batch with its part of the results."""
 
 
 def choose_sizes(spec: Spec, groups: list[Group], given: int | None, devices: Sequence[Any]) -> dict[str, int]:
-    """How many trainings of each group run at a time, and on how many devices; `given` overrides what fits."""
+    """Number of trainings of each group per batch, and number of devices; `given` overrides the number that fits."""
     sizes = {"devices": len(devices)}
     for group in groups:
         trainings = len(group.inputs) * len(spec.seeds)
@@ -34,7 +34,7 @@ def choose_sizes(spec: Spec, groups: list[Group], given: int | None, devices: Se
 def run_missing_batches(
     spec: Spec, groups: list[Group], folder: SweepFolder, sizes: dict[str, int], execute: Execute, console: Console
 ) -> None:
-    """Runs the batches whose results are not in `folder`, and leaves them there. Raises as `execute`."""
+    """Runs the batches without results in `folder`, and writes their results there. Raises the errors of `execute`."""
     trials = [trial.number for trial in spec.trials]
     per_batch = {group.number: sizes[str(group.number)] for group in groups}
     with SweepDisplay(console, spec) as display:
@@ -43,7 +43,7 @@ def run_missing_batches(
             missing = []
             for batch in batches:
                 if folder.finished(batch):
-                    forget_batch(batch, folder.work)  # killed between its results and this
+                    forget_batch(batch, folder.work)  # left if the process was killed after writing the results
                     display.finished(batch, folder.rows(), earlier=True)
                 else:
                     missing.append(batch)
@@ -58,14 +58,14 @@ def run_missing_batches(
 
 
 def execute_here(spec: Spec, groups: list[Group], sizes: dict[str, int], folder: SweepFolder, stop: Stop) -> Execute:
-    """Batches one after another on this machine's devices."""
+    """Runs batches one after another on the devices of this machine."""
 
     key, program = None, None
 
     def execute(batches: Sequence[Batch], display: SweepDisplay) -> Iterator[tuple[Batch, dict[str, Any]]]:
         nonlocal key, program
         for batch in batches:
-            # One program at a time, as each holds memory.
+            # One program at a time, because each uses memory.
             if program is None or key != (batch.group, batch.size):
                 key = batch.group, batch.size
                 program = Program(groups[batch.group], batch.size, jax.local_devices()[: sizes["devices"]])

@@ -1,4 +1,4 @@
-"""From trials to programs: which trainings share one, and which run together."""
+"""Decides which trainings share a program, and which run together."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ class Row(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a training is given beside its seed, each a pytree of arrays."""
+    """The inputs of a training beside its seed, each a pytree of arrays."""
 
     training_params: EnvParams
     hyperparameters: Hyperparameters
-    params: EnvParams  # those of the evaluation
+    params: EnvParams  # for the evaluation
 
 
 @dataclass(frozen=True)
 class Group:
-    """Trials that differ in traced values alone, and so share one program."""
+    """Trials that differ only in traced values, and therefore share one program."""
 
     number: int
-    config: Config  # of its first trial
-    experiment: Experiment  # the same
-    inputs: dict[int, Inputs]  # of each trial, by number
-    varied: tuple[bool, ...]  # of each leaf of the inputs, whether it differs between the trials
+    config: Config  # of the first trial
+    experiment: Experiment  # of the first trial
+    inputs: dict[int, Inputs]  # by number of the trial
+    varied: tuple[bool, ...]  # whether each leaf of the inputs differs between the trials
 
     def stacked(self, rows: list[Row]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The inputs of a batch of trainings: the leaves that vary, each [rows, ...], and those that do not."""
+        """The inputs of a batch of trainings: leaves that vary, each [rows, ...], and leaves that do not."""
         columns = list(zip(*(jax.tree.leaves(self.inputs[row.trial]) for row in rows), strict=True))
         varied = [np.stack(column) for column, varies in zip(columns, self.varied, strict=True) if varies]
         return varied, [column[0] for column, varies in zip(columns, self.varied, strict=True) if not varies]
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
     number: int  # within the rung
     group: int
     rows: list[Row]
-    size: int  # of the program; spare rows repeat the last one
+    size: int  # rows of the program; spare rows repeat the last training
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class Batch(NamedTuple):
 
 
 def make_groups(spec: Spec) -> tuple[list[Group], list[str]]:
-    """The groups of a spec in the order of their first trials, and notes on the data.
+    """The groups of a spec in order of their first trials, and notes on the data.
 
     Raises `UserError` as `build_experiment`.
     """
@@ -97,9 +97,9 @@ def make_groups(spec: Spec) -> tuple[list[Group], list[str]]:
 def make_batches(
     spec: Spec, groups: list[Group], rung: int, trials: list[int], per_batch: dict[int, int]
 ) -> list[Batch]:
-    """The batches of `trials` at a rung: of one group each, of equal sizes as far as possible, at most `per_batch`.
+    """The batches of `trials` at a rung. Each is of one group, and sizes are as equal as possible, at most `per_batch`.
 
-    They depend on nothing else, so that a sweep that was killed has the same ones.
+    They depend only on the arguments, so that a resumed sweep has the same batches.
     """
     batches: list[Batch] = []
     for group in groups:
@@ -118,7 +118,7 @@ def _inputs(experiment: Experiment) -> Inputs:
 
 
 def _static(config: Config, experiment: Experiment) -> Any:
-    """What a program depends on; hashable."""
+    """Everything that a program depends on, as a hashable value."""
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(_inputs(experiment)))
     training, evaluation = config.training, config.evaluation
     return (

@@ -1,4 +1,4 @@
-"""A batch of trainings as one compiled program, over one device or several, and how many fit in the memory."""
+"""A batch of trainings as one compiled program on one or more devices, and the batch size that fits into memory."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from jaxroute.config.build import build_trainer
 from jaxroute.evaluation.episodes import run_episodes
 from jaxroute.sweeps.plan import Group, Row
 
-USABLE = 0.8  # of the memory that is free
-LARGEST_ON_CPU = 16  # trainings of a batch: more of them are no faster there (benchmarks/results.md)
+USABLE = 0.8  # share of the free memory
+LARGEST_ON_CPU = 16  # trainings per batch: larger batches are not faster there (benchmarks/results.md)
 
 
 class Program:
     """Trains and evaluates batches of `size` trainings of a group.
 
-    Every training is by itself: the batch is shared out to the devices in equal parts by `jax.shard_map`, and a
-    device's part is `jax.vmap` over seeds and varied inputs, so that nothing goes from one to another. On a CPU core,
-    where that is slower than one training after the other (benchmarks/results.md), it is `jax.lax.map`.
+    Trainings are independent: `jax.shard_map` divides the batch evenly among the devices, and the part of a device is
+    `jax.vmap` over seeds and varied inputs, without communication. On a CPU core, `jax.vmap` is slower than one
+    training after the other (benchmarks/results.md), so `jax.lax.map` is used.
     """
 
     def __init__(self, group: Group, size: int, devices: Sequence[Any], vmapped: bool | None = None):
-        """`size` is rounded up to a multiple of the number of `devices`, of which no more than `size` are used; spare
-        rows repeat the last one.
+        """`size` is rounded up to a multiple of the number of `devices`, of which at most `size` are used; spare rows
+        repeat the last training.
 
-        `vmapped` overrides what suits the devices.
+        `vmapped` overrides the choice between `jax.vmap` and `jax.lax.map`.
         """
         vmapped = devices[0].platform != "cpu" if vmapped is None else vmapped
-        # Of the states' leaves: counters have no axis where a batch is vmapped (see TRAIN_STATE_AXES).
+        # Axes of the leaves of states: counters have none if a batch is vmapped (see TRAIN_STATE_AXES).
         self.state_axes = TRAIN_STATE_AXES if vmapped else jax.tree.map(lambda _: 0, TRAIN_STATE_AXES, is_leaf=_is_none)
         devices = devices[:size]
         self.size = -(-size // len(devices)) * len(devices)
@@ -49,7 +49,7 @@ class Program:
         trainer = build_trainer(experiment)
 
         def init(keys: jax.Array, varied: list[jax.Array], shared: list[jax.Array]) -> Any:
-            """One after another: it is short, and as a batch it takes longer to compile than to run."""
+            """One training after another: evaluation is short; as a batch it takes longer to compile than to run."""
 
             def one(row: tuple[jax.Array, list[jax.Array]]) -> Any:
                 inputs = group.inputs_of(row[1], shared)
@@ -72,7 +72,7 @@ class Program:
                 return jax.lax.map(one, (states, varied))
             return jax.vmap(one, ((self.state_axes, 0),), (self.state_axes, 0))((states, varied))
 
-        env = dataclasses.replace(experiment.env, penalty="off")  # part of the reward alone, which is not reported
+        env = dataclasses.replace(experiment.env, penalty="off")  # part only of the reward, which is not reported
 
         def evaluate(params: Any, varied: list[jax.Array], shared: list[jax.Array]) -> dict[str, jax.Array]:
             keys = jax.random.split(jax.random.key(config.evaluation.seed), config.evaluation.episodes)
@@ -96,22 +96,22 @@ class Program:
         self._evaluate = self._compiled(evaluate, (self._rows, *inputs), self._rows)
 
     def inputs(self, rows: Sequence[Row]) -> tuple[list[jax.Array], list[jax.Array]]:
-        """The varied inputs of a batch, each with a leading axis, and those that all trials share, on the devices."""
+        """The varied inputs of a batch, each with a leading axis, and the shared inputs, on the devices."""
         varied, shared = self._group.stacked(self.filled(rows))
         return jax.device_put(varied, self._sharding(self._rows)), jax.device_put(shared, self._sharding(self._shared))
 
     def init(self, rows: Sequence[Row], inputs: tuple[list[jax.Array], list[jax.Array]]) -> Any:
-        """The states of trainings that have not begun: leaves have a leading axis where `state_axes` says so."""
+        """The initial states of trainings; leaves have a leading axis according to `state_axes`."""
         keys = jax.vmap(jax.random.key)(np.array([row.seed for row in self.filled(rows)], np.uint32))
         return self._init(jax.device_put(keys, self._sharding(self._rows)), *inputs)
 
     def restored(self, states: Any) -> Any:
-        """States from elsewhere, of `size` trainings, on the devices."""
+        """Moves states of `size` trainings to the devices."""
         specs = jax.tree.broadcast(self._state_specs, states, is_leaf=lambda x: isinstance(x, PartitionSpec))
         return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, self._sharding(spec)), states, specs)
 
     def train_chunk(self, states: Any, inputs: tuple[list[jax.Array], list[jax.Array]]) -> Any:
-        """(states after `frames_per_chunk` frames, metrics of `Trainer` with a leading axis). Donates `states`."""
+        """Returns states after `frames_per_chunk` frames and `Trainer` metrics [size, ...]. Donates `states`."""
         return self._train_chunk(states, *inputs)
 
     def evaluate(self, states: Any, inputs: tuple[list[jax.Array], list[jax.Array]]) -> dict[str, jax.Array]:
@@ -126,9 +126,9 @@ class Program:
         return jax.eval_shape(self._init, jax.random.split(jax.random.key(0), self.size), varied, shared)
 
     def bytes_needed(self) -> int:
-        """Of memory, on the device that needs most, while a chunk runs. Compiles the program.
+        """Bytes of memory while a chunk runs, on the device that needs most. Compiles the program.
 
-        On a CPU, whose devices share one memory, that of all of them, and of the copies that are saved.
+        On a CPU, whose devices share one memory, it is the sum over devices, including the copies that are saved.
         """
         rows = [Row(next(iter(self._group.inputs)), 0)]
         specs = jax.tree.broadcast(self._state_specs, self.state_shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -145,7 +145,7 @@ class Program:
         return program * self._mesh.size + 2 * _bytes(self.state_shapes)
 
     def _compiled(self, function: Any, in_specs: Any, out_specs: Any, **options: Any) -> Any:
-        # Checked for what varies, loops inside fail, as they begin with constants.
+        # The check of varying values would reject the loops inside, because they start from constants.
         sharded = jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(sharded, **options)
 
@@ -153,15 +153,15 @@ class Program:
         return NamedSharding(self._mesh, spec)
 
     def filled(self, rows: Sequence[Row]) -> list[Row]:
-        """`size` rows."""
+        """Pads to `size` rows."""
         return [*rows, *[rows[-1]] * (self.size - len(rows))]
 
 
 def trials_that_fit(group: Group, trainings: int, devices: Sequence[Any]) -> int:
-    """How many of a group's trainings to run at a time: as many as the memory takes, as the compiler measures it."""
+    """Number of trainings of a group per batch: as many as fit into memory by the compiler's measurement."""
     free = _free_bytes(devices[0])
     size = min(trainings, LARGEST_ON_CPU) if devices[0].platform == "cpu" else trainings
-    # The states alone are known before anything is compiled.
+    # Only the size of the states is known before compilation.
     size = min(size, max(1, int(USABLE * free / _bytes(Program(group, 1, devices[:1]).state_shapes))))
     while size > 1:
         needed = Program(group, size, devices).bytes_needed()
@@ -180,7 +180,7 @@ def _bytes(shapes: Any) -> int:
 
 
 def _free_bytes(device: Any) -> int:
-    """Of the memory that a device computes in."""
+    """Bytes of memory that a device can use."""
     statistics = None if device.platform == "cpu" else device.memory_stats()
     if statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]

@@ -1,4 +1,4 @@
-"""Which trials are best: by the QoS of their evaluation, over seeds."""
+"""Ranks trials by the QoS of their evaluation, averaged over seeds."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from jaxroute.evaluation.statistics import CONFIDENCE
 
 
 class Ranked(NamedTuple):
-    """A trial after the last rung that it reached."""
+    """The result of a trial after the last rung that it reached."""
 
     trial: int
     rung: int
     frames: int
     qos: float  # mean over seeds
-    half_width: float  # of its 95 % interval (`SeedNoise`)
+    half_width: float  # half of its 95 % interval (`SeedNoise`)
 
 
 class SeedNoise(NamedTuple):
-    """How QoS varies with the seed: the standard deviation within trials, pooled over those of one rung.
+    """The variation of QoS with the seed: the standard deviation within trials, pooled over the trials of a rung.
 
-    Pooled, since a trial has few seeds: two of them alone would give an interval wider than what QoS can be.
+    It is pooled because a trial has few seeds: from two seeds alone, the interval would exceed the range of QoS.
     """
 
     deviation: float
-    freedom: int  # degrees of it
+    freedom: int  # degrees of freedom
 
     def half_width(self, trainings: int) -> float:
-        """Half of the 95 % interval of a mean over `trainings`; NaN where every trial has one seed."""
+        """Half of the 95 % interval of a mean over `trainings`; NaN if every trial has one seed."""
         if not self.freedom:
             return math.nan
         return float(stdtrit(self.freedom, (1 + CONFIDENCE) / 2) * self.deviation / math.sqrt(trainings))
 
 
 def seed_noise(rows: list[dict[str, Any]]) -> SeedNoise:
-    """Of rows of one rung; diverged ones are left out."""
+    """Computes it from the rows of one rung, without diverged trainings."""
     groups = [np.array(values) for values in _qos(rows).values()]
     squares, freedom = sum(len(qos) * qos.var() for qos in groups), sum(len(qos) - 1 for qos in groups)
     return SeedNoise(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
 
 
 def ranking(rows: list[dict[str, Any]]) -> list[Ranked]:
-    """Trials from best to worst: those of a later rung first. Diverged ones are left out. `rows` are of the table."""
+    """Trials of the table `rows` from best to worst; later rungs are first, and diverged trials are left out."""
     ranked: dict[int, Ranked] = {}
     for rung in sorted({row["rung"] for row in rows}):
         reached = [row for row in rows if row["rung"] == rung]
@@ -59,7 +59,7 @@ def ranking(rows: list[dict[str, Any]]) -> list[Ranked]:
 
 
 def survivors(rows: list[dict[str, Any]], rung: int, keep: float) -> list[int]:
-    """The trials that go on after `rung`, in order: the best `keep` of those that reached it, rounded up."""
+    """The trials that continue after `rung`, in order: the best share `keep` of those that reached it, rounded up."""
     reached = [row for row in rows if row["rung"] == rung]
     count = survivor_count(len({row["trial"] for row in reached}), keep)
     return sorted(trial.trial for trial in ranking(reached)[:count])
@@ -71,7 +71,7 @@ def survivor_count(trials: int, keep: float) -> int:
 
 
 def _qos(rows: list[dict[str, Any]]) -> dict[int, list[float]]:
-    """Trial -> QoS of its seeds, without trials of which a seed diverged."""
+    """Trial -> QoS of its seeds, without trials that diverged with any seed."""
     diverged = {row["trial"] for row in rows if row["diverged"]}
     values: dict[int, list[float]] = {}
     for row in rows:

@@ -20,11 +20,11 @@ from jaxroute.sweeps.results import SweepFolder
 from jaxroute.sweeps.runner import run_batch
 from jaxroute.sweeps.spec import Spec
 
-RETRIES = 10  # starts of a task whose worker died; it goes on from its last saved state
+RETRIES = 10  # restarts of a task whose worker died; it continues from its last saved state
 
 
 def check_ray() -> None:
-    """Raises `UserError` where Ray is not installed."""
+    """Raises `UserError` if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise UserError("--ray: Ray is not installed; pip install 'jaxroute[ray]'")
 
@@ -32,11 +32,11 @@ def check_ray() -> None:
 def execute_on_ray(
     spec: Spec, groups: list[Group], devices: int, folder: SweepFolder, address: str, stop: Stop
 ) -> Execute:
-    """Runs every batch as a task of the cluster at `address` ("local": one on this machine).
+    """Runs every batch as a task of the cluster at `address` ("local": a new one on this machine).
 
-    A task has one GPU, or as many CPU `devices` as the sweep has here, so that its numbers are the same.
+    A task has one GPU, or as many CPU `devices` as the sweep has here, so that its results are the same.
 
-    The sweep's folder must be on a file system that the nodes share, as states are saved there.
+    The sweep's folder must be on a file system that all nodes share, because states are saved there.
 
     Raises:
         UserError: no cluster answers.

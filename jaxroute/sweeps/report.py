@@ -1,4 +1,4 @@
-"""The report of a sweep: best trials, the effect of each key, learning curves, a configuration to train with."""
+"""The report of a sweep: best trials, the effect of each key, learning curves, and the best configuration."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from jaxroute.sweeps.ranking import Ranked, SeedNoise, ranking, seed_noise
 from jaxroute.sweeps.results import SweepFolder
 from jaxroute.sweeps.spec import Spec
 
-CURVES = 5  # trials whose learning curves are drawn
+CURVES = 5  # number of learning curves
 COLOURS = (TRAINED_COLOUR, "#d1495b", "#edae49", "#66a182", "#6a4c93")
 
 
 def write_report(spec: Spec, folder: SweepFolder) -> None:
-    """Writes report.md, best.yaml, effects.png and learning_curves.png; at least one trial is ranked."""
+    """Writes report.md, best.yaml, effects.png and learning_curves.png; at least one trial must be ranked."""
     rows = folder.rows()
     ranked = ranking(rows)
     write_text(folder.path / "best.yaml", config_text(spec.trials[ranked[0].trial].config))
@@ -42,7 +42,7 @@ def _report(spec: Spec, path: Path, rows: list[dict[str, Any]], ranked: list[Ran
         f"# Sweep {path.name}",
         "",
         f"{len(spec.trials)} trials, seeds {seeds}, {spec.rungs[-1]:,} frames. QoS per request on {episodes} fresh "
-        "episodes, the same for all; ± is half of a 95 % interval over seeds, whose noise is pooled over trials.",
+        "episodes, the same for all; ± is half of a 95 % interval over seeds, with a variance pooled over trials.",
         "",
         "| trial | QoS | frames | " + " | ".join(spec.keys) + " |",
         "|---" * (3 + len(spec.keys)) + "|",
@@ -66,7 +66,7 @@ def _report(spec: Spec, path: Path, rows: list[dict[str, Any]], ranked: list[Ran
 
 
 def effects_picture(path: Path, spec: Spec, rows: list[dict[str, Any]]) -> None:
-    """A PNG with a panel for each key: the trials' QoS, and its mean over the trials of each value with intervals.
+    """Writes a PNG with a panel per key: the QoS of trials, and its mean and interval over the trials of each value.
 
     Trials are compared after the first rung, which all of them reached.
     """
@@ -98,7 +98,7 @@ def _effect(axes: Axes, key: str, rows: list[dict[str, Any]], noise: SeedNoise) 
     at = np.array([places[value if numbers else str(value)] for value in values], float)
     qos = np.array([row["qos"] for row in rows])
     axes.plot(at, qos, "o", color=OTHER_COLOUR, markersize=4, alpha=0.6, markeredgewidth=0)
-    # A mean at each value where values repeat, as in a grid; else over five parts of the range.
+    # One mean per value if values repeat, as in a grid; otherwise over five parts of the range.
     edges = np.unique(at) if len(names) <= 16 else np.quantile(at, np.linspace(0, 1, 6))[:-1]
     part = np.searchsorted(edges, at, side="right") - 1
     middle, mean = ([values[part == index].mean() for index in range(len(edges))] for values in (at, qos))
@@ -114,7 +114,7 @@ def _effect(axes: Axes, key: str, rows: list[dict[str, Any]], noise: SeedNoise) 
 def curves_picture(
     path: Path, spec: Spec, best: Sequence[Ranked], curves: dict[tuple[int, int], list[tuple[int, float]]]
 ) -> None:
-    """A PNG of the training QoS of the best trials, mean and range over seeds."""
+    """Writes a PNG of the training QoS of the best trials: mean and range over seeds."""
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 4.6), layout="constrained")
         axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What a sweep leaves: a folder with a file per finished batch, and the table that is made of them."""
+"""The results of a sweep: a folder with one file per finished batch, and the table computed from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxroute.sweeps.plan import Batch
 from jaxroute.sweeps.spec import Spec
 
 TABLE = "results"
-EVALUATED = (  # of `environment.metrics.summarize`, means over the evaluation's episodes
+EVALUATED = (  # metrics of `environment.metrics.summarize`, means over the episodes of the evaluation
     "qos",
     "score",
     "latency_per_token",
@@ -38,13 +38,13 @@ EVALUATED = (  # of `environment.metrics.summarize`, means over the evaluation's
 
 
 class SweepFolder:
-    """The folder of a sweep. What bears its name there is whole, whenever the sweep is killed."""
+    """The folder of a sweep. Files are written atomically, so they are complete even if the sweep is killed."""
 
     def __init__(self, path: Path, spec: Spec):
-        """Makes the folder, or finds that of an earlier start of the same spec.
+        """Creates the folder, or opens that of an earlier start of the same spec.
 
         Raises:
-            UserError: it cannot be written, or holds something else.
+            UserError: the folder cannot be written, or contains something else.
         """
         self.path, self._spec = path, spec
         self._parts, self.work = path / "parts", path / "work"
@@ -65,9 +65,9 @@ class SweepFolder:
         self.work.mkdir(exist_ok=True)
 
     def sizes(self, choose: Callable[[], dict[str, int]]) -> dict[str, int]:
-        """How many trainings run at a time, by group, and on how many devices: as at the first start, or `choose()`.
+        """Trainings per batch by group, and the number of devices: those of the first start, or `choose()`.
 
-        They are kept, since another size changes the last bits of what is computed.
+        They are stored because another size changes the last bits of the results.
         """
         path = self.path / "sizes.json"
         if not path.is_file():
@@ -75,22 +75,22 @@ class SweepFolder:
         return _read_json(path)
 
     def finished(self, batch: Batch) -> dict[str, Any] | None:
-        """What `finish` wrote of a batch; None where it has not."""
+        """The result of a batch that `finish` wrote, or None."""
         path = self._part(batch)
         return _read_json(path) if path.is_file() else None
 
     def finish(self, batch: Batch, part: dict[str, Any]) -> None:
-        """Keeps the results of a batch, and makes the table anew."""
+        """Writes the results of a batch, and updates the table."""
         write_text(self._part(batch), json.dumps(part, allow_nan=False) + "\n")
         self.write_table()
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table: a row per training and rung, by rung, trial and seed."""
+        """The table: one row per training and rung, ordered by rung, trial and seed."""
         rows = [row for path in self._parts.glob("*.json") for row in _read_json(path)["rows"]]
         return sorted(rows, key=lambda row: (row["rung"], row["trial"], row["seed"]))
 
     def curves(self) -> dict[tuple[int, int], list[tuple[int, float]]]:
-        """(trial, seed) -> (frames, QoS of the training) of each chunk, all rungs together."""
+        """(trial, seed) -> (frames, QoS in training) of each chunk of all rungs."""
         curves: dict[tuple[int, int], list[tuple[int, float]]] = {}
         for path in self._parts.glob("*.json"):
             part = _read_json(path)
@@ -103,7 +103,7 @@ class SweepFolder:
         return {key: sorted(points) for key, points in curves.items()}
 
     def write_table(self) -> None:
-        """`results.csv`, and `results.parquet` where pyarrow is installed."""
+        """Writes `results.csv`, and `results.parquet` if pyarrow is installed."""
         rows = [{name: _cell(value) for name, value in row.items()} for row in self.rows()]
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
@@ -131,13 +131,13 @@ def make_part(
 ) -> dict[str, Any]:
     """The results of a batch: rows of the table, and the learning curves.
 
-    `frames` [C] are those after each chunk of the rung, `history` metrics of `Trainer` [C, rows], `evaluation` those of
-    fresh episodes [rows, episodes], `origin` what else is noted in each row.
+    `frames` [C] are the frames after each chunk of the rung, `history` has metrics of `Trainer` [C, rows], `evaluation`
+    has metrics of fresh episodes [rows, episodes], and `origin` has further columns of each row.
     """
     rows = []
     for index, (number, seed) in enumerate(batch.rows):
         trained = {name: values[:, index] for name, values in history.items()}
-        # Before the first update there is no loss.
+        # There is no loss before the first update.
         diverged = not np.isfinite(trained["mean_q"] + trained["critic_loss"])[trained["updates"] > 0].all()
         last = slice(-max(1, len(frames) // 10), None)
         measured = {name: float(evaluation[name][index].mean()) for name in EVALUATED}
@@ -178,4 +178,4 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{path}: cannot be read; remove it, and what it stood for is done again") from None
+        raise UserError(f"{path}: cannot be read; remove it, and the same command runs that batch again") from None

@@ -1,4 +1,4 @@
-"""Runs a batch of a sweep from one rung to the next, and goes on where a killed process stopped."""
+"""Runs a batch of a sweep from one rung to the next, and continues where a killed process stopped."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from jaxroute.sweeps.results import make_part
 from jaxroute.sweeps.spec import Spec
 
 HISTORY = ("qos", "reward", "return", "entropy", "alpha", "mean_q", "critic_loss", "updates")
-"""Of each chunk: metrics of `Trainer`, and the number of updates so far."""
+"""Names in the history of a batch: metrics of `Trainer` per chunk, and the total number of updates."""
 
 
 class BatchState(NamedTuple):
-    """What is saved of a batch on its way."""
+    """The saved state of an unfinished batch."""
 
     states: Any
-    history: dict[str, np.ndarray]  # each float32 [chunks of the rung, size], NaN where still to come
-    seconds: np.ndarray  # float32 [], spent so far
+    history: dict[str, np.ndarray]  # each float32 [chunks of the rung, size], NaN for future chunks
+    seconds: np.ndarray  # float32 [], seconds used up to now
 
 
 def run_batch(
@@ -37,12 +37,12 @@ def run_batch(
 ) -> dict[str, Any]:
     """Trains a batch to the end of its rung and evaluates it. Returns the part of the results (`results.make_part`).
 
-    States are saved under `work`: of the batch on its way, and where another rung follows of each training at the end.
-    `chunk_done` is called with the share of its chunks that is done.
+    States are saved under `work`: that of the unfinished batch, and if another rung follows, the final state of each
+    training. `chunk_done` is called with the share of finished chunks.
 
     Raises:
-        Interrupted: a signal came; the states are saved.
-        UserError: states of an earlier process cannot be used.
+        Interrupted: a signal came; the states have been saved.
+        UserError: the states of an earlier process cannot be used.
     """
     first = _chunks(spec.rungs[batch.rung - 1], program) if batch.rung else 0
     length = _chunks(spec.rungs[batch.rung], program) - first
@@ -91,7 +91,7 @@ def run_batch(
 
 
 def forget_batch(batch: Batch, work: Path) -> None:
-    """Removes the states of a batch whose results are kept."""
+    """Removes the states of a batch whose results have been written."""
     shutil.rmtree(work / batch.name, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""The file that describes a sweep, and the trials that it stands for."""
+"""The spec file of a sweep, and its trials."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Spec:
 
     trials: tuple[Trial, ...]
     seeds: tuple[int, ...]
-    rungs: tuple[int, ...]  # frames after which trials are evaluated; all but the last rung cut some off
-    keep: float  # share of the trials that goes on after a rung
-    text: str  # of the file and of the configuration it starts from: what the results belong to
+    rungs: tuple[int, ...]  # frames after which trials are evaluated; every rung but the last stops some of them
+    keep: float  # share of the trials that continues after a rung
+    text: str  # the file and its base configuration, which identify the results
 
     @property
     def keys(self) -> list[str]:
@@ -49,7 +49,7 @@ def load_spec(path: Path) -> Spec:
     """Reads and checks a spec (docs/sweeps.md has its keys).
 
     Raises:
-        UserError: a file that cannot be read, an unknown key, a value that cannot be, nothing to try.
+        UserError: a file cannot be read, a key is unknown, a value is invalid, or nothing is varied.
     """
     tree = read_yaml(path)
     if not isinstance(tree, dict):
@@ -59,7 +59,7 @@ def load_spec(path: Path) -> Spec:
             raise UserError(f"{path}: unknown key {key}; a spec has {', '.join(KEYS)}")
     given = tree.get("config")
     if given is not None and not isinstance(given, str):
-        raise UserError(f"{path}: config: expected the path of a configuration, from the spec's folder; got {given!r}")
+        raise UserError(f"{path}: config: expected the path of a configuration from the spec's folder; got {given!r}")
     base = load_config(path.parent / given if given else None)
     fixed = check_keys(tree.get("fixed") or {}, f"{path}: fixed")
     base = change_config(base, fixed, f"{path}: fixed")
@@ -72,7 +72,7 @@ def load_spec(path: Path) -> Spec:
     kinds = {key: _kind(path, key, value) for key, value in parameters.items()}
     samples = _count(tree.get("samples", 1), path, "samples")
     if samples > 1 and all(kind == "grid" for kind, _ in kinds.values()):
-        raise UserError(f"{path}: samples: every key has a grid, so that samples would be equal; leave it out")
+        raise UserError(f"{path}: samples: every key has a grid, so all samples would be equal; leave it out")
     chance = np.random.default_rng(_count(tree.get("sampling_seed", 0), path, "sampling_seed", least=0))
     grids = [[(key, value) for value in values] for key, (kind, values) in kinds.items() if kind == "grid"]
     trials = []
@@ -93,7 +93,7 @@ def load_spec(path: Path) -> Spec:
         raise UserError(f"{path}: rungs: the last is training.frames, one for all trials; give only smaller ones")
     keep = tree.get("keep", 0.5)
     if not isinstance(keep, float) or not 0 < keep < 1:
-        raise UserError(f"{path}: keep: expected a number between 0 and 1, the share that goes on; got {keep!r}")
+        raise UserError(f"{path}: keep: expected a number between 0 and 1, the share that continues; got {keep!r}")
     return Spec(
         trials=tuple(trials),
         seeds=_seeds(tree.get("seeds", [0]), path),
@@ -118,7 +118,7 @@ def check_keys(section: Any, source: str) -> dict[str, Any]:
 
 
 def _kind(path: Path, key: str, value: Any) -> tuple[str, list[Any]]:
-    """How a key is varied, and its values or its range."""
+    """The kind of variation of a key, and its values or range."""
     where = f"{path}: parameters.{key}"
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in VALUES + RANGES:
         raise UserError(f"{where}: expected one of grid, choice, uniform or log_uniform and a list, got {value!r}")
@@ -131,7 +131,7 @@ def _kind(path: Path, key: str, value: Any) -> tuple[str, list[Any]]:
         return kind, values
     if key not in continuous_keys():
         raise UserError(
-            f"{where}: {kind} draws any number, and this key is static or takes no number; list values under choice"
+            f"{where}: {kind} draws any number, but this key is static or takes no number; list values under choice"
         )
     numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in values)
     if len(values) != 2 or not numbers or not values[0] < values[1] or (kind == "log_uniform" and values[0] <= 0):
@@ -155,7 +155,7 @@ def _count(value: Any, path: Path, key: str, least: int = 1) -> int:
 
 
 def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
-    """A list of seeds, or how many: 3 is [0, 1, 2]."""
+    """A list of seeds, or their number: 3 is [0, 1, 2]."""
     if isinstance(seeds, list) and seeds:
         seeds = [_count(seed, path, "seeds", least=0) for seed in seeds]
         if len(set(seeds)) < len(seeds):

@@ -1,1 +1,1 @@
-"""One episode seen from inside: trace, picture, page."""
+"""Detailed views of one episode: trace, picture, page."""

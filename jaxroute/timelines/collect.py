@@ -1,8 +1,8 @@
-"""One episode under one router, with every request's fate and every iteration of every engine.
+"""Collects one episode under one router: the fate of every request, and every iteration of every engine.
 
-The environment jumps over iterations and forgets requests. So it runs once, for its assignments and totals, and its
-engines then run again on those by the same jumps, each of which is noted (`timeline_replay`): one iteration, and a run
-of decodes after it whose times have a closed form.
+The environment jumps over iterations and does not store finished requests. It therefore runs once, for its assignments
+and totals. Its engines then run again on these assignments by the same jumps, which are recorded (`record`): each is
+one iteration and the run of decodes after it, whose times have a closed form.
 """
 
 from __future__ import annotations
@@ -24,68 +24,68 @@ from jaxroute.timelines.record import Log, Results, Routed, replay, run_episode
 
 MET, MISSED, DROPPED, REJECTED = range(4)
 FATES = ("met", "missed", "dropped", "rejected")
-"""What became of a request: served with its latency per token below the limit, or not; dropped by the router; refused
-by its expert, which was full or could never serve it."""
+"""Fates of a request: served with a latency per token below the limit, or above; dropped by the router; rejected by its
+expert, which was full or could never serve it."""
 
 
 class Requests(NamedTuple):
-    """The T requests of an episode; every field is a NumPy array [T]. Times are s since the episode began."""
+    """The T requests of an episode; every field is a NumPy array [T]. Times are s since the episode's beginning."""
 
     arrival: np.ndarray  # float64
-    expert: np.ndarray  # int, where the router sent it; -1: dropped
+    expert: np.ndarray  # int, chosen expert; -1: dropped
     fate: np.ndarray  # int, index of `FATES`
-    admitted: np.ndarray  # float64, start of its first iteration; NaN, as are the next two, where not served
+    admitted: np.ndarray  # float64, start of its first iteration; this and the next two: NaN if not served
     first_token: np.ndarray  # float64
     finish: np.ndarray  # float64
     latency_per_token: np.ndarray  # float, s
     preemptions: np.ndarray  # int
     prompt_tokens: np.ndarray  # int
-    output_tokens: np.ndarray  # int, generated; 0 where not served
-    score: np.ndarray  # float, of its expert's answer; 0 where dropped
+    output_tokens: np.ndarray  # int, generated; 0 if not served
+    score: np.ndarray  # float, of its expert's answer; 0 if dropped
 
 
 class Pieces(NamedTuple):
-    """Iterations of all engines, in order of expert and time; every field is a NumPy array [P].
+    """Iterations of all engines, ordered by expert and time; every field is a NumPy array [P].
 
-    A piece is one iteration, or a run of `iterations` decodes of one batch, of which number j takes first + growth * j
-    seconds and decodes with context + decodes * j tokens.
+    A piece is one iteration, or a run of `iterations` decodes of one batch. Iteration j of a run takes first + growth *
+    j seconds with a context of context + decodes * j tokens.
     """
 
     expert: np.ndarray
-    start: np.ndarray  # float64, s since the episode began
+    start: np.ndarray  # float64, s since the episode's beginning
     end: np.ndarray  # float64
     iterations: np.ndarray
-    prefill_tokens: np.ndarray  # np, of each iteration, as are the next two
-    decodes: np.ndarray  # nd
+    prefill_tokens: np.ndarray  # np of each iteration
+    decodes: np.ndarray  # nd of each iteration
     context: np.ndarray  # ctx of the first iteration
     first: np.ndarray  # float64, s
     growth: np.ndarray  # float64, s
     blocks: np.ndarray  # KV blocks held in the first iteration
-    last_blocks: np.ndarray  # in the last one
-    running: np.ndarray  # requests, as is the next
+    last_blocks: np.ndarray  # KV blocks held in the last iteration
+    running: np.ndarray  # number of running requests; the next: of waiting requests
     waiting: np.ndarray
-    preempted: np.ndarray  # requests that lost their place at its start
+    preempted: np.ndarray  # number of requests preempted at its start
 
 
 class Disturbed(NamedTuple):
-    """A part of an episode in which an expert is slower, hangs, or gives worse or better answers."""
+    """A part of an episode in which an expert is slower, hangs, or has answers of another quality."""
 
     expert: int
-    start: float  # s since the episode began, as is the next
+    start: float  # s since the episode's beginning, as is the next
     end: float
     label: str
 
 
 class Episode(NamedTuple):
-    """What the pictures of an episode are made of."""
+    """The data of an episode's pictures."""
 
-    label: str  # the router's
+    label: str  # of the router
     experts: tuple[str, ...]
     usable_blocks: np.ndarray  # int [N], KV blocks of each engine
     latency_limit: float  # s per output token
     requests: Requests
     pieces: Pieces
-    metrics: dict[str, np.ndarray]  # of this episode, from the environment itself (`metrics.summarize`)
+    metrics: dict[str, np.ndarray]  # of this episode, from the environment (`metrics.summarize`)
     disturbed: tuple[Disturbed, ...]
 
     @property
@@ -98,11 +98,11 @@ class Episode(NamedTuple):
 def collect(
     env: RoutingEnvironment, params: EnvParams, routers: Mapping[str, Router], experts: tuple[str, ...], key: jax.Array
 ) -> list[Episode]:
-    """One episode under each of `routers` (by label): that which `evaluate_routers` runs with this key of its.
+    """One episode under each of `routers` (by label), the same as in `evaluate_routers` with this key.
 
-    The N `experts` are names.
+    `experts` are N names.
     """
-    # The penalty is part of the reward, which is not shown.
+    # The penalty is part only of the reward, which is not shown.
     env = dataclasses.replace(env, metrics="exact", penalty="off")
     policies = [as_pytree(router) for router in routers.values()]
     episodes = []
@@ -123,7 +123,7 @@ def _disturbed(disturbances: Disturbances | None, arrival: np.ndarray, end: floa
     if disturbances is None:
         return ()
     starts, slowness, quality = (np.asarray(table) for table in jax.tree.leaves(disturbances))
-    # A change comes with the arrival of its first decision; those behind the last decision never come.
+    # A change happens at the arrival of its first decision; changes after the last decision never happen.
     times = np.append(arrival, end)[np.minimum(np.append(starts, len(arrival)), len(arrival))]
     found = []
     for piece, expert in np.argwhere((slowness != 1) | (quality != 1)):
@@ -161,7 +161,7 @@ def _requests(routed: Routed, results: Results, arrival: np.ndarray, num_experts
 
 
 def _pieces(log: Log, arrival: np.ndarray) -> Pieces:
-    """The jumps as pieces: each an iteration, and a run of decodes where there was one."""
+    """Converts jumps to pieces: an iteration each, and a run of decodes if there was one."""
     rows, expert = np.nonzero(log.jumps.took_place[: log.count])
     order = np.lexsort((rows, expert))
     rows, expert = rows[order], expert[order]

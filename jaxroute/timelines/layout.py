@@ -1,4 +1,4 @@
-"""An episode arranged for drawing: runs of decodes as one, requests in rows that do not overlap, queues over time."""
+"""Arranges an episode for drawing: merged runs of decodes, requests in rows without overlap, queues over time."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 from jaxroute.timelines.collect import Episode, Pieces, Requests
 
 BUSY = 1e-5
-"""s between two iterations of a busy engine, at most, which is the rounding of its clock."""
+"""Maximum s between two iterations of a busy engine, due to the rounding of its clock."""
 
 
 def iteration_kind(prefill_tokens: int, decodes: int) -> str:
-    """What an iteration does: prefill, decode, both (mixed) or nothing (empty)."""
+    """The kind of an iteration: prefill, decode, both (mixed) or nothing (empty)."""
     if prefill_tokens:
         return "mixed" if decodes else "prefill"
     return "decode" if decodes else "empty"
 
 
 def of_expert(pieces: Pieces, expert: int) -> Pieces:
-    """Those of one expert."""
+    """The pieces of one expert."""
     return Pieces(*(field[pieces.expert == expert] for field in pieces))
 
 
 def merged(pieces: Pieces) -> Pieces:
-    """The pieces, with those that decode one batch, with as many waiting, as one piece: `first` and `growth` are then
-    the mean of its iterations and 0.
+    """The pieces, with consecutive decodes of one batch and equal numbers of waiting requests merged. `first` is then
+    the mean duration of the iterations, and `growth` is 0.
     """
     if not len(pieces.start):
         return pieces
@@ -51,7 +51,7 @@ def merged(pieces: Pieces) -> Pieces:
 
 
 def single(pieces: Pieces) -> Pieces:
-    """The pieces, with every iteration as a piece of its own. KV blocks are interpolated."""
+    """The pieces, with each iteration as a separate piece. KV blocks are interpolated."""
     source = np.repeat(np.arange(len(pieces.start)), pieces.iterations)
     each = Pieces(*(field[source] for field in pieces))
     number = np.arange(len(source)) - np.repeat(np.cumsum(pieces.iterations) - pieces.iterations, pieces.iterations)
@@ -71,8 +71,8 @@ def single(pieces: Pieces) -> Pieces:
 
 
 def rows(requests: Requests, expert: int) -> np.ndarray:
-    """int [T]: a row for each request that `expert` served, the lowest that is free at its arrival; -1: not served
-    there. So the highest row in use is about how many requests there are.
+    """int [T]: a row for each request that `expert` served, which is the lowest free row at its arrival; -1: not served
+    there. The highest row in use is therefore about the number of requests at the expert.
     """
     row = np.full(len(requests.arrival), -1)
     free: list[int] = []
@@ -86,7 +86,7 @@ def rows(requests: Requests, expert: int) -> np.ndarray:
 
 
 def queues(episode: Episode, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int [N, G]: requests running, and requests waiting, at each expert at each of `times` [G], s."""
+    """int [N, G] each: numbers of running and of waiting requests at each expert at `times` [G], s."""
     pieces, counts = episode.pieces, []
     for expert in range(len(episode.experts)):
         own = of_expert(pieces, expert)

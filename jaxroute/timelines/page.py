@@ -1,4 +1,4 @@
-"""One HTML page of an episode, complete in itself: lanes with a scrubber, metrics, the picture and the trace."""
+"""Writes an episode as one self-contained HTML page: lanes with a scrubber, metrics, picture and trace."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from jaxroute.timelines.layout import iteration_kind, merged, of_expert, rows
 from jaxroute.timelines.picture import DISTURBED_COLOUR, FATE_COLOURS, RUNNING_COLOUR, WAITING_COLOUR
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-_KINDS = ("empty", "decode", "prefill", "mixed")  # as in the template
-_UNIT = 1e4  # of a second, so whole numbers are enough
+_KINDS = ("empty", "decode", "prefill", "mixed")  # the order of the template
+_UNIT = 1e4  # units per second, so that integers are enough
 
 
 def page_text(episodes: Sequence[Episode], title: str, about: str, picture: bytes, trace: str) -> str:
-    """The page of one or two episodes of the same requests.
+    """The page of one or two episodes with the same requests.
 
-    `title` and `about` are a line each, `picture` the PNG, `trace` the text of trace.json, which the page has to save.
+    `title` and `about` are one line each, `picture` is the PNG, and `trace` the text of trace.json, which the page can
+    save.
     """
     parts = {
         "title": html.escape(title),
@@ -108,5 +109,5 @@ def _pieces(pieces: Pieces, usable_blocks: int) -> dict[str, Any]:
 
 
 def _times(seconds: np.ndarray) -> list[int]:
-    """Whole units; -1 where it did not happen."""
+    """Times in integer units; -1 for events that did not happen."""
     return np.where(np.isfinite(seconds), np.rint(_UNIT * np.nan_to_num(seconds)), -1).astype(int).tolist()

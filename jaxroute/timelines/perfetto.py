@@ -1,4 +1,4 @@
-"""Episodes as a trace for Perfetto (https://ui.perfetto.dev) and Chrome's chrome://tracing.
+"""Writes episodes as a trace for Perfetto (https://ui.perfetto.dev) and Chrome's chrome://tracing.
 
 The format is Google's "Trace Event Format"
 (https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU): JSON, times in microseconds.
@@ -19,31 +19,31 @@ from jaxroute.timelines.layout import BUSY, iteration_kind, merged, of_expert, s
 Event = dict[str, Any]
 
 MOST_ITERATIONS = 60_000
-"""Of all episodes; where there are more, decodes of an unchanged batch are one slice, which keeps the file small."""
+"""Maximum in all episodes; with more, decodes of an unchanged batch are one slice, which keeps the file small."""
 
 MOST_CHARACTERS = 20_000_000
-"""Of a trace. One that would be longer has its counters further apart."""
+"""Maximum of a trace. A longer trace has fewer values of counters."""
 
 _SPACINGS = (0, 0.1, 1.0)
-"""Seconds between two values of a counter, at least; the first that makes a trace short enough."""
+"""Minimum seconds between two values of a counter; the first that makes the trace short enough is used."""
 
 _MARK = 1000
-"""Microseconds that a request's arrival and routing take up, or less where the next one comes sooner."""
+"""Drawn microseconds of the arrival and routing of a request; less if the next one arrives earlier."""
 
 _INSIDE = 20
-"""Microseconds before its end in which an iteration yields a token, so that the flow lies within."""
+"""Drawn microseconds between a token and the end of its iteration, so that the flow is within the iteration."""
 
 _KV_STEP = 0.01
-"""A smaller change in the share of KV blocks in use is not drawn."""
+"""Smaller changes in the share of used KV blocks are not drawn."""
 
 
 def trace_text(episodes: Sequence[Episode]) -> str:
-    """The trace of these episodes of the same requests, a process each, as JSON with an event a line.
+    """The trace of these episodes with the same requests, as JSON with one event per line. Each episode is a process.
 
-    A process has a thread of arrivals, and for every expert one of what is routed there and one of its iterations, with
-    args prefill_tokens, decodes and context_tokens (np, nd and ctx of simulation.md section 2), and one of its
-    disturbances where it has some; counters of requests and KV use; and a flow for each request: its arrival, its
-    expert, the iterations that end with its first and with its last token.
+    A process has a thread of arrivals. For every expert it has a thread of the requests routed there, a thread of its
+    iterations, with args prefill_tokens, decodes and context_tokens (np, nd and ctx of simulation.md section 2), and if
+    it has disturbances a thread of them. There are counters of requests and KV use, and a flow for each request: its
+    arrival, its expert, and the iterations that end with its first and its last token.
     """
     every = sum(int(episode.pieces.iterations.sum()) for episode in episodes) <= MOST_ITERATIONS
     text = ""
@@ -65,7 +65,7 @@ def trace_text(episodes: Sequence[Episode]) -> str:
 
 def _events(process: int, episode: Episode, every: bool, spacing: float) -> Iterator[Event]:
     experts = range(len(episode.experts))
-    # Perfetto knows a thread by its number alone.
+    # Perfetto identifies a thread only by its number.
     arrivals, thread = 1000 * process, 1000 * process + 1
     names = {process: episode.label, arrivals: "arrivals"}
     for expert in experts:
@@ -112,7 +112,7 @@ def _iterations(process: int, thread: int, pieces: Pieces) -> Iterator[Event]:
 
 
 def _counters(process: int, episode: Episode, expert: int, pieces: Pieces, spacing: float) -> Iterator[Event]:
-    """Where they change: at the start of a piece, and at the end of one that an idle engine follows."""
+    """The counters where they change: at the start of a piece, and at the end of a piece before an idle time."""
     count, name = len(pieces.start), episode.experts[expert]
     idle = np.append(pieces.start[1:] - pieces.end[:-1] > BUSY, True)[:count]
     times = np.concatenate([pieces.start, pieces.end[idle]])

@@ -1,4 +1,4 @@
-"""The picture of an episode: experts as lanes, requests as bars by whether their QoS was met, the queue below."""
+"""Draws an episode: experts as lanes, requests as bars coloured by their fate, and the queue below."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PALE = 0.45
 
 
 def timeline_picture(path: Path, episodes: Sequence[Episode]) -> None:
-    """Writes a PNG: a column for each episode (one or two, of the same requests), on the same scales."""
+    """Writes a PNG with a column for each episode (one or two, with the same requests), on equal scales."""
     experts = episodes[0].experts
     end = max(episode.end for episode in episodes)
     packed = [[rows(episode.requests, expert) for expert in range(len(experts))] for episode in episodes]
@@ -101,7 +101,7 @@ def _draw_disturbed(axes: Axes, disturbed: Sequence[Disturbed]) -> None:
 
 
 def _draw_turned_away(axes: Axes, episode: Episode) -> None:
-    """A tick for each request that was dropped (above) or rejected (below)."""
+    """Draws a tick for each request that was dropped (above) or rejected (below)."""
     requests = episode.requests
     for fate, low in ((DROPPED, 0.5), (REJECTED, 0.0)):
         when = requests.arrival[requests.fate == fate]

@@ -1,6 +1,7 @@
-"""The programs behind a timeline: an episode's decisions, and its engines run again on them with every jump noted.
+"""The programs of a timeline: one records the decisions of an episode, the other runs its engines again on them and
+records every jump.
 
-Both run the cluster by the functions of `simulator.cluster`, so the times are those that the environment counted.
+Both run the cluster with the functions of `simulator.cluster`, so the times are those of the environment.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ class Routed(struct.PyTreeNode):
 
 
 class _Carried(struct.PyTreeNode):
-    """What moves with a request's slot; every field [S, N], times in s relative to the present."""
+    """The payload of a request's slot; every field [S, N], times in s relative to the current decision."""
 
-    index: jax.Array  # int32, the request's number
+    index: jax.Array  # int32, number of the request
     arrival: jax.Array
     admitted: jax.Array
 
 
 class JumpRow(struct.PyTreeNode):
-    """One iteration of each engine, and the run of decodes after it; every field [N], times relative to the present."""
+    """One iteration of each engine and the run of decodes after it; every field [N], times relative to the decision."""
 
     took_place: jax.Array  # bool
-    index: jax.Array  # int32, of the decision that it follows; T: the drain
+    index: jax.Array  # int32, of the decision before it; T: after the last decision
     start: jax.Array  # float, s, as are the next two
     middle: jax.Array
     end: jax.Array
@@ -57,27 +58,27 @@ class JumpRow(struct.PyTreeNode):
     waiting: jax.Array
     preempted: jax.Array
     run: jax.Array  # int32, iterations of the run of decodes
-    run_decodes: jax.Array  # int32, nd of each of them
-    run_context: jax.Array  # int32, ctx of the first of them
-    run_first: jax.Array  # float, s it takes
-    run_growth: jax.Array  # float, s more that each takes than the one before
-    run_blocks: jax.Array  # int32, in the first of them
-    run_last_blocks: jax.Array  # int32, in the last
+    run_decodes: jax.Array  # int32, nd of each iteration of the run
+    run_context: jax.Array  # int32, ctx of the first iteration of the run
+    run_first: jax.Array  # float, s, duration of the first iteration of the run
+    run_growth: jax.Array  # float, s, difference of the durations of consecutive iterations
+    run_blocks: jax.Array  # int32, in the first iteration of the run
+    run_last_blocks: jax.Array  # int32, in the last iteration of the run
 
 
 class Log(struct.PyTreeNode):
-    """Jumps in order; what does not fit is not written."""
+    """Jumps in order; jumps beyond the last row are not written."""
 
     jumps: JumpRow  # fields [rows, N]
     count: jax.Array  # int32 []
 
 
 class Results(struct.PyTreeNode):
-    """By request; times in s."""
+    """Results per request; times in s."""
 
-    latency: jax.Array  # float [T], finish less arrival; NaN where not served
-    first_token: jax.Array  # float [T], less arrival
-    admitted: jax.Array  # float [T], less arrival
+    latency: jax.Array  # float [T], finish - arrival; NaN if not served
+    first_token: jax.Array  # float [T], first token - arrival
+    admitted: jax.Array  # float [T], admission - arrival
     tokens: jax.Array  # int32 [T], generated
     preemptions: jax.Array  # int32 [T]
     met: jax.Array  # bool [T]
@@ -87,8 +88,8 @@ class Results(struct.PyTreeNode):
 def run_episode(
     env: RoutingEnvironment, policies: list[Router], which: jax.Array, params: EnvParams, key: jax.Array
 ) -> tuple[Routed, dict[str, jax.Array]]:
-    """The decisions of an episode under policy `which` (int32 []), with the keys of `evaluation.run_episodes`, and its
-    metrics.
+    """The decisions and metrics of an episode under policy `which` (int32 []), with the keys of
+    `evaluation.episodes.run_episodes`.
     """
     env_key, router_key = jax.random.split(key)
 
@@ -105,7 +106,7 @@ def run_episode(
 
 
 def replay(env: RoutingEnvironment, params: EnvParams, routed: Routed) -> tuple[Log, Results]:
-    """As `_replay`, with as many rows as it takes."""
+    """`_replay` with as many rows as necessary."""
     rows = 6 * env.episode_length + 256
     log, results = _replay(env, rows, params, routed)
     if log.count > rows:
@@ -115,7 +116,7 @@ def replay(env: RoutingEnvironment, params: EnvParams, routed: Routed) -> tuple[
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _replay(env: RoutingEnvironment, rows: int, params: EnvParams, routed: Routed) -> tuple[Log, Results]:
-    """Runs the engines on the decisions, and notes at most `rows` jumps and what became of the requests."""
+    """Runs the engines on the decisions; records at most `rows` jumps and the results of the requests."""
     shape, length = (env.slots, env.num_experts), env.episode_length
     never, floats, none = jnp.full(length, jnp.nan, float), jnp.zeros(shape, float), jnp.zeros(length, jnp.int32)
     engines = empty_engine(env.slots, (env.num_experts,))
@@ -137,7 +138,7 @@ def _replay(env: RoutingEnvironment, rows: int, params: EnvParams, routed: Route
 
     carry = (engines, carried, _empty_log(engines, rows, params), results)
     (engines, carried, log, results), _ = jax.lax.scan(step, carry, (routed, jnp.arange(length)))
-    # The requests still open run to their end.
+    # The open requests run to their end.
     end = jnp.int32(length)
     *_, log, results = _run(engines, carried, log, results, jnp.asarray(AFTER_ALL, float), end, params.at(end))
     return log, results
@@ -161,7 +162,7 @@ def _run(
     index: jax.Array,
     params: EnvParams,
 ) -> tuple[EngineState, _Carried, Log, Results]:
-    """Runs the engines, each jump becomes a row, and what finished is noted and taken out."""
+    """Runs the engines; records each jump as a row, and records and removes the finished requests."""
 
     def note(seen: tuple[jax.Array, Log], done: Jump) -> tuple[jax.Array, Log]:
         admitted, log = seen

@@ -1,4 +1,4 @@
-"""Writes an episode under one or two routers: trace, picture and page."""
+"""Writes the trace, the picture and the page of an episode under one or two routers."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def write_timeline(
     seed: int = 0,
     title: str = "",
 ) -> list[Episode]:
-    """Writes `FILES` into the folder `out`, made if need be: an episode under each of `routers`, one or two, by label.
+    """Writes `FILES` into the folder `out`, which it creates if necessary: an episode under one or two `routers`.
 
-    It is the first episode of `evaluate_routers` with this seed. `experts` are names, "expert 0" and so on by default.
-    Returns what the files are made of: every request's times and fate, every iteration, and the metrics.
+    `routers` are by label. The episode is the first of `evaluate_routers` with this seed. `experts` are names, by
+    default "expert 0" and so on. Returns the data of the files: times and fates of requests, iterations, metrics.
     """
     out.mkdir(parents=True, exist_ok=True)
     experts = tuple(experts) or tuple(f"expert {number}" for number in range(env.num_experts))

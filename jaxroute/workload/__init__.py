@@ -1,8 +1,8 @@
-"""Requests and when they arrive: `Workload.sample` gives the next arrival from a key, inside jit and vmap.
+"""Requests and their arrivals: `Workload.sample` draws the next arrival from a key, inside jit and vmap.
 
-Arrivals are Poisson, with bursts or without, a recorded trace, or piecewise rates; requests come from the frozen
-generator of the paper's scenarios, from a table of recorded answers, or from the trace's own lengths. The loaders read
-both kinds of file.
+Arrivals are a Poisson process, a process with bursts, a recorded trace, or have piecewise constant rates. Requests come
+from the frozen generator of the paper's scenarios, from a table of recorded answers, or from the lengths of the trace.
+The loaders read recorded answers and traces.
 """
 
 from jaxroute.workload.arrivals import MarkovArrivals, PiecewiseArrivals, PoissonArrivals, TraceArrivals, WorkloadState

@@ -1,13 +1,13 @@
-"""When requests arrive: a Poisson process, one with bursts, a recorded trace, or a rate that is piecewise constant.
+"""Arrivals of requests: a Poisson process, one with bursts, a recorded trace, or piecewise constant rates.
 
 Each class has the same three members, which `Workload` calls:
 
-- `draws`: how many uniforms one arrival takes;
+- `draws`: the number of uniforms per arrival;
 - `reset(key) -> WorkloadState`: the state before the first arrival;
 - `next(uniforms [draws], state) -> (state, gap, row)`: seconds from the previous arrival to this one, and the arrival's
-  row in the trace (0 where there is none).
+  row in the trace (0 without a trace).
 
-Build them with `create`, which checks its input. Rates are traced leaves, so a sweep vmaps over them.
+Use `create` to build them, which checks its input. Rates are traced leaves, so a sweep can vmap over them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ from jaxroute.errors import UserError
 
 
 class WorkloadState(struct.PyTreeNode):
-    """Where a workload stands between two arrivals. Both fields are bounded, so float32 loses nothing in a long run."""
+    """State of a workload between two arrivals. Both fields are bounded, so float32 remains precise in a long run."""
 
-    cursor: (
-        jax.Array
-    )  # int32 [], row of the next arrival in the trace, or the current piece or regime of the rates; else 0
-    phase: jax.Array  # float [], seconds already spent of the next recorded gap, or in the current piece; else 0
+    cursor: jax.Array  # int32 [], row of the next arrival in the trace, or current piece or regime of the rates; else 0
+    phase: jax.Array  # float [], seconds elapsed of the next recorded gap, or in the current piece; else 0
 
 
 def _state(cursor: ArrayLike, phase: ArrayLike) -> WorkloadState:
@@ -68,24 +66,24 @@ class PoissonArrivals(struct.PyTreeNode):
 
 
 class TraceArrivals(struct.PyTreeNode):
-    """The gaps of a recorded trace, in order, again from its first row after the last.
+    """The gaps of a recorded trace, in order. After the last row, the trace begins again.
 
-    `gaps[i]` leads from row i - 1 to row i; `gaps[0]` leads from the last row to the first when the trace loops, and is
-    the trace's mean gap. A fresh start at the first row has no gap, since its whole `gaps[0]` counts as spent.
+    `gaps[i]` is the time from row i - 1 to row i. `gaps[0]` is the time from the last row to the first one when the
+    trace loops; it is the mean gap of the trace. An episode that starts at the first row has no gap before it.
     """
 
     gaps: jax.Array  # float [T], recorded seconds, traced
     rate_scale: jax.Array  # float [], traced; 2 replays the trace at twice its rate (gaps halved)
     start_row: jax.Array  # int32 [], traced: the first arrival of an episode
     start_phase: jax.Array  # float [], traced: recorded seconds of that arrival's gap that lie before the start
-    random_start: bool = struct.field(pytree_node=False)  # static: an episode starts at a row drawn from its key
+    random_start: bool = struct.field(pytree_node=False)  # static: each episode starts at a random row
 
     @classmethod
     def create(cls, times: np.ndarray, rate_scale: float = 1.0, start: float | None = 0.0) -> TraceArrivals:
         """Arrivals at `times` (float64 [T] seconds, sorted, T >= 2).
 
-        `start`: recorded seconds after the first row at which every episode begins, or None: every episode begins at a
-        row drawn uniformly from its key, at that row's own arrival.
+        `start`: every episode begins this many recorded seconds after the first row. None: every episode begins at the
+        arrival of a row that is drawn uniformly from its key.
         """
         seconds = np.asarray(times, np.float64) - times[0] if len(times) else np.zeros(0)
         if len(seconds) < 2 or not seconds[-1] > 0:
@@ -97,7 +95,7 @@ class TraceArrivals(struct.PyTreeNode):
             raise UserError(f"start must lie within the trace's 0 to {seconds[-1]:.1f} s, is {start}")
         gaps = np.concatenate([[seconds[-1] / len(gaps)], gaps])
         row = int(np.searchsorted(seconds, start or 0.0))
-        # `start` lies in the gap that leads to `row`; at the first row nothing of the gap is left.
+        # `start` is within the gap before `row`. At the first row, no part of the gap is left.
         phase = gaps[0] if row == 0 else (start or 0.0) - seconds[row - 1]
         return cls(
             gaps=jnp.asarray(gaps, float),
@@ -131,8 +129,8 @@ class TraceArrivals(struct.PyTreeNode):
 class PiecewiseArrivals(struct.PyTreeNode):
     """A Poisson process whose rate is constant on each of K pieces and repeats after the last one.
 
-    Exact: the gap is where the cumulative hazard (rate integrated over time) has grown by an exponential of mean 1. The
-    state holds the piece and the seconds into it, never an absolute time.
+    The gaps are exact: a gap ends when the cumulative hazard (the integral of the rate over time) has increased by an
+    exponential variate with mean 1. The state has the piece and the seconds within it, never an absolute time.
     """
 
     durations: jax.Array  # float [K], seconds, all above 0, traced
@@ -169,14 +167,14 @@ class PiecewiseArrivals(struct.PyTreeNode):
         within = hazard < left * rate
         here = hazard / jnp.where(within, rate, 1.0)  # seconds from now, if the arrival falls into the current piece
 
-        # Otherwise: the rest of this piece, whole periods, then the first of the following pieces (the current one from
-        # its start comes last) by the end of which the hazard that is left is used up.
+        # Otherwise the gap consists of the rest of this piece, whole periods, and the following pieces (the current one
+        # last) up to the first piece in which the remaining hazard is used up.
         order = (state.cursor + 1 + jnp.arange(pieces, dtype=jnp.int32)) % pieces
         durations, rates = self.durations[order], self.rates[order]
         ends = jnp.cumsum(durations * rates)
         rest = jnp.maximum(hazard - left * rate, 0.0)
         periods = jnp.floor(rest / ends[-1])
-        # Kept below the last end against rounding, so that the piece found exists and has a rate above 0.
+        # Rounding must not exceed the last end, so that the piece exists and has a rate above 0.
         rest = jnp.clip(rest - periods * ends[-1], 0.0, ends[-1] * (1 - jnp.finfo(ends.dtype).eps))
         found = jnp.sum(ends <= rest)
         starts = jnp.cumsum(durations) - durations
@@ -194,14 +192,15 @@ class MarkovArrivals(struct.PyTreeNode):
     """Bursts: a Poisson process whose rate jumps between two regimes at random times (a two-state Markov-modulated
     Poisson process; Fischer and Meier-Hellstern, <https://doi.org/10.1016/0166-5316(93)90035-S>).
 
-    Exact, from two uniforms: with D the generator of the regimes less the rates on its diagonal, exp(D t) has the
-    probabilities that no request came in t seconds and the regime is then this or that. The gap is where their sum has
-    fallen to the first uniform, and the second one chooses the regime, in proportion to what it has times its rate.
-    An episode begins at a random time: in each regime as often as it lasts.
+    The gaps are exact and use two uniforms. Let D be the generator of the regimes with the rates subtracted from its
+    diagonal. exp(D t) has the probabilities that no request arrived within t seconds and that the process is then in
+    each regime. The gap is the time at which their sum has decreased to the first uniform. The second uniform chooses
+    the regime, in proportion to its probability times its rate. An episode begins at a random time, so the
+    probabilities of its first regime are proportional to the durations.
     """
 
     rates: jax.Array  # float [2], requests per second in each regime, traced; one may be 0
-    durations: jax.Array  # float [2], mean seconds that each lasts, above 0, traced
+    durations: jax.Array  # float [2], mean duration of each regime in seconds, above 0, traced
 
     @classmethod
     def create(cls, rates: Sequence[float] | np.ndarray, durations: Sequence[float] | np.ndarray) -> MarkovArrivals:
@@ -226,20 +225,20 @@ class MarkovArrivals(struct.PyTreeNode):
         """The state in the regime after the arrival, the gap to it (float [], s), row 0."""
         own, other = state.cursor, 1 - state.cursor
         rates, leaving = self.rates, 1 / self.durations
-        # -D has the eigenvalues slow < fast, half their distance is d; the slow one in a form without cancellation.
+        # -D has the eigenvalues slow < fast with half distance d; the formula of slow avoids cancellation.
         ends = rates + leaving
         middle, half = (ends[own] + ends[other]) / 2, (ends[other] - ends[own]) / 2
         d = jnp.sqrt(half * half + leaving[0] * leaving[1])
         slow = (rates[0] * rates[1] + rates[0] * leaving[1] + rates[1] * leaving[0]) / (middle + d)
 
         def remaining(time: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Probabilities of the own and the other regime and no request so far, over exp(-slow * time)."""
+            """Probabilities of no request and of the same and the other regime, each divided by exp(-slow * time)."""
             decayed = jnp.exp(-2 * d * time)
             rise = (1 - decayed) / (2 * d)
             return (1 + decayed) / 2 + half * rise, leaving[own] * rise
 
         hazard = -jnp.log(uniforms[0])
-        # The sum of the two is monotone in time, from 1 to this: that bounds the gap on both sides.
+        # The sum of the two is monotone in time, from 1 to this limit, which bounds the gap on both sides.
         last = jnp.log((1 + (half + leaving[own]) / d) / 2)
         low, high = (jnp.maximum(hazard + shift, 0) / slow for shift in (jnp.minimum(last, 0), jnp.maximum(last, 0)))
 

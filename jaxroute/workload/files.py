@@ -1,4 +1,4 @@
-"""Lines and numbers of user files, with every mistake reported as one `UserError` that names file, line and key."""
+"""Reads lines and numbers of user files; each error is one `UserError` that names file, line and key."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from jaxroute.errors import UserError
 
 MOST_TOKENS = 2**21 - 1
-"""Tokens of the longest request and of the largest KV cache that the simulator can count."""
+"""Maximum tokens of a request, and of a KV cache, that the simulator can count."""
 
 
 class Place:
-    """A line of a file, for messages."""
+    """A line of a file, for error messages."""
 
     def __init__(self, path: Path, line: int):
         self.path, self.line = path, line
@@ -26,18 +26,18 @@ class Place:
 
 
 def shown(value: Any) -> str:
-    """A value from a file, printable, on one line and not too long."""
+    """A value from a file as printable text on one line, shortened if necessary."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def names(found: Any) -> str:
-    """Names from a file as one list for a message."""
+    """Names from a file as one list for an error message."""
     return ", ".join(shown(name) for name in found) or "none"
 
 
 def read_lines(path: Path) -> Iterator[tuple[Place, str]]:
-    """The lines of a UTF-8 file that are not blank, without line ends (LF or CR LF) and byte order mark."""
+    """The non-blank lines of a UTF-8 file, without line ends (LF or CR LF) and byte order mark."""
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
@@ -69,7 +69,7 @@ def json_object(place: Place, line: str) -> dict[str, Any]:
 
 
 def member(place: Place, record: dict[str, Any], key: str, kind: type, inside: str = "") -> Any:
-    """`record[key]`, which must be there and of the JSON type `kind`; `inside` says where, for the message."""
+    """`record[key]`, which must exist and have the JSON type `kind`; `inside` is its place for error messages."""
     if key not in record:
         raise place.error(f"no '{key}'{inside}; it has {names(record)}")
     if not isinstance(record[key], kind):
@@ -79,7 +79,7 @@ def member(place: Place, record: dict[str, Any], key: str, kind: type, inside: s
 
 
 def tokens(place: Place, label: str, value: Any) -> int:
-    """A token count: a whole number from 1 to `MOST_TOKENS`, from JSON or as the text of a CSV cell."""
+    """A token count, an integer from 1 to `MOST_TOKENS`, from JSON or the text of a CSV cell."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10:
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_TOKENS:
@@ -90,7 +90,7 @@ def tokens(place: Place, label: str, value: Any) -> int:
 
 
 def number(place: Place, label: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite number from `low` to `high`, from JSON or as the text of a CSV cell."""
+    """A finite number from `low` to `high`, from JSON or the text of a CSV cell."""
     try:
         result = math.nan if isinstance(value, bool | list | dict | None) else float(value)
     except (ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Recorded prompts with the answers of several models and their scores, as a JSONL shaped like MixInstruct."""
+"""Reads prompts with the recorded answers and scores of several models from a JSONL file in MixInstruct's format."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ def load_mixinstruct(
     max_prompt_tokens: int | None = None,
     max_output_tokens: int | None = None,
 ) -> RequestTable:
-    """Reads the answers of `experts` (names as in `candidates[].model`, in this order) from a JSONL, a prompt a line.
+    """Reads the answers of `experts` (names as in `candidates[].model`, in this order) from JSONL, one prompt per line.
 
     A line has `instruction`, `input` (optional) and `candidates`, each with `model`, `text` and `scores[score]` from 0
-    to 1. Lengths come from `prompt_tokens` and `candidates[].output_tokens`, or else from the words of the texts times
-    `TOKENS_PER_WORD`, rounded up, at least 1. Predictions come from `candidates[].pred_output_tokens` and
-    `.pred_score`; where they are missing they are the truth with the frozen generator's errors
-    (`predict_with_frozen_errors`), drawn from a fixed seed. The table's flags say whether either was done, so that a
-    command can report it.
+    to 1. Lengths are `prompt_tokens` and `candidates[].output_tokens`; if missing, the number of words of the texts
+    times `TOKENS_PER_WORD`, rounded up, at least 1. Predictions are `candidates[].pred_output_tokens` and
+    `.pred_score`; if missing, the true values with the errors of the frozen generator (`predict_with_frozen_errors`),
+    drawn from a fixed seed. The flags of the table tell whether either was done, so that a command can report it.
 
-    `max_prompt_tokens` and `max_output_tokens` clip the lengths, true and predicted (MixInstruct itself: 256 and 256);
-    None keeps them.
+    `max_prompt_tokens` and `max_output_tokens` limit the true and predicted lengths (in MixInstruct 256 and 256); None
+    keeps them.
     """
     path, experts = Path(path), list(experts)
     if not experts:
@@ -87,7 +86,7 @@ def _answer(
     place: Place, name: str, candidate: dict[str, Any], score: str
 ) -> tuple[tuple[int, float, float, float], bool]:
     """(output tokens, score, predicted output tokens, predicted score), NaN for a missing prediction; and whether the
-    tokens are an estimate."""
+    number of tokens is an estimate."""
     inside = f" of candidate {shown(name)}"
     length, estimated = _length(place, candidate, "output_tokens", ("text",), inside)
     scores = member(place, candidate, "scores", dict, inside)
@@ -105,8 +104,8 @@ def _answer(
 def _length(
     place: Place, record: dict[str, Any], key: str, texts: tuple[str, ...], inside: str = ""
 ) -> tuple[int, bool]:
-    """`record[key]`, or an estimate from the words of the given texts (all but the first may be absent); and whether it
-    is one."""
+    """`record[key]`, or an estimate from the words of the texts (all but the first may be absent); and whether it is an
+    estimate."""
     if key in record:
         return tokens(place, f"'{key}'{inside}", record[key]), False
     words = len(member(place, record, texts[0], str, inside).split())
@@ -115,5 +114,5 @@ def _length(
 
 
 def _nearest(name: str, known: dict[str, Any]) -> list[str]:
-    """The known names, the most similar first."""
+    """The known names, most similar first."""
     return sorted(known, key=lambda other: -difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio())

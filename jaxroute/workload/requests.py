@@ -1,7 +1,7 @@
-"""What arrives: the lengths and scores of a request for every expert, true and predicted.
+"""Requests: the true and predicted lengths and scores for every expert.
 
-Each class has `num_experts`, `draws` (uniforms taken by one request) and `sample(uniforms [draws], row) -> Request`,
-which `Workload` calls; `row` is the arrival's row in the trace, used by `TraceRequests` alone.
+Each class has `num_experts`, `draws` (the number of uniforms per request) and `sample(uniforms [draws], row) ->
+Request`, which `Workload` calls; `row` is the arrival's row in the trace, which only `TraceRequests` uses.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from jaxroute.workload.table import RequestTable
 
 
 def _mixture(num_experts: int) -> np.ndarray:
-    """The frozen generator as a matrix: standard normals [3 + 3N] in, deviations from the means [1 + 4N] out.
+    """The frozen generator as a matrix from standard normals [3 + 3N] to deviations from the means [1 + 4N].
 
-    In: one for the prompt, the score's and the length's shared terms, then for each expert the score's own term, the
-    score prediction's noise and the length's own term. Out: log prompt tokens, then for each expert log output tokens,
-    their prediction, score, its prediction.
+    Inputs: the prompt, the shared terms of score and length, then for each expert its own term of the score, the noise
+    of the score prediction and its own term of the length. Outputs: log prompt tokens, then for each expert log output
+    tokens, their prediction, score, its prediction.
     """
     eye = np.eye(num_experts)
     own_score, noise, own_length = (slice(3 + i * num_experts, 3 + (i + 1) * num_experts) for i in range(3))
@@ -57,10 +57,10 @@ def _mixture(num_experts: int) -> np.ndarray:
 
 
 def _deviations(uniforms: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """Deviations of the log prompt tokens [] and, [4, N], of log output, its prediction, score and its prediction.
+    """Deviations of the log prompt tokens, [], and of log output, its prediction, score and its prediction, [4, N].
 
-    `uniforms` [3 + 3N] lie strictly between 0 and 1. A product with a matrix, since XLA would otherwise compute every
-    normal anew for each quantity that uses it: less than half the time on a CPU.
+    `uniforms` [3 + 3N] are strictly between 0 and 1. It is a matrix product because XLA would otherwise recompute every
+    normal for each quantity that uses it. On a CPU, the product takes less than half the time.
     """
     normals = jax.lax.erf_inv(2 * uniforms - 1)
     matrix = jnp.asarray(np.sqrt(2.0) * _mixture(num_experts), uniforms.dtype)
@@ -80,7 +80,7 @@ def _tokens(logarithm: jax.Array) -> jax.Array:
 
 
 class FrozenRequests(struct.PyTreeNode):
-    """The frozen generator of `paper-3` and `paper-6`; its constants and their meaning stand in `frozen.py`."""
+    """The frozen generator of `paper-3` and `paper-6`; `frozen.py` has its constants and formulas."""
 
     score_mean: jax.Array  # float [N], each expert's mean score, 0 to 1, traced
 
@@ -113,7 +113,7 @@ class FrozenRequests(struct.PyTreeNode):
 
 
 class TableRequests(struct.PyTreeNode):
-    """Requests from a table of T rows on the device; every request is a row drawn uniformly, with replacement."""
+    """Requests from a table of T rows on the device; every request is a row drawn uniformly with replacement."""
 
     rows: Request  # traced, every field with a leading axis [T]
 
@@ -150,10 +150,10 @@ class TableRequests(struct.PyTreeNode):
 
 
 class TraceRequests(struct.PyTreeNode):
-    """Lengths from the row of the trace that arrives; scores and predictions by the frozen generator's rules.
+    """Requests with the lengths of the arriving row of the trace; scores and predictions as in the frozen generator.
 
-    A trace records one output length, so every expert's true length is that one. The predicted length has the frozen
-    generator's error, exp((.35 - .5) z) times the truth, rounded down, at least 1; no length is capped here.
+    A trace records one output length, which is the true length at every expert. The predicted length has the frozen
+    generator's error: it is exp((.35 - .5) z) times the true length, rounded down, at least 1. Lengths are not limited.
     """
 
     prompt_tokens: jax.Array  # int32 [T], traced
@@ -178,8 +178,8 @@ class TraceRequests(struct.PyTreeNode):
 
     @property
     def draws(self) -> int:
-        """As many as the frozen generator takes."""
-        return 3 + 3 * self.num_experts  # those of the lengths' shared terms go unused
+        """The number of uniforms of one request, the same as of the frozen generator."""
+        return 3 + 3 * self.num_experts  # those of the shared terms of lengths are unused
 
     def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
         """The lengths of `row` (int32 []), with scores and predictions from `uniforms` [draws]."""

@@ -1,4 +1,4 @@
-"""Requests as rows in host memory: what the file loaders return."""
+"""Requests as rows in host memory, which the file loaders return."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Trace:
     times: np.ndarray  # float64 [T], seconds since the first arrival, ascending
     prompt_tokens: np.ndarray  # int32 [T], at least 1
     output_tokens: np.ndarray  # int32 [T], at least 1
-    first_time: float  # the first arrival in the file's own clock, seconds
+    first_time: float  # seconds, the first arrival on the clock of the file
 
 
 @dataclass(frozen=True)
@@ -26,5 +26,5 @@ class RequestTable:
     score: np.ndarray  # float64 [T, N], 0 to 1
     predicted_output_tokens: np.ndarray  # int32 [T, N], at least 1
     predicted_score: np.ndarray  # float64 [T, N]
-    predictions_made: bool  # the file lacked some prediction: the truth with the frozen generator's errors stands there
-    tokens_estimated: bool  # the file lacked some token count: estimated from the number of words
+    predictions_made: bool  # some predictions were missing; they are true values with the frozen generator's errors
+    tokens_estimated: bool  # some token counts were missing; they are estimated from the number of words

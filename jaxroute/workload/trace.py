@@ -1,4 +1,4 @@
-"""Recorded request traces: Azure LLM 2023 CSV, Mooncake JSONL, and this project's own CSV."""
+"""Reads recorded request traces: Azure LLM 2023 CSV, Mooncake JSONL, and jaxroute's CSV."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from jaxroute.workload.table import Trace
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MOONCAKE = ("timestamp", "input_length", "output_length")  # timestamp in ms
 OWN = ("arrival_time", "prompt_len", "output_len")  # arrival_time in seconds
-LONE_TICK = 3.0  # seconds a Mooncake tick lasts where the file has only one; those of the published traces do
+LONE_TICK = 3.0  # seconds per Mooncake tick if the file has only one; the published traces have ticks of 3 s
 
 _TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)?", re.ASCII)
 
 
 def load_trace(path: str | Path) -> Trace:
-    """Reads a trace; its format follows from the columns.
+    """Reads a trace. Its columns determine the format:
 
     - Azure LLM 2023 (github.com/Azure/AzurePublicDataset): CSV with TIMESTAMP (date and time; UTC unless it has an
       offset; any number of decimals), ContextTokens, GeneratedTokens.
-    - Mooncake (github.com/kvcache-ai/Mooncake): one JSON object a line with timestamp (ms), input_length,
-      output_length. Its timestamps come in 3-second ticks; the requests of a tick are spread over it evenly, the first
-      at its start. A tick lasts until the next timestamp, but no longer than the file's median step.
-    - This project's own: CSV with arrival_time (seconds), prompt_len, output_len.
+    - Mooncake (github.com/kvcache-ai/Mooncake): one JSON object per line with timestamp (ms), input_length,
+      output_length. Its timestamps are ticks of 3 seconds; the requests of a tick are spread evenly over it, beginning
+      at its start. A tick lasts until the next timestamp, but not longer than the median step of the file.
+    - jaxroute: CSV with arrival_time (seconds), prompt_len, output_len.
 
-    Other columns are ignored. Rows must be in order of time. Raises `UserError` on anything else.
+    Other columns are ignored. Rows must be ordered by time. Raises `UserError` for any other content.
     """
     path = Path(path)
     lines = read_lines(path)
@@ -56,7 +56,7 @@ def load_trace(path: str | Path) -> Trace:
     if not whole:
         raise UserError(f"{path}: has a header but no rows; a trace needs a row for each request")
 
-    # Whole seconds are subtracted as integers: a date's seconds since 1970 would cost digits of the fraction.
+    # Whole seconds are subtracted as integers: as floats, seconds since 1970 would lose digits of the fraction.
     times = np.subtract(whole, whole[0]) + np.subtract(fraction, fraction[0])
     return Trace(
         times=_spread(times) if mooncake else times,
@@ -66,7 +66,7 @@ def load_trace(path: str | Path) -> Trace:
     )
 
 
-_Row = tuple[Place, tuple[int, float], int, int]  # where, (whole seconds, fraction), prompt tokens, output tokens
+_Row = tuple[Place, tuple[int, float], int, int]  # place, (whole seconds, fraction), prompt tokens, output tokens
 
 
 def _mooncake_rows(first: tuple[Place, str], rest: Iterator[tuple[Place, str]]) -> Iterator[_Row]:
@@ -83,7 +83,7 @@ def _mooncake_rows(first: tuple[Place, str], rest: Iterator[tuple[Place, str]]) 
 def _csv_rows(first: tuple[Place, str], rest: Iterator[tuple[Place, str]]) -> Iterator[_Row]:
     header, line = first
     columns = _cells(line)
-    # The format that shares most columns, so that a missing one is named.
+    # The format with the most common columns, so that the message names the missing ones.
     layout = max((AZURE, OWN), key=lambda keys: len(set(keys) & set(columns)))
     missing = [key for key in layout if key not in columns]
     if len(missing) == len(layout):
@@ -115,7 +115,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _date(place: Place, text: str) -> tuple[int, float]:
-    """Seconds since 1970, whole and fraction apart; Python's own parser keeps six decimals, Azure writes seven."""
+    """Seconds since 1970: whole part and fraction. Python's parser reads six decimals, and Azure writes seven."""
     match = _TIMESTAMP.fullmatch(text)
     try:
         if match is None:
@@ -132,7 +132,7 @@ def _spread(times: np.ndarray) -> np.ndarray:
     """Spreads requests of equal times evenly over their tick."""
     ticks, tick_of, sizes = np.unique(times, return_inverse=True, return_counts=True)
     steps = np.diff(ticks)
-    usual = np.median(steps) if len(steps) else LONE_TICK  # a longer step holds ticks without requests
+    usual = np.median(steps) if len(steps) else LONE_TICK  # a longer step contains ticks without requests
     lengths = np.minimum(np.append(steps, usual), usual)
     place_in_tick = np.arange(len(times)) - (np.cumsum(sizes) - sizes)[tick_of]
     return times + (lengths / sizes)[tick_of] * place_in_tick

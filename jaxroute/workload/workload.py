@@ -1,4 +1,4 @@
-"""A workload: arrivals and requests together, sampled by key inside jit."""
+"""A workload: arrivals and requests, sampled from keys inside jit."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from jaxroute.workload.requests import FrozenRequests, TableRequests, TraceReque
 
 
 class Workload(struct.PyTreeNode):
-    """What arrives and when, for N experts. A pytree of traced leaves: a sweep vmaps over rates or mean scores.
+    """Arrivals and requests for N experts. It is a pytree of traced leaves: a sweep vmaps over rates or mean scores.
 
-    The kinds of arrivals and requests are part of the tree's structure, so choosing between them is free in a run.
+    The kinds of arrivals and requests are part of the structure of the tree, so they are selected at compile time.
     """
 
     arrivals: Arrivals
     requests: FrozenRequests | TableRequests | TraceRequests
-    true_lengths: bool = struct.field(pytree_node=False, default=False)  # static: predicted lengths are the true ones
+    true_lengths: bool = struct.field(
+        pytree_node=False, default=False
+    )  # static: predicted lengths are the true lengths
 
     @classmethod
     def create(
@@ -44,7 +46,7 @@ class Workload(struct.PyTreeNode):
         return self.requests.num_experts
 
     def reset(self, key: jax.Array) -> WorkloadState:
-        """The state before the first arrival; the key only matters to a trace with a random start."""
+        """The state before the first arrival; only a trace with a random start uses the key."""
         return self.arrivals.reset(key)
 
     def sample(self, key: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, Request]:
@@ -55,13 +57,13 @@ class Workload(struct.PyTreeNode):
         return self.next(self.draw(key), state)
 
     def draw(self, key: jax.Array) -> jax.Array:
-        """All the random numbers of one arrival at once: uniforms strictly between 0 and 1, float [draws]."""
+        """All random numbers of one arrival: uniforms strictly between 0 and 1, float [draws]."""
         uniforms = jax.random.uniform(key, (self.arrivals.draws + self.requests.draws,))
-        # JAX's uniforms are multiples of eps from 0 on; the middles of those cells are symmetric and never 0 or 1.
+        # JAX's uniforms are multiples of eps, including 0. The middles of their cells are symmetric, and never 0 or 1.
         return uniforms + jnp.finfo(uniforms.dtype).eps / 2
 
     def next(self, uniforms: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, Request]:
-        """As `sample`, from what `draw` gave."""
+        """Like `sample`, with the uniforms from `draw`."""
         count = self.arrivals.draws
         state, gap, row = self.arrivals.next(uniforms[:count], state)
         request = self.requests.sample(uniforms[count:], row)
