@@ -350,7 +350,7 @@ def _bits_equal(one: Any, other: Any) -> bool:
 
 
 def _check_observe(env: Any, params: Any, observation: Any, state: Any) -> None:
-    observe = jax.jit(lambda params, state: jax.vmap(env.observe, (None, 0))(params, state), compiler_options=_CHEAP)
+    observe = jax.jit(lambda state, params: jax.vmap(env.observe, (0, None))(state, params), compiler_options=_CHEAP)
     try:
         observed = observe(state, params)
     except Exception as error:
