@@ -130,7 +130,7 @@ def test_truncation_and_reset(default, bare):
         _equal(getattr(after.engines, field), getattr(fresh.engines, field))
     observation = jax.vmap(default.env.observe)
     params = _sweep(jaxroute.make("paper-3")[1])
-    wanted = jax.device_get(jax.jit(observation)(params, fresh))
+    wanted = jax.device_get(jax.jit(observation)(fresh, params))
     got = jax.tree.map(lambda leaf: leaf[EPISODE - 1], run.observation)
     np.testing.assert_allclose(_flat(got), _flat(wanted), rtol=1e-5, atol=1e-6)
 
