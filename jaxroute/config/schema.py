@@ -49,7 +49,7 @@ class EnvironmentConfig:
     discipline: Literal["vllm_v1", "vllm_v0", "orca"] | None  # how every engine schedules (simulation.md section 1)
     max_model_len: KVTokens | None  # most tokens of a request, prompt and output; None: the profile's own
     slots: Count | None  # requests (running and waiting) that one engine can hold
-    queue_nodes: Count  # running and waiting requests observed per expert, each
+    queue_nodes: Count | Literal["all"]  # running and waiting requests observed per expert, each; all: every one
     episode_length: Count  # requests per episode
     latency_limit: Positive | None  # L, seconds per output token
     penalty: Literal["predicted", "paper", "exact", "off"]  # form of the action impact estimator
@@ -93,7 +93,7 @@ class WorkloadConfig:
 class NetworkConfig:
     """Shapes of the heterogeneous graph attention network and the heads on it (simulation.md section 5)."""
 
-    kind: Literal["han", "flat"]  # flat: perceptrons on one vector; of the keys below it has mlp
+    kind: Literal["han", "han_jraph", "flat"]  # flat: perceptrons on one vector; of the keys below it has mlp
     hidden: Count
     heads: Count
     layers: Count
