@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxroute.environment.observation import GraphObservation
+from jaxroute.environment.observation import FullGraphObservation, GraphObservation
 
 
 def random_observation(seed: int, *batch: int, num_experts: int = 3, slots: int = 4) -> GraphObservation:
@@ -29,6 +29,18 @@ def random_observation(seed: int, *batch: int, num_experts: int = 3, slots: int 
         waiting_mask=queue_mask(),
         action_mask=jnp.ones((*batch, num_experts + 1), bool),
     )
+
+
+def with_whole_queues(obs: GraphObservation) -> FullGraphObservation:
+    """The same requests in slots that both queues share, running ones first, and slots to spare."""
+    slots = obs.running_mask.shape[-1]
+    queued = jnp.concatenate([obs.running, obs.waiting], axis=-2)
+    running = jnp.pad(obs.running_mask, [*[(0, 0)] * (obs.running_mask.ndim - 1), (0, slots)])
+    waiting = jnp.pad(obs.waiting_mask, [*[(0, 0)] * (obs.waiting_mask.ndim - 1), (slots, 0)])
+    order = jnp.argsort(~(running | waiting), axis=-1, stable=True)
+    running, waiting = (jnp.take_along_axis(mask, order, axis=-1) for mask in (running, waiting))
+    queued = jnp.take_along_axis(queued, order[..., None], axis=-2)
+    return FullGraphObservation(obs.arrived, obs.expert, queued, running, waiting, obs.action_mask)
 
 
 def with_empty_queues(obs: GraphObservation) -> GraphObservation:

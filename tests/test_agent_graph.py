@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxroute
 from jaxroute.agent import graph as graph_module
-from tests.network_cases import random_observation
+from tests.network_cases import random_observation, with_whole_queues
 
 
 def test_jraph_is_imported_in_one_module_only():
@@ -54,7 +54,7 @@ def test_nodes_and_edges_follow_the_observation():
     for kind, sender, receiver in zip(edge_types, graph.senders, graph.receivers, strict=True):
         ends = (types[sender], types[receiver])
         if kind == graph_module.PADDING:
-            assert graph_module.PADDING in ends
+            assert graph_module.PADDING in ends or sender == receiver == 0  # the arrived node is its own parent
         else:
             assert ends == tuple(map(graph_module.node_type, graph_module.EDGE_TYPES[kind - 1]))
     counts = [2, 2, *[int(obs.running_mask.sum())] * 2, *[int(obs.waiting_mask.sum())] * 2]
@@ -72,6 +72,47 @@ def test_conversion_works_under_jit_and_vmap():
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[2], graphs), alone)
 
 
+def test_a_batch_is_what_jraph_makes_of_its_graphs():
+    observations = random_observation(3, 2, 2)
+    alone = [
+        graph_module.to_graphs_tuple(jax.tree.map(lambda x, i=i, j=j: x[i, j], observations))
+        for i in range(2)
+        for j in range(2)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, graph_module.to_graphs_tuple(observations), jraph.batch(alone))
+
+
+def real_edges(graph: jraph.GraphsTuple) -> set[tuple[bytes, bytes, int]]:
+    """(features of the sender, of the receiver, type) of every edge that is not PADDING."""
+    features = np.asarray(graph.nodes["features"])
+    edges = zip(graph.edges["type"].tolist(), graph.senders.tolist(), graph.receivers.tolist(), strict=True)
+    return {(features[i].tobytes(), features[j].tobytes(), kind) for kind, i, j in edges if kind}
+
+
+def test_packing_leaves_out_padding_and_graphs_that_are_not_chosen():
+    graph = graph_module.to_graphs_tuple(random_observation(4, 4))
+    chosen = jnp.array([True, False, True, True])
+    kept = [single for single, wanted in zip(jraph.unbatch(graph), chosen, strict=True) if wanted]
+    counts = [int((single.nodes["type"] != graph_module.PADDING).sum()) for single in kept]
+    room = sum(counts) + 3
+    packed = jax.jit(graph_module.pack, static_argnums=2)(graph, chosen, room)
+    np.testing.assert_array_equal(packed.n_node, [counts[0], 0, *counts[1:], 3])
+    np.testing.assert_array_equal(packed.n_edge, 2 * packed.n_node)
+    assert (packed.nodes["type"][:-3] != graph_module.PADDING).all()
+    assert (packed.nodes["type"][-3:] == graph_module.PADDING).all() and (packed.nodes["features"][-3:] == 0).all()
+    assert real_edges(packed) == set.union(*map(real_edges, kept))
+    exact = graph_module.pack(graph, chosen, sum(counts))
+    np.testing.assert_array_equal(exact.nodes["features"], packed.nodes["features"][:-3])
+    assert real_edges(exact) == real_edges(packed)
+
+
+def test_whole_queues_are_the_same_graph():
+    obs = random_observation(5, 3)
+    either = (graph_module.to_graphs_tuple(x) for x in (obs, with_whole_queues(obs)))
+    shown, whole = (real_edges(graph) for graph in either)
+    assert shown == whole
+
+
 def test_attention_sums_to_the_neighbours_features_when_they_are_equal():
     """Weights sum to 1 over a destination's neighbours, and a destination without neighbours gets zeros."""
     obs = random_observation(3)
@@ -79,17 +120,21 @@ def test_attention_sums_to_the_neighbours_features_when_they_are_equal():
     vectors = jax.random.normal(jax.random.key(0), (2, len(graph_module.EDGE_TYPES), 2, 3))
     heard = jax.jit(graph_module.attend)(graph, jnp.ones((graph.nodes["type"].shape[0], 2, 3)), *vectors)
     experts = slice(1, 4)
-    running = np.array(obs.running_mask).any(1).astype(float)
-    np.testing.assert_allclose(heard[2, experts, 0, 0], running, atol=1e-6)
-    np.testing.assert_allclose(heard[0, experts, 1, 2], 1.0, atol=1e-6)
-    np.testing.assert_allclose(heard[1, 1:], 0.0)
+    assert graph_module.edges_into("expert") == [0, 2, 4]  # arrived, running, waiting
+    running, waiting = (np.array(mask).any(1).astype(float) for mask in (obs.running_mask, obs.waiting_mask))
+    np.testing.assert_allclose(heard[experts, 0, 1, 2], 1.0, atol=1e-6)
+    np.testing.assert_allclose(heard[experts, 1, 0, 0], running, atol=1e-6)
+    np.testing.assert_allclose(heard[experts, 2, 1, 0], waiting, atol=1e-6)
+    real = np.array(graph.nodes["type"]) != graph_module.PADDING
+    np.testing.assert_allclose(heard[real, 0], 1.0, atol=1e-6)
+    np.testing.assert_allclose(heard[~real], 0.0)
+    np.testing.assert_allclose(heard[4:, 1:], 0.0)
+    np.testing.assert_allclose(heard[0, 1:], 0.0)
 
 
 def test_graph_mean_is_taken_within_each_graph():
     graph = jraph.batch(
         [graph_module.to_graphs_tuple(random_observation(seed, num_experts=1, slots=1)) for seed in (0, 1)]
     )
-    values = jnp.arange(8.0)
-    mask = jnp.array([True, True, False, False, True, False, False, True])
-    np.testing.assert_allclose(graph_module.graph_mean(graph, values, mask), [0.5] * 4 + [5.5] * 4)
-    np.testing.assert_allclose(graph_module.graph_mean(graph, values, jnp.zeros(8, bool)), 0.0)
+    nodes, values = jnp.array([0, 1, 4, 7, 8]), jnp.array([0.0, 1.0, 4.0, 7.0, jnp.nan])  # node 8 is none
+    np.testing.assert_allclose(graph_module.graph_mean(graph, nodes, values)[:4], [0.5, 0.5, 5.5, 5.5])

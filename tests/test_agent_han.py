@@ -14,7 +14,7 @@ import pytest
 from jaxroute.agent.graph import EDGE_TYPES, NODE_TYPES, feature_widths, to_graphs_tuple
 from jaxroute.agent.han import HAN
 from jaxroute.environment.observation import GraphObservation
-from tests.network_cases import random_observation, random_params, with_empty_queues
+from tests.network_cases import random_observation, random_params, with_empty_queues, with_whole_queues
 
 REFERENCE = Path(__file__).parent / "data" / "han_reference" / "han_two_layers.npz"
 SLOTS = 6  # more than the reference's longest queue: some slots are padding
@@ -73,7 +73,9 @@ def test_gives_the_reference(reference, layers, output, path):
     if path == "dense":
         nodes = jax.jit(network.apply)(reference_params(reference), obs)
     else:
-        nodes = by_name(on_graph(network)(reference_params(reference), to_graphs_tuple(obs), feature_widths(obs)), obs)
+        nodes = by_name(
+            on_graph(network)(reference_params(reference), to_graphs_tuple(obs), feature_widths(obs), 3), obs
+        )
     for queue in ("running", "waiting"):
         nodes[queue] = nodes[queue][queue_places(reference, queue)]
     for name in NODE_TYPES:
@@ -82,7 +84,7 @@ def test_gives_the_reference(reference, layers, output, path):
 
 
 def on_graph(network: HAN):
-    return jax.jit(functools.partial(network.apply, method=HAN.on_graph), static_argnums=2)
+    return jax.jit(functools.partial(network.apply, method=HAN.on_graph), static_argnums=(2, 3))
 
 
 def by_name(nodes: jax.Array, obs: GraphObservation) -> dict[str, jax.Array]:
@@ -111,9 +113,10 @@ def padded_graph(observations: GraphObservation) -> jraph.GraphsTuple:
 def paths(network: HAN, observations: GraphObservation):
     """Both ways from parameters to embeddings by node type."""
     graph, widths = padded_graph(observations), feature_widths(observations)
+    num_experts = observations.running_mask[..., 0].size
 
     def jraph_path(params):
-        nodes = network.apply(params, graph, widths, method=HAN.on_graph)
+        nodes = network.apply(params, graph, widths, num_experts, method=HAN.on_graph)
         return by_name(nodes[:-SPARE_NODES], observations)
 
     return lambda params: network.apply(params, observations), jraph_path
@@ -146,7 +149,7 @@ def test_padding_of_a_graph_changes_nothing():
     graph, params = to_graphs_tuple(obs), random_params(network, obs)
     bigger = padded_graph(jax.tree.map(lambda x: x[None], obs))
     apply = on_graph(network)
-    nodes, padded = apply(params, graph, feature_widths(obs)), apply(params, bigger, feature_widths(obs))
+    nodes, padded = (apply(params, x, feature_widths(obs), 3) for x in (graph, bigger))
     assert_close(padded[:-SPARE_NODES], nodes, 1e-6)
     assert (padded[-SPARE_NODES:] == 0).all()
 
@@ -156,7 +159,7 @@ def test_graphs_can_be_vmapped():
     observations = random_observation(2, 3)
     params, widths = random_params(network, observations), feature_widths(observations)
     graphs = jax.vmap(to_graphs_tuple)(observations)
-    mapped = jax.jit(jax.vmap(lambda graph: network.apply(params, graph, widths, method=HAN.on_graph)))(graphs)
+    mapped = jax.jit(jax.vmap(lambda graph: network.apply(params, graph, widths, 3, method=HAN.on_graph)))(graphs)
     assert_close(by_name(mapped, observations), jax.jit(network.apply)(params, observations), 1e-5)
 
 
@@ -198,6 +201,72 @@ def test_any_number_of_leading_axes():
     outputs = jax.jit(network.apply)(params, batched)
     alone = jax.jit(network.apply)(params, jax.tree.map(lambda x: x[1, 2], batched))
     assert_close(jax.tree.map(lambda x: x[1, 2], outputs), alone, 1e-5)
+
+
+def embeddings_both_ways(network: HAN):
+    """Embeddings [B, 1 + N, hidden] of arrived nodes and experts: on the dense path, and by parts of the batch."""
+
+    def dense(params, obs):
+        nodes = network.apply(params, obs)
+        embedded = jnp.concatenate([nodes["arrived"][..., None, :], nodes["expert"]], axis=-2)
+        return embedded.reshape(-1, *embedded.shape[-2:])
+
+    return dense, lambda params, obs: network.apply(params, obs, method=HAN.embed_by_graph)
+
+
+def gradients_both_ways(network: HAN):
+    """For each way, (params, features by name, obs) -> gradients for params and features, and the embeddings."""
+
+    def gradient(embed):
+        def loss(params, features, obs):
+            output = embed(params, obs.replace(**features))
+            # Each number has a weight of its own, so that none can stand for another.
+            return (output * jnp.sin(jnp.arange(output.size)).reshape(output.shape)).sum(), output
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+    return map(gradient, embeddings_both_ways(network))
+
+
+@pytest.mark.parametrize(("num_experts", "batch", "whole"), [(1, (4,), True), (3, (2, 5), False), (6, (), False)])
+def test_embedding_by_graph_is_the_dense_path(num_experts, batch, whole):
+    network = HAN(hidden=12, heads=3, layers=1)
+    dense, by_graph = gradients_both_ways(network)
+    random = random_observation(8, *batch, num_experts=num_experts, slots=7)
+    full = jax.tree.map(lambda x: jnp.ones_like(x) if x.dtype == bool else x, random)  # takes several parts
+    params = random_params(network, random)
+    for obs in (random, full, with_empty_queues(random)):
+        obs = with_whole_queues(obs) if whole else obs
+        masks = {"running": obs.running_mask, "waiting": obs.waiting_mask}
+        masks = {"queued": masks["running"] | masks["waiting"]} if whole else masks
+        features = {name: getattr(obs, name) for name in ("arrived", "expert", *masks)}
+        garbage = {name: jnp.where(mask[..., None], features[name], jnp.nan) for name, mask in masks.items()}
+        expected_gradient, expected = dense(params, features, obs)
+        gradient, output = by_graph(params, {**features, **garbage}, obs)
+        assert output.shape == (np.prod(batch, dtype=int), 1 + num_experts, 12)
+        assert_close(output, expected, 1e-5)
+        assert_close(gradient, expected_gradient, 1e-4)
+
+
+def test_embedding_by_graph_can_be_vmapped_over_observations_and_weights():
+    network = HAN(hidden=12, heads=3, layers=1)
+    obs = random_observation(9, 2, 3)
+    params = random_params(network, obs)
+    both = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
+
+    def squares(embed, params, obs):
+        output = embed(params, obs)
+        return (output**2).sum(), output
+
+    dense, by_graph = (
+        jax.jit(jax.vmap(jax.grad(functools.partial(squares, embed), has_aux=True)))(both, obs)
+        for embed in embeddings_both_ways(network)
+    )
+    assert_close(by_graph, dense, 1e-4)
+    one_by_one = jax.jit(jax.vmap(embeddings_both_ways(network)[1], (None, 0)))(
+        params, jax.tree.map(lambda x: x[0], obs)
+    )
+    assert_close(one_by_one[:, 0], dense[1][0], 1e-5)
 
 
 def test_empty_queues_give_finite_outputs_and_gradients():

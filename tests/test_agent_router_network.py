@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,14 @@ def test_shapes_and_batch_axes(apply, params):
     assert logits.shape == (2, 5, 4) and q.shape == (2, 5, 2, 4)
     mapped = jax.vmap(jax.vmap(lambda x: apply(params, x)))(obs)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), mapped, (logits, q))
+
+
+def test_both_paths_of_the_encoder_give_the_same_from_the_same_weights(network, params, apply):
+    by_graph = network.clone(encoder_path="jraph")
+    obs = random_observation(8, 2, 3)
+    assert jax.eval_shape(by_graph.init, jax.random.key(0), obs) == jax.eval_shape(network.init, jax.random.key(0), obs)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, jax.jit(by_graph.apply)(params, obs), apply(params, obs))
 
 
 def test_methods_compose_to_the_call(apply, params):

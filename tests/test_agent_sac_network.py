@@ -59,4 +59,6 @@ def test_learns_to_route_by_score() -> None:
     possible = jnp.where(observation.action_mask, rewards, -1.0)
     chosen = jnp.take_along_axis(possible, actions[:, None], axis=1)
     assert chosen.min() >= 0  # nothing barred
+    one_by_one = jax.lax.map(lambda x: router(jax.random.key(0), x, None, None), observation)
+    assert (one_by_one == actions).all()  # above, as one batch
     assert chosen.mean() > 0.97 * possible.max(axis=1).mean()

@@ -11,12 +11,12 @@ import jax
 import pytest
 
 from benchmarks import __main__ as suite
-from benchmarks import baselines, device, engine
+from benchmarks import baselines, device, encoder, engine
 from benchmarks.decisions import Setting, decisions_table
 from benchmarks.harness import Column, table
 from jaxroute.config.loader import load_config
 
-ENTRIES = ("advance", "environment", "policy", "training", "engine", "device", "__main__")
+ENTRIES = ("advance", "environment", "policy", "training", "encoder", "engine", "device", "__main__")
 SMALL = ["--quick", "--repeats", "1"]
 FEW = [*SMALL, "--num-envs", "2", "--experts", "2", "--slots", "4", "--steps", "5"]
 TINY_AGENT = [
@@ -81,6 +81,21 @@ def test_training(tmp_path):
     assert row["median"] > 0
     assert row["updates"] == pytest.approx(row["median"] / 2)
     assert row["critic_loss"] is not None, "no chunk learned"
+
+
+def test_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "QUEUE_NODES", ("all",))
+    monkeypatch.setattr(encoder, "SETTLED_STEPS", 2)
+    path = tmp_path / "out.json"
+    tiny = [*TINY_AGENT, "training.num_envs=2", "training.buffer_capacity=8"]
+    assert command("encoder", *SMALL, "--batches", "2", "--json", str(path), *tiny) == 0
+    record = read(path)
+    (row,), (training,) = record["rows"], record["training"]
+    assert row["batch"] == 2 and row["queue_nodes"] == training["queue_nodes"] == "all" and row["requests"] > 0
+    for kind in ("han", "han_jraph"):
+        assert row[f"forward_{kind}"] > 0 and row[f"gradient_{kind}"] > 0 and training[f"frames_{kind}"] > 0
+    # A request is 7 features and a place in two masks; there are 3 experts with 4 slots.
+    assert training["transition_bytes"] == 4 * (2 + 21 + 3 * 4 * 7) + 2 * 3 * 4 + 4 + 4 * 3 + 2
 
 
 def test_engine(tmp_path, monkeypatch):
@@ -160,6 +175,7 @@ def test_table_shows_what_is_missing_as_a_dash():
         ("policy", ["--json", "/nowhere/out.json"], "/nowhere/out.json"),
         ("engine", ["--ways", "leaps"], "leaps"),
         ("training", ["training.nmu_envs=3"], "nmu_envs"),
+        ("encoder", ["--experts", "4"], "--experts"),
         ("training", ["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         ("device", ["--parts", "everything"], "everything"),
         ("__main__", ["--out", "/proc/nowhere"], "/proc/nowhere"),

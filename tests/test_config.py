@@ -96,8 +96,11 @@ def test_a_range_of_rates_scales_a_trace(tmp_path):
     assert experiment.training_params.workload.arrivals.rate_scale.shape == (64,)  # pyright: ignore
 
 
-def test_networks_of_either_kind():
+def test_networks_of_each_kind():
     assert isinstance(build_experiment(load_config(None, ["network.kind=flat"])).network, FlatNetwork)
+    by_graph = build_experiment(load_config(None, ["network.kind=han_jraph", "environment.queue_nodes=all"]))
+    assert by_graph.network == build_experiment(load_config()).network.clone(encoder_path="jraph")
+    assert by_graph.env.queue_nodes == "all"
     assert isinstance(build_experiment(load_config()).network, RouterNetwork)
 
 
@@ -198,7 +201,9 @@ def test_saved_configuration_is_read_back_whole(tmp_path):
         ("agent.gamma=1.1", "agent.gamma: expected a number above 0, at most 1, got 1.1"),
         ("training.buffer_capacity=1000", "training.buffer_capacity: expected a multiple of training.num_envs (64)"),
         ("training.rate_range=[3]", "training.rate_range: expected two numbers above 0, the smaller first"),
-        ("network.kind=mlp", "network.kind: expected one of han, flat"),
+        ("network.kind=mlp", "network.kind: expected one of han, han_jraph, flat, got 'mlp'"),
+        ("environment.queue_nodes=0", "queue_nodes: expected a whole number of 1 or more, or all, got 0"),
+        ("environment.queue_nodes=every", "queue_nodes: expected a whole number of 1 or more, or all, got 'every'"),
         ("training.frames=63", "training.frames=63: expected 128 or more, two steps of training.num_envs=64"),
         ("evaluation.episodes=1", "evaluation.episodes: expected a whole number of 2 or more"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -196,6 +197,30 @@ def test_observations_are_finite_and_normalised(default, bare):
     np.testing.assert_array_equal(flatten(graph), flat[7, 0])
 
 
+def test_all_queue_nodes_are_every_request_at_each_expert(default, params):
+    states = jax.tree.map(lambda leaf: leaf[1:], default.run.before)
+    env = replace(default.env, queue_nodes="all")
+    see = jax.jit(jax.vmap(jax.vmap(env.observe), in_axes=(0, None)))
+    whole, cut = jax.device_get(see(states, params)), jax.tree.map(lambda leaf: leaf[:-1], default.run.observation)
+    np.testing.assert_array_equal(whole.running_mask.sum(axis=-1), states.engines.num_running)
+    held = whole.running_mask | whole.waiting_mask
+    np.testing.assert_array_equal(held.sum(axis=-1), states.engines.num_requests)
+    assert held.shape[-1] == SLOTS and not (whole.running_mask & whole.waiting_mask).any()
+    assert (held.sum(axis=-1) > 20).any(), "never more than the ten of each queue"
+    assert not whole.queued[~held].any()
+    # All else is what ten nodes of each queue show, in the same order: features that are relative to K too.
+    for name in ("arrived", "expert", "action_mask"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(cut, name))
+    for queue in ("running", "waiting"):
+        mask = getattr(whole, f"{queue}_mask")
+        shown = mask & (mask.cumsum(axis=-1) <= 10)
+        np.testing.assert_array_equal(whole.queued[shown], getattr(cut, queue)[getattr(cut, f"{queue}_mask")])
+    one = jax.tree.map(lambda leaf: leaf[5, 0], whole)
+    assert env.observation_space().contains(one)
+    flat = replace(env, obs="flat").observation_space()
+    assert flat.contains(flatten(jax.tree.map(jnp.asarray, one))) and flat.shape[0] == 2 + 3 * 7 + 3 * SLOTS * 9 + 4
+
+
 def test_recent_load_is_0_until_a_gap_is_known(default, params):
     gap, env = default.run.before.recent_gap[1:], default.env
     node_time = np.asarray(params.latency_limit * params.token_scale) / env.num_experts / env.queue_nodes
@@ -251,6 +276,8 @@ def test_environments_are_values():
         (lambda: jaxroute.make("paper-4"), ("paper-4", "paper-3", "paper-6")),
         (lambda: jaxroute.make("paper-3", slot=3), ("slot", "slots")),
         (lambda: jaxroute.make("paper-3", num_experts=3), ("num_experts",)),
+        (lambda: jaxroute.make("paper-3", queue_nodes="every"), ("queue_nodes", "at least 1, or 'all'", "'every'")),
+        (lambda: jaxroute.make("paper-3", slots="all"), ("slots must be a whole number of at least 1, not 'all'",)),
         (lambda: make_params(["alpaca-native"], latency_limit=0.0), ("latency_limit", "above 0")),
         (lambda: make_params(["alpaca-native"], latency_limit=-1.0), ("latency_limit", "-1.0")),
         (lambda: make_params(["alpaca-native"], latency_limit=float("nan")), ("latency_limit", "nan")),

@@ -100,6 +100,21 @@ def test_same_seed_same_numbers(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_whole_queues_on_the_jraph_path(tmp_path, capsys):
+    """Trained and evaluated; the checkpoint serves the dense path, which decides the same."""
+    folder = tmp_path / "graphs"
+    whole = ["network.kind=han_jraph", "environment.queue_nodes=all"]
+    assert train.main([*TINY, *whole, "evaluation.routers=[trained]", "--out", str(folder)]) == 0
+    assert records(folder)[1]["critic_loss"] > 0
+    by_graph = json.loads((folder / "evaluation.json").read_text())["routers"]["trained"]["qos_per_episode"]
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("kind: han_jraph", "kind: han"))
+    assert evaluate.main([str(folder)]) == 0
+    mean = f"{np.mean(by_graph):.4f}".lstrip("0")
+    assert mean in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_evaluate_repeats_the_evaluation(run, capsys, monkeypatch):
     results = []
     compare = evaluate.compare

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute.agent.router_network import NEAR_ZERO, ActorCritic, Dense
-from jaxroute.environment.observation import GraphObservation, flatten
+from jaxroute.environment.observation import RoutingGraph, flatten
 
 
 class FlatEmbedding(flax.struct.PyTreeNode):
@@ -31,7 +31,7 @@ class FlatNetwork(ActorCritic):
         self.actor = FlatValues(self.mlp, copies=1)
         self.critic = FlatValues(self.mlp, copies=2)
 
-    def encode(self, obs: GraphObservation) -> FlatEmbedding:
+    def encode(self, obs: RoutingGraph) -> FlatEmbedding:
         """The observation itself, as one vector: there are no weights before the heads."""
         features = flatten(obs)
         return FlatEmbedding(features.reshape(-1, features.shape[-1]).T[:, None], obs.action_mask)

@@ -1,4 +1,4 @@
-"""The routing graph as a `jraph.GraphsTuple`, and the segment operations that attention on it needs.
+"""Observations as one batched `jraph.GraphsTuple`, and the segment operations that attention on it needs.
 
 The only module that imports jraph (frozen since 2022), so that only this file has to change if jraph breaks.
 
@@ -8,13 +8,14 @@ message, a node of it stays zero. `jraph.pad_with_graphs` fills with zeros, so w
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import jraph
+import numpy as np
 
-from jaxroute.environment.observation import GraphObservation
+from jaxroute.environment.observation import FullGraphObservation, RoutingGraph
 
 GraphsTuple = jraph.GraphsTuple
 
@@ -28,6 +29,7 @@ EDGE_TYPES = (  # (source, destination); integer type = index + 1
     ("waiting", "expert"),
     ("expert", "waiting"),
 )
+QUEUES = ("running", "waiting")
 LEAKY_SLOPE = 0.2  # of the attention's LeakyReLU
 
 
@@ -36,87 +38,146 @@ def node_type(name: str) -> int:
     return NODE_TYPES.index(name) + 1
 
 
-def feature_widths(obs: GraphObservation) -> tuple[int, ...]:
+def edges_into(name: str) -> list[int]:
+    """The positions in EDGE_TYPES of the edge types that reach nodes called `name`."""
+    return [index for index, (_, destination) in enumerate(EDGE_TYPES) if destination == name]
+
+
+MOST_EDGE_TYPES = max(len(edges_into(name)) for name in NODE_TYPES)  # that reach one node: 3, an expert
+
+# For each integer type of an edge, its place among the edge types that reach the same nodes.
+_PLACES = np.array([0, *(edges_into(destination).index(i) for i, (_, destination) in enumerate(EDGE_TYPES))])
+# For each integer type of a node, the types of the edges to its parent and from it (see `to_graphs_tuple`).
+_PARENTS = {"expert": "arrived", "running": "expert", "waiting": "expert"}
+_TO_PARENT, _FROM_PARENT = (
+    np.array([PADDING, *(EDGE_TYPES.index(edge(name)) + 1 if name in _PARENTS else PADDING for name in NODE_TYPES)])
+    for edge in (lambda name: (name, _PARENTS[name]), lambda name: (_PARENTS[name], name))
+)
+
+
+def feature_widths(obs: RoutingGraph) -> tuple[int, ...]:
     """Number of features of each node type, in the order of NODE_TYPES."""
     return tuple(getattr(obs, name).shape[-1] for name in NODE_TYPES)
 
 
-def to_graphs_tuple(obs: GraphObservation) -> jraph.GraphsTuple:
-    """One graph of one (unbatched) observation; works under jit and vmap, since no shape depends on the masks.
+def to_graphs_tuple(obs: RoutingGraph) -> jraph.GraphsTuple:
+    """The graphs of observations with any leading batch axes, B in all, as one batch.
 
-    Nodes, V = 1 + N + 2 N K, in this order: arrived, experts, running slots (expert by expert), waiting slots:
-    `{"type": int32 [V], "features": float32 [V, widest type]}`. Edges, E = 2 N + 4 N K: `{"type": int32 [E]}`.
-    A queue slot without a request is a PADDING node of zeros, and its two edges are PADDING edges.
+    Nodes `{"type": int32 [V], "features": float32 [V, widest type]}`: those of a graph are, in this order, arrived,
+    experts, running slots (expert by expert), waiting slots, so 1 + N + 2 N K of them; of a `FullGraphObservation`,
+    arrived, experts, queue slots, 1 + N + N S. A slot without a request is a PADDING node of zeros.
+
+    Edges `{"type": int32 [2 V]}`: two for each node, to its parent and from it, in the order of the nodes. The parent
+    of an expert is the arrived node, that of a request its expert. The arrived node and PADDING nodes have none: their
+    edges are PADDING.
+
+    No shape depends on the masks, so this works under jit and vmap.
     """
-    num_experts, slots = obs.running_mask.shape
-    queued = num_experts * slots
-    running_mask, waiting_mask = obs.running_mask.reshape(-1), obs.waiting_mask.reshape(-1)
+    num_experts, slots = obs.running_mask.shape[-2:]
+    num_graphs, widest = obs.arrived[..., 0].size, max(feature_widths(obs))
+    running, waiting = (jnp.where(getattr(obs, f"{name}_mask"), node_type(name), PADDING) for name in QUEUES)
+    if isinstance(obs, FullGraphObservation):
+        queues = [(obs.queued, running + waiting)]  # a request is in one queue, so that the other's type is 0
+    else:
+        queues = [(obs.running, running), (obs.waiting, waiting)]
+    blocks = [
+        (obs.arrived, jnp.full(num_graphs, node_type("arrived"))),
+        (obs.expert, jnp.full((num_graphs, num_experts), node_type("expert"))),
+        *queues,
+    ]
 
-    widest = max(feature_widths(obs))
-    rows = (
-        obs.arrived[None],
-        obs.expert,
-        jnp.where(running_mask[:, None], obs.running.reshape(queued, -1), 0.0),
-        jnp.where(waiting_mask[:, None], obs.waiting.reshape(queued, -1), 0.0),
-    )
-    features = jnp.concatenate([jnp.pad(x, ((0, 0), (0, widest - x.shape[1]))) for x in rows])
-    real = (jnp.ones(1, bool), jnp.ones(num_experts, bool), running_mask, waiting_mask)
-    node_types = jnp.concatenate([jnp.where(mask, i + 1, PADDING) for i, mask in enumerate(real)])
+    def rows(features: jax.Array) -> jax.Array:
+        features = features.reshape(num_graphs, -1, features.shape[-1])
+        return jnp.pad(features, ((0, 0), (0, 0), (0, widest - features.shape[-1])))
 
-    arrived = jnp.zeros(num_experts, jnp.int32)
-    expert = 1 + jnp.arange(num_experts, dtype=jnp.int32)
-    owner = jnp.repeat(expert, slots)
-    running = 1 + num_experts + jnp.arange(queued, dtype=jnp.int32)
-    waiting = running + queued
-    ends = {  # (source nodes, destination nodes, real edges) per EDGE_TYPES
-        ("arrived", "expert"): (arrived, expert, real[1]),
-        ("expert", "arrived"): (expert, arrived, real[1]),
-        ("running", "expert"): (running, owner, running_mask),
-        ("expert", "running"): (owner, running, running_mask),
-        ("waiting", "expert"): (waiting, owner, waiting_mask),
-        ("expert", "waiting"): (owner, waiting, waiting_mask),
-    }
-    edge_types = jnp.concatenate([jnp.where(ends[pair][2], i + 1, PADDING) for i, pair in enumerate(EDGE_TYPES)])
+    types = jnp.concatenate([types.reshape(num_graphs, -1) for _, types in blocks], axis=1)
+    size = types.shape[1]
+    experts = np.repeat(1 + np.arange(num_experts), slots)
+    parents = np.concatenate([np.zeros(1 + num_experts, np.int32), *[experts] * len(queues)])
+    parents = jnp.asarray(parents + size * np.arange(num_graphs)[:, None], jnp.int32).reshape(-1)
+    types = types.reshape(-1)
+    features = jnp.concatenate([rows(features) for features, _ in blocks], axis=1).reshape(-1, widest)
+    nodes, n_node = jnp.arange(len(types)), jnp.full(num_graphs, size, jnp.int32)
+    edge_types = jnp.asarray(_TO_PARENT)[types], jnp.asarray(_FROM_PARENT)[types]
     return jraph.GraphsTuple(
-        nodes={"type": node_types.astype(jnp.int32), "features": features},
-        edges={"type": edge_types.astype(jnp.int32)},
-        senders=jnp.concatenate([ends[pair][0] for pair in EDGE_TYPES]),
-        receivers=jnp.concatenate([ends[pair][1] for pair in EDGE_TYPES]),
-        n_node=jnp.array([features.shape[0]], jnp.int32),
-        n_edge=jnp.array([edge_types.shape[0]], jnp.int32),
+        nodes={"type": types, "features": jnp.where((types != PADDING)[:, None], features, 0.0)},
+        edges={"type": jnp.stack(edge_types, axis=1).reshape(-1)},
+        senders=jnp.stack([nodes, parents], axis=1).reshape(-1),
+        receivers=jnp.stack([parents, nodes], axis=1).reshape(-1),
+        n_node=n_node,
+        n_edge=2 * n_node,
         globals=None,
     )
 
 
+def pack(graph: jraph.GraphsTuple, chosen: jax.Array, num_nodes: int) -> jraph.GraphsTuple:
+    """The `chosen` (bool [B]) of the graphs of `to_graphs_tuple` without PADDING nodes, with V = `num_nodes`.
+
+    A graph that is not chosen has no nodes. Nodes that are left over are one more graph, of PADDING, at the end. There
+    must not be more than `num_nodes` real nodes.
+    """
+    types = _types(graph.nodes)
+    by_graph = (types != PADDING).reshape(len(chosen), -1) & chosen[:, None]
+    real = by_graph.reshape(-1)
+    kept = find(real, num_nodes)
+
+    def take(rows: jax.Array) -> jax.Array:
+        return rows.at[kept].get(mode="fill", fill_value=0)
+
+    def take_edges(rows: jax.Array) -> jax.Array:
+        return take(rows.reshape(-1, 2)).reshape(-1)
+
+    index = jnp.cumsum(real) - 1  # of a real node among those that are kept
+    n_node = by_graph.sum(axis=1)
+    n_node = jnp.append(n_node, num_nodes - n_node.sum())
+    return graph._replace(
+        nodes=jax.tree.map(take, graph.nodes),
+        edges=jax.tree.map(take_edges, graph.edges),
+        senders=index[take_edges(cast(jax.Array, graph.senders))],
+        receivers=index[take_edges(cast(jax.Array, graph.receivers))],
+        n_node=n_node,
+        n_edge=2 * n_node,
+    )
+
+
+def _types(of: Any) -> jax.Array:
+    """The types of a graph's nodes or edges, of which jraph says no more than that they are trees."""
+    return of["type"]
+
+
+def find(mask: jax.Array, size: int) -> jax.Array:
+    """int32 [size]: the first so many indices where `mask` (bool [n]) holds; n where there are no more."""
+    return jnp.nonzero(mask, size=size, fill_value=len(mask))[0]
+
+
 def attend(graph: jraph.GraphsTuple, features: jax.Array, source: jax.Array, destination: jax.Array) -> jax.Array:
-    """Multi-head attention of every node over its neighbours, for each edge type apart.
+    """Multi-head attention of every node over its neighbours, for each edge type that reaches it apart.
 
     `features` float32 [V, H, D]; `source`, `destination` float32 [types, H, D] are the attention vectors. Returns
-    float32 [types, V, H, D]: the sum of the sources' features, weighted by a softmax over the neighbours of that edge
-    type of LeakyReLU(source . the source's features + destination . its own features); zeros without neighbours.
+    float32 [V, MOST_EDGE_TYPES, H, D], edge types in the order of `edges_into`: the sum of the sources' features,
+    weighted by a softmax over the neighbours of that edge type of LeakyReLU(source . the source's features +
+    destination . its own features); zeros without neighbours.
     """
-    edges = cast(dict[str, jax.Array], graph.edges)  # jraph says no more than that they are trees
-    kind = edges["type"]
+    kind = _types(graph.edges)
     senders, receivers = cast(tuple[jax.Array, jax.Array], (graph.senders, graph.receivers))
-    num_nodes, num_types = features.shape[0], source.shape[0]
-    # One segment for each (edge type, destination node); PADDING edges land in the first block, which is dropped.
-    segments = kind * num_nodes + receivers
-    num_segments = (num_types + 1) * num_nodes
+    # Of each node for each edge type, [V, types, H]: far less to gather for an edge than features are.
+    of_source, of_destination = (jnp.einsum("vhd,thd->vth", features, vectors) for vectors in (source, destination))
     vectors = jnp.maximum(kind - 1, 0)
-    sent = features[senders]
-    logits = (sent * source[vectors] + features[receivers] * destination[vectors]).sum(-1)
-    weights = jraph.segment_softmax(jax.nn.leaky_relu(logits, LEAKY_SLOPE), segments, num_segments)
-    summed = jraph.segment_sum(cast(jax.Array, weights)[..., None] * sent, segments, num_segments)
-    return summed.reshape(num_types + 1, *features.shape)[1:]
+    logits = jax.nn.leaky_relu(of_source[senders, vectors] + of_destination[receivers, vectors], LEAKY_SLOPE)
+    # A segment for each destination node and place of an edge type; PADDING edges have the last one, which is dropped.
+    num_segments = features.shape[0] * MOST_EDGE_TYPES
+    segments = jnp.where(kind == PADDING, num_segments, receivers * MOST_EDGE_TYPES + jnp.asarray(_PLACES)[kind])
+    weights = cast(jax.Array, jraph.segment_softmax(logits, segments, num_segments + 1))
+    summed = jraph.segment_sum(weights[..., None] * features[senders], segments, num_segments + 1)
+    return summed[:-1].reshape(-1, MOST_EDGE_TYPES, *features.shape[1:])
 
 
-def graph_mean(graph: jraph.GraphsTuple, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """For each node, the mean of `values` over the nodes of its own graph where `mask` holds, 0 if there are none.
+def graph_mean(graph: jraph.GraphsTuple, nodes: jax.Array, values: jax.Array) -> jax.Array:
+    """For each of `nodes` (int32 [M]), the mean of `values` (float32 [M, ...]) over those of them in its graph.
 
-    `values` float32 and `mask` bool: [V, ...]. Returns float32 [V, ...].
+    A node of V or more, as `find` gives, counts in no mean, and its own is anything.
     """
-    num_graphs, num_nodes = graph.n_node.shape[0], values.shape[0]
-    owner = jnp.repeat(jnp.arange(num_graphs), graph.n_node, total_repeat_length=num_nodes)
-    total = jraph.segment_sum(jnp.where(mask, values, 0.0), owner, num_graphs)
-    count = jraph.segment_sum(mask.astype(values.dtype), owner, num_graphs)
-    return (total / jnp.maximum(count, 1.0))[owner]
+    num_graphs, num_nodes = len(graph.n_node), len(_types(graph.nodes))
+    owners = jnp.repeat(jnp.arange(num_graphs), graph.n_node, total_repeat_length=num_nodes)
+    owners = owners.at[nodes].get(mode="fill", fill_value=num_graphs)
+    return jraph.segment_mean(values, owners, num_graphs)[owners]

@@ -20,8 +20,8 @@ class ReplayBuffer(struct.PyTreeNode):
     Whole rows are written, so an add is a slice update in place. The counter does not depend on what is stored: keep it
     unbatched when seeds are vmapped (`trainer.TRAIN_STATE_AXES`), or the slice update becomes a scatter.
 
-    Memory per transition of the routing environment, with 10 shown requests in each queue: 1.8 kB for 3 experts,
-    3.6 kB for 6.
+    Memory per transition of the routing environment: with 10 shown requests in each queue 1.8 kB for 3 experts, 3.7 kB
+    for 6; with all of them and 48 slots 4.4 kB and 8.8 kB.
     """
 
     observations: Any  # traced: pytree, each leaf [rows + 1, num_envs, ...]; row i % (rows + 1) is before transition i

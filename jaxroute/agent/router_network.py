@@ -3,15 +3,16 @@ experts."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxroute.agent.han import HAN, project
-from jaxroute.environment.observation import GraphObservation
+from jaxroute.agent.han import HAN
+from jaxroute.agent.han_dense import graphs_last, project
+from jaxroute.environment.observation import RoutingGraph
 
 NEAR_ZERO = nn.initializers.variance_scaling(1e-4, "fan_in", "truncated_normal", batch_axis=0)
 """Of the last layer of a head: it starts with values near 0 and a policy near uniform."""
@@ -39,12 +40,12 @@ class ActorCritic(nn.Module):
     """What the learner calls: `encode` of a subclass gives an embedding with `action_mask`, and its submodule `actor`
     maps that to logits [..., 1, N + 1]."""
 
-    def __call__(self, obs: GraphObservation) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, obs: RoutingGraph) -> tuple[jax.Array, jax.Array]:
         """The policy's logits float32 [..., N + 1] and the critics' values float32 [..., 2, N + 1]."""
         embedding = self.encode(obs)
         return self.policy(embedding), self.critics(embedding)
 
-    def encode(self, obs: GraphObservation) -> Any:
+    def encode(self, obs: RoutingGraph) -> Any:
         """The embedding that the heads read."""
         raise NotImplementedError
 
@@ -70,6 +71,7 @@ class RouterNetwork(ActorCritic):
     layers: int = 2
     residual: bool = True
     mlp: tuple[int, ...] = (64, 64)
+    encoder_path: Literal["dense", "jraph"] = "dense"  # how to compute the same from the same weights (see `HAN`)
 
     def setup(self):
         """One encoder; on it the actor, and the two critics as a value of the state and one of each action."""
@@ -78,8 +80,11 @@ class RouterNetwork(ActorCritic):
         self.critic = ActionValues(self.mlp, copies=2)
         self.state_critic = MLP(self.mlp, copies=2)
 
-    def encode(self, obs: GraphObservation) -> Embedding:
+    def encode(self, obs: RoutingGraph) -> Embedding:
         """The encoder's last states of the arrived and the expert nodes, beside the expert's raw features."""
+        if self.encoder_path == "jraph":
+            embedded = self.encoder.embed_by_graph(obs)
+            return Embedding(embedded[:, 0].T, embedded[:, 1:].T, graphs_last(obs.expert, 2), obs.action_mask)
         raw, *_, last = self.encoder.states(obs)
         return Embedding(last.arrived, last.expert, raw.expert, obs.action_mask)
 

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.custom_batching import custom_vmap
 
 from jaxroute.agent import replay_buffer, sac
 from jaxroute.agent.replay_buffer import ReplayBuffer
@@ -197,7 +198,25 @@ def policy_router(network: nn.Module, params: Any) -> Callable[..., jax.Array]:
 def _greedy(network: nn.Module) -> Callable[..., jax.Array]:
     """The same function at each call, so that policies of one network share a program."""
 
+    def likeliest(params: Any, observation: Any) -> jax.Array:
+        return jnp.argmax(sac.policy_logits(network, params, observation), axis=-1).astype(jnp.int32)
+
+    best = custom_vmap(likeliest)
+
+    @best.def_vmap
+    def of_batch(axis_size: int, batched: Any, params: Any, observation: Any) -> tuple[jax.Array, bool]:
+        """Networks take a batch of observations as one, which is faster than `jax.vmap` over them."""
+        params_batched, observation_batched = batched
+        if any(jax.tree.leaves(params_batched)):
+            axes = jax.tree.map(lambda flag: 0 if flag else None, (params_batched, observation_batched))
+            return jax.vmap(likeliest, axes)(params, observation), True
+
+        def with_axis(leaf: jax.Array, flag: bool) -> jax.Array:
+            return leaf if flag else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
+
+        return best(params, jax.tree.map(with_axis, observation, observation_batched)), True
+
     def route(params: Any, key: jax.Array, observation: Any, env_state: Any, env_params: Any) -> jax.Array:
-        return jnp.argmax(sac.policy_logits(network, params, observation)).astype(jnp.int32)
+        return best(params, observation)
 
     return route

@@ -94,7 +94,8 @@ def build_network(config: NetworkConfig) -> nn.Module:
     """The network of a configuration; it does not depend on the environment."""
     if config.kind == "flat":
         return FlatNetwork(config.mlp)
-    return RouterNetwork(config.hidden, config.heads, config.layers, config.residual, config.mlp)
+    path = "jraph" if config.kind == "han_jraph" else "dense"
+    return RouterNetwork(config.hidden, config.heads, config.layers, config.residual, config.mlp, path)
 
 
 def _training_params(params: EnvParams, training: TrainingConfig) -> tuple[EnvParams, EnvParams]:

@@ -189,7 +189,8 @@ def _convert(value: Any, kind: Any) -> tuple[Any, str]:
         fits = next((attempt for attempt in attempts if not attempt[1]), None)
         return fits or (None, ", or ".join(expected for _, expected in attempts))
     if origin is Literal:
-        return (value, "") if value in arguments else (None, f"one of {', '.join(arguments)}")
+        names = ", ".join(arguments)
+        return (value, "") if value in arguments else (None, names if names in arguments else f"one of {names}")
     if origin is tuple:
         items = [_convert(item, arguments[0]) for item in value] if isinstance(value, list) else [(None, "")]
         wrong = next((expected for _, expected in items if expected), "") or _convert(None, arguments[0])[1]

@@ -58,7 +58,7 @@ class EnvironmentConfig:
     discipline: Discipline | None  # how every engine schedules (simulation.md section 1)
     max_model_len: KVTokens | None  # maximum tokens of a request, prompt and output; None: the profile's
     slots: Count | None  # requests (running and waiting) that one engine can hold
-    queue_nodes: Count  # observed running requests, and observed waiting requests, per expert
+    queue_nodes: Count | Literal["all"]  # observed running, and observed waiting, requests per expert; all: every one
     episode_length: Count  # requests per episode
     latency_limit: Positive | None  # L, seconds per output token
     penalty: Penalty  # form of the action impact estimator
@@ -104,7 +104,7 @@ class WorkloadConfig:
 class NetworkConfig:
     """Shapes of the heterogeneous graph attention network and the heads on it (simulation.md section 5)."""
 
-    kind: Literal["han", "flat"]  # flat: perceptrons on one vector; of the keys below it uses mlp
+    kind: Literal["han", "han_jraph", "flat"]  # flat: perceptrons on one vector; of the keys below it uses mlp
     hidden: Count
     heads: Count
     layers: Count

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute.environment.impact import decode_time, expected_length
+from jaxroute.environment.settings import QueueNodes
 from jaxroute.environment.state import EnvParams, EnvState
 from jaxroute.simulator.disciplines import rules, used_blocks
 
@@ -34,10 +35,16 @@ REQUEST_FEATURES = (
     "latency_so_far",
     "predicted_latency",
 )
-"""Features in order. Tokens are over `token_scale`, scores (s - 0.5) * 4, queue lengths over `queue_nodes`, KV use a
+"""Features in order. Tokens are over `token_scale`, scores (s - 0.5) * 4, queue lengths over K or FULL_SCALE, KV use a
 share of the expert's cache. Times per token are over the latency limit and squashed by x / (1 + x), so 0.5 is at the
 limit. `recent_load` is squashed likewise: arrivals at the recent rate in the time that `token_scale` tokens may take,
-per expert and queue node; 0 while no rate is known."""
+per expert and K or FULL_SCALE; 0 while no rate is known."""
+
+
+FULL_SCALE = 10
+"""Stands for K in the features that are relative to it where every request is observed. It is the default of
+`queue_nodes`, so that a state has the same features of arrived node and experts either way, and weights serve for both.
+The number of slots would be no measure: it is memory that is set aside, most of it empty."""
 
 
 class GraphObservation(flax.struct.PyTreeNode):
@@ -53,6 +60,33 @@ class GraphObservation(flax.struct.PyTreeNode):
     running_mask: jax.Array  # bool [N, K]: True = a real request; features elsewhere must not matter
     waiting_mask: jax.Array  # bool [N, K]
     action_mask: jax.Array  # bool [N + 1]: True = allowed; the last action is to drop
+
+
+class FullGraphObservation(flax.struct.PyTreeNode):
+    """As `GraphObservation`, with every request at each expert: S slots, which running and waiting ones share.
+
+    An expert never holds more than S requests, so nothing is cut off. All fields are traced.
+    """
+
+    arrived: jax.Array  # float32 [Fa]
+    expert: jax.Array  # float32 [N, Fe]
+    queued: jax.Array  # float32 [N, S, Fq]: the requests of each expert, running ones first
+    running_mask: jax.Array  # bool [N, S]: True = a running request
+    waiting_mask: jax.Array  # bool [N, S]: True = a waiting request; features where both are False must not matter
+    action_mask: jax.Array  # bool [N + 1]
+
+    @property
+    def running(self) -> jax.Array:
+        """float32 [N, S, Fq], as of a `GraphObservation`: `running_mask` tells which count."""
+        return self.queued
+
+    @property
+    def waiting(self) -> jax.Array:
+        """float32 [N, S, Fq], as of a `GraphObservation`: `waiting_mask` tells which count."""
+        return self.queued
+
+
+RoutingGraph = GraphObservation | FullGraphObservation
 
 
 def _squash(ratio: jax.Array) -> jax.Array:
@@ -73,16 +107,19 @@ def action_mask(state: EnvState, params: EnvParams, slots: int, drop: bool = Tru
     return jnp.concatenate([allowed, dropped])
 
 
-def observe(state: EnvState, params: EnvParams, queue_nodes: int, slots: int, drop: bool = True) -> GraphObservation:
-    """The observation with K = `queue_nodes`, of environments on a last axis B, for experts with so many `slots`.
+def observe(state: EnvState, params: EnvParams, queue_nodes: QueueNodes, slots: int, drop: bool = True) -> RoutingGraph:
+    """The observation of environments on a last axis B, for experts with so many `slots`.
 
-    The fields of `state` have any number of slots S that holds all requests. The result's fields are [B, ...].
+    With K = `queue_nodes` a `GraphObservation`, with "all" a `FullGraphObservation` with S = `slots`; features that are
+    relative to K then are so to FULL_SCALE. The fields of `state` have any number of slots that holds all requests. The
+    result's fields are [B, ...].
     """
     engine, queued, request, scale = state.engines, state.queued, state.request, params.token_scale
     iteration = decode_time(engine, params.engines)
     start = jnp.maximum(engine.clock, 0)
     waiting = engine.num_requests - engine.num_running
-    node = jnp.arange(queue_nodes, dtype=jnp.int32)[:, None, None]
+    rows_seen, per_queue = (slots, FULL_SCALE) if queue_nodes == "all" else (queue_nodes, queue_nodes)
+    node = jnp.arange(rows_seen, dtype=jnp.int32)[:, None, None]
 
     def queue_features(rows: Callable[[jax.Array], jax.Array], count: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Features float32 [B, N, K, Fq] of the `count` [N, B] first of the requests `rows(leaf)` [K, N, B], mask."""
@@ -103,31 +140,33 @@ def observe(state: EnvState, params: EnvParams, queue_nodes: int, slots: int, dr
         stacked = jnp.stack([jnp.where(mask, feature, 0).astype(jnp.float32) for feature in features])
         return stacked.transpose(3, 2, 1, 0), mask.transpose(2, 1, 0)
 
-    running_features, running_mask = queue_features(lambda leaf: _rows(leaf, queue_nodes), engine.num_running)
-    waiting_features, waiting_mask = queue_features(
-        lambda leaf: _rows_from(leaf, engine.num_running, queue_nodes), waiting
-    )
     prefill = params.engines.latency.per_prefill_token * request.prompt_tokens
     finish = start + prefill + iteration * request.predicted_output_tokens
     expert = (
         used_blocks(engine, params.engines) / params.engines.usable_blocks,
-        engine.num_running / queue_nodes,
-        waiting / queue_nodes,
+        engine.num_running / per_queue,
+        waiting / per_queue,
         _squash(iteration / params.latency_limit),
         _score(request.predicted_score),
         request.predicted_output_tokens / scale,
         _squash(finish / request.predicted_output_tokens / params.latency_limit),
     )
-    node_time = params.latency_limit * scale / (engine.num_requests.shape[0] * queue_nodes)
+    node_time = params.latency_limit * scale / (engine.num_requests.shape[0] * per_queue)
     recent_load = jnp.where(state.step > 0, node_time / (node_time + state.recent_gap), 0)
+    heads = {
+        "arrived": jnp.stack([request.prompt_tokens / scale, recent_load], axis=-1).astype(jnp.float32),
+        "expert": jnp.stack(jnp.broadcast_arrays(*expert)).astype(jnp.float32).transpose(2, 1, 0),
+        "action_mask": action_mask(state, params, slots, drop).T,
+    }
+    running_features, running_mask = queue_features(lambda leaf: _rows(leaf, rows_seen), engine.num_running)
+    if queue_nodes == "all":
+        features, mask = queue_features(lambda leaf: _rows(leaf, slots), engine.num_requests)
+        return FullGraphObservation(
+            queued=features, running_mask=running_mask, waiting_mask=mask & ~running_mask, **heads
+        )
+    features, mask = queue_features(lambda leaf: _rows_from(leaf, engine.num_running, rows_seen), waiting)
     return GraphObservation(
-        arrived=jnp.stack([request.prompt_tokens / scale, recent_load], axis=-1).astype(jnp.float32),
-        expert=jnp.stack(jnp.broadcast_arrays(*expert)).astype(jnp.float32).transpose(2, 1, 0),
-        running=running_features,
-        waiting=waiting_features,
-        running_mask=running_mask,
-        waiting_mask=waiting_mask,
-        action_mask=action_mask(state, params, slots, drop).T,
+        running=running_features, waiting=features, running_mask=running_mask, waiting_mask=mask, **heads
     )
 
 
@@ -149,7 +188,7 @@ def _rows_from(leaf: jax.Array, start: jax.Array, count: int) -> jax.Array:
     return _rows(leaf, count)
 
 
-def flatten(observation: GraphObservation) -> jax.Array:
+def flatten(observation: RoutingGraph) -> jax.Array:
     """One vector, float32 [..., F]: the features in the order of the fields, then the masks; with its batch axes."""
     batch = observation.action_mask.shape[:-1]
     leaves = [leaf.astype(jnp.float32).reshape(*batch, -1) for leaf in jax.tree.leaves(observation)]

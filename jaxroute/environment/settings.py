@@ -9,6 +9,7 @@ from jaxroute.environment.metrics import Level
 from jaxroute.errors import UserError, require_known
 
 Penalty = Literal["predicted", "paper", "exact", "off"]
+QueueNodes = int | Literal["all"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Settings:
 
     num_experts: int
     slots: int = 48  # S: requests that an expert can hold, running and waiting; a further one is rejected
-    queue_nodes: int = 10  # K: observed running requests, and observed waiting requests, of each expert
+    queue_nodes: QueueNodes = 10  # K: observed running, and observed waiting, requests of each expert; "all": no limit
     episode_length: int = 5000  # requests
     obs: Literal["graph", "flat"] = "graph"  # a `GraphObservation`, or one flat vector
     penalty: Penalty = "predicted"  # form of the action impact estimator
@@ -28,9 +29,11 @@ class Settings:
         choices = {"obs": ("graph", "flat"), "penalty": get_args(Penalty), "metrics": get_args(Level)}
         for name, allowed in choices.items():
             require_known(getattr(self, name), allowed, name)
-        for name in ("num_experts", "slots", "queue_nodes", "episode_length"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise UserError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
+        for name in ("num_experts", "slots", "episode_length", "queue_nodes"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1) and (name, value) != ("queue_nodes", "all"):
+                also = ", or 'all'" if name == "queue_nodes" else ""
+                raise UserError(f"{name} must be a whole number of at least 1{also}, not {value!r}")
 
     @property
     def num_actions(self) -> int:

@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxroute.environment.observation import ARRIVED_FEATURES, EXPERT_FEATURES, REQUEST_FEATURES, GraphObservation
+from jaxroute.environment.observation import (
+    ARRIVED_FEATURES,
+    EXPERT_FEATURES,
+    REQUEST_FEATURES,
+    FullGraphObservation,
+    GraphObservation,
+)
 from jaxroute.environment.settings import Settings
 
 
@@ -137,8 +143,11 @@ RANGES = {
 
 
 def observation_space(settings: Settings) -> Space:
-    """A `Dict` that samples `GraphObservation`s, or with flat observations a `Box`, float32 [F]."""
+    """A `Dict` that samples `RoutingGraph`s, or with flat observations a `Box`, float32 [F]."""
     experts, nodes = settings.num_experts, settings.queue_nodes
+    full = nodes == "all"
+    rows = settings.slots if full else nodes
+    queues = ("queued",) if full else ("running", "waiting")
 
     def features(names: tuple[str, ...], *axes: int) -> Box:
         low, high = zip(*(RANGES[name] for name in names), strict=True)
@@ -150,14 +159,13 @@ def observation_space(settings: Settings) -> Space:
     spaces = {
         "arrived": features(ARRIVED_FEATURES),
         "expert": features(EXPERT_FEATURES, experts),
-        "running": features(REQUEST_FEATURES, experts, nodes),
-        "waiting": features(REQUEST_FEATURES, experts, nodes),
-        "running_mask": mask(experts, nodes),
-        "waiting_mask": mask(experts, nodes),
+        **{name: features(REQUEST_FEATURES, experts, rows) for name in queues},
+        "running_mask": mask(experts, rows),
+        "waiting_mask": mask(experts, rows),
         "action_mask": mask(experts + 1),
     }
     if settings.obs == "graph":
-        return Dict(spaces, GraphObservation)
+        return Dict(spaces, FullGraphObservation if full else GraphObservation)
     # As `observation.flatten` orders them.
     low, high = (
         np.concatenate([np.asarray(getattr(space, bound), np.float32).ravel() for space in spaces.values()])

@@ -21,7 +21,7 @@ from jaxroute.environment.metrics import (
     totals_first,
     totals_last,
 )
-from jaxroute.environment.observation import GraphObservation, flatten, observe
+from jaxroute.environment.observation import RoutingGraph, flatten, observe
 from jaxroute.environment.settings import Settings
 from jaxroute.environment.state import RECENT_COMPLETIONS, RECENT_GAPS, EnvParams, EnvState, QueuedRequests
 from jaxroute.environment.turns import NOBODY, Arrival, Outcome, Taken, Turn
@@ -29,7 +29,7 @@ from jaxroute.simulator.advance import EngineWork
 from jaxroute.simulator.cluster import AFTER_ALL, Finished, collect, route, run_until, shift_time
 from jaxroute.simulator.engine import total
 
-Observation = GraphObservation | jax.Array
+Observation = RoutingGraph | jax.Array
 
 
 def step(
