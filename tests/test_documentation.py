@@ -55,6 +55,8 @@ def test_what_a_page_names_exists(page: Path):
     text = page.read_text()
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
+    paths = re.findall(r"`((?:jaxroute|benchmarks|configs|docs|examples|tests)/[\w/.*-]+)`", text)
+    assert [path for path in paths if not any(ROOT.glob(path))] == []
     names = re.findall(r"(?:`|python -m )((?:jaxroute|benchmarks)(?:\.[A-Za-z_]\w*)+)(?!\w*[./]\w*\.md)", text)
     assert [name for name in names if not exists(name)] == []
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
