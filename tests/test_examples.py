@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,25 +12,26 @@ import pytest
 from tests.compiling import compile_fast
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NAMES = ("heuristic", "planning", "ppo", "domain_randomisation", "own_reward", "own_network")
+ROUTERS = {
+    "heuristic": ["heuristic", "round_robin"],
+    "planning": ["planning", "round_robin"],
+    "ppo": ["ppo", "round_robin"],
+    "domain_randomisation": ["randomised", "one cluster", "round_robin"],
+    "own_reward": ["own reward", "usual reward", "round_robin"],
+    "own_network": ["own network", "round_robin"],
+}
+"""What each of them compares."""
+NAMES = tuple(ROUTERS)
+FIGURE = re.compile(r"(?:^|[:,] )(\w[\w ]*?) +(?:QoS - cost \S+ +)?(?:QoS )?(0\.\d{4})", re.MULTILINE)
+COSTS = re.compile(r"^(\w[\w ]*?) +QoS - cost (\S+) .* cost (\S+)$", re.MULTILINE)
 
-# One process for all, so that they share what is compiled. An evaluation is one more compilation for each, so only the
-# first has one; the routers of the others take one decision.
+# One process for all, so that they share what is compiled: the training of PPO, and evaluations of equal shapes.
 PROGRAM = """
-import importlib, sys, jax, jaxroute, numpy as np
-
-def one_decision(env, params, routers, episodes, seed):
-    observation, state = jax.jit(env.reset)(jax.random.key(seed), params)
-    actions = [int(jax.jit(router)(jax.random.key(seed), observation, state, params)) for router in routers.values()]
-    assert all(0 <= action < env.num_actions for action in actions), actions
-    return {name: {"qos": np.ones(1), "drop_rate": np.zeros(1), "expert_share": np.ones((1, 3))} for name in routers}
+import importlib, sys
 
 for name in sys.argv[1:]:
-    print(name)
-    example = importlib.import_module(name)
-    if name != sys.argv[1]:
-        jaxroute.evaluate_routers = one_decision
-    example.main(["--short"])
+    print(f"# {name}")
+    importlib.import_module(name).main(["--short"])
 """
 
 
@@ -38,8 +40,19 @@ def test_short_forms_run():
     command = [sys.executable, "-c", PROGRAM, *NAMES]
     run = subprocess.run(command, env=compile_fast(EXAMPLES), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for name, part in zip(NAMES, run.stdout.split("round_robin")[:-1], strict=True):
-        assert name in part
+    printed = dict(part.split("\n", 1) for part in run.stdout.split("# ")[1:])
+    assert tuple(printed) == NAMES
+    qos = {name: {router: float(value) for router, value in FIGURE.findall(text)} for name, text in printed.items()}
+    assert {name: list(routers) for name, routers in qos.items()} == ROUTERS
+    for name, routers in qos.items():
+        assert all(0 < value < 1 for value in routers.values()), name
+    # The same requests for Round-Robin wherever episodes are as many and as long.
+    assert qos["heuristic"]["round_robin"] == qos["own_network"]["round_robin"] != qos["heuristic"]["heuristic"]
+    assert qos["ppo"]["round_robin"] == qos["own_reward"]["round_robin"]
+    costs = {router: [float(value) for value in values] for router, *values in COSTS.findall(printed["own_reward"])}
+    assert list(costs) == ROUTERS["own_reward"]
+    for router, (less, cost) in costs.items():
+        assert less == pytest.approx(qos["own_reward"][router] - cost, abs=2e-4) and cost > 0, router
 
 
 def test_the_index_has_every_example():
