@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that the arguments name, or prints the list without one. Returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-"):
-        run(require_known(arguments[0], COMMANDS, "command"), arguments[1:])
+        return run(require_known(arguments[0], COMMANDS, "command"), arguments[1:])
     parser = argparse.ArgumentParser(
         prog="jaxroute",
         usage="jaxroute [-h] [--version] [COMMAND ...]",

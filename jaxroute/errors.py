@@ -26,7 +26,8 @@ def require_known(name: Any, names: Iterable[str], what: str, where: str = "") -
     names = list(names)
     if name not in names:
         near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.0)
-        raise UserError(f"{where}unknown {what} '{name}'; the nearest are {', '.join(near)}")
+        known = f"the nearest are {', '.join(near)}" if near else "there is none"
+        raise UserError(f"{where}unknown {what} '{name}'; {known}")
     return name
 
 

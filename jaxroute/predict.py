@@ -1,6 +1,8 @@
 """`python -m jaxroute.predict`: the same as `jaxroute predict`."""
 
+import sys
+
 from jaxroute.commands import run
 
 if __name__ == "__main__":
-    run("predict")
+    sys.exit(run("predict"))

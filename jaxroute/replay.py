@@ -1,6 +1,8 @@
 """`python -m jaxroute.replay`: the same as `jaxroute replay`."""
 
+import sys
+
 from jaxroute.commands import run
 
 if __name__ == "__main__":
-    run("replay")
+    sys.exit(run("replay"))

@@ -1,6 +1,8 @@
 """`python -m jaxroute.timeline`: the same as `jaxroute timeline`."""
 
+import sys
+
 from jaxroute.commands import run
 
 if __name__ == "__main__":
-    run("timeline")
+    sys.exit(run("timeline"))

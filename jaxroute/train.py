@@ -1,6 +1,8 @@
 """`python -m jaxroute.train`: the same as `jaxroute train`."""
 
+import sys
+
 from jaxroute.commands import run
 
 if __name__ == "__main__":
-    run("train")
+    sys.exit(run("train"))

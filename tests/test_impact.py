@@ -9,9 +9,9 @@ import pytest
 
 import jaxroute
 from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.few_slots import FEW_SLOTS
 from jaxroute.environment.impact import Queue, exact_impact, paper_impact, predicted_impact
 from jaxroute.environment.observation import action_mask
-from jaxroute.environment.few_slots import FEW_SLOTS
 from jaxroute.routers import make_router
 from jaxroute.simulator.engine import empty_engine
 from jaxroute.simulator.engine_config import engine_from_config

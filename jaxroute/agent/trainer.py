@@ -55,7 +55,7 @@ TRAIN_STATE_AXES = TrainState(
 )
 
 
-class Outcome(NamedTuple):
+class StoredStep(NamedTuple):
     """What the buffer keeps of a transition beside its observations: fields of `sac.Transition`."""
 
     action: jax.Array
@@ -98,7 +98,7 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig, params_axes: A
         )
         zeros = jnp.zeros(config.num_envs)
         reals, flags = zeros.astype(jnp.float32), zeros.astype(bool)
-        outcome = Outcome(zeros.astype(jnp.int32), reals, flags, flags, reals)
+        outcome = StoredStep(zeros.astype(jnp.int32), reals, flags, flags, reals)
         return TrainState(
             learner=sac.init(network_key, network, jax.tree.map(lambda x: x[0], observation), hyper),
             buffer=replay_buffer.init(observation, outcome, config.buffer_capacity),
@@ -140,7 +140,7 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig, params_axes: A
         )
         reward = reward.astype(jnp.float32)  # as the buffer's, with 64-bit environments too
         elapsed = jnp.asarray(info.get("elapsed", jnp.ones_like(reward)), jnp.float32)
-        outcome = Outcome(action, reward, terminated, truncated, elapsed)
+        outcome = StoredStep(action, reward, terminated, truncated, elapsed)
         buffer = replay_buffer.add(state.buffer, outcome, observation)
         # A loop of no turns and not a branch, which would copy the learner.
         updates = jnp.where(warming_up, 0, config.updates_per_step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -18,12 +17,12 @@ COMMANDS = {
 """Name -> one line on what the command does."""
 
 
-def run(name: str, argv: Sequence[str] | None = None) -> None:
-    """Runs a command with these arguments (default: those of the process), and ends the process with its exit code.
+def run(name: str, argv: Sequence[str] | None = None) -> int:
+    """Runs a command with these arguments (default: those of the process), and returns its exit code.
 
     JAX's compiled programs are kept for the next run.
     """
     from jaxroute.runs.compilation_cache import keep_compiled_programs
 
     keep_compiled_programs()
-    sys.exit(importlib.import_module(f"jaxroute.commands.{name}").main(argv))
+    return importlib.import_module(f"jaxroute.commands.{name}").main(argv)

@@ -31,9 +31,12 @@ class Settings:
             require_known(getattr(self, name), allowed, name)
         for name in ("num_experts", "slots", "episode_length", "queue_nodes"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1) and (name, value) != ("queue_nodes", "all"):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole and value >= 1) and (name, value) != ("queue_nodes", "all"):
                 also = ", or 'all'" if name == "queue_nodes" else ""
                 raise UserError(f"{name} must be a whole number of at least 1{also}, not {value!r}")
+        if not isinstance(self.drop, bool):
+            raise UserError(f"drop must be True or False, not {self.drop!r}")
 
     @property
     def num_actions(self) -> int:

@@ -42,7 +42,7 @@ class EngineWork(struct.PyTreeNode):
 class Jump(NamedTuple):
     """One round of `advance`: an iteration and the plain decode iterations that follow it."""
 
-    runs: jax.Array  # bool [...], whether the round takes place; if not, only the two `before` are valid
+    runs: jax.Array  # bool [...], the round takes place; if not, `after` is `before`, and the rest means nothing
     before: EngineState
     work_before: EngineWork
     output: SchedulerOutput  # of the iteration

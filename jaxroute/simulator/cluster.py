@@ -1,8 +1,11 @@
 """The loop of a simulated cluster: route a request, run the engines to an instant, collect what finished, shift time.
 
-The environment, the timeline, `replay`, calibration and the planning routers all use these functions; none of them
-changes a queue in another way. A cluster consists of engines along trailing axes (`engine`) and a payload. The payload
-is any pytree of arrays [S, ...] with what the caller stores about the request in each slot; it moves with the slots.
+The environment, the timeline, `replay`, calibration and the planning routers are made of these functions, and of
+`advance.jump` where they go on one jump at a time. Only `environment.impact` calls `slots.append` itself, since it cuts
+the length of a request that it imagines.
+
+A cluster consists of engines along trailing axes (`engine`) and a payload. The payload is any pytree of arrays [S, ...]
+with what the caller stores about the request in each slot; it moves with the slots.
 """
 
 from __future__ import annotations

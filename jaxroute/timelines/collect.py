@@ -107,15 +107,15 @@ def collect(
     policies = [as_pytree(router) for router in routers.values()]
     episodes = []
     for index, label in enumerate(routers):
-        routed, metrics = run_episode(env, policies, jnp.int32(index), params, key)
-        log, results = jax.device_get(replay(env, params.replace(workload=None), routed))
+        routed, metrics = run_episode(env, policies, jnp.int32(index), key, params)
+        log, results = jax.device_get(replay(env, routed, params.replace(workload=None)))
         routed, metrics = jax.device_get((routed, metrics))
         arrival = np.concatenate([[0.0], np.cumsum(routed.gap, dtype=np.float64)])
         requests, pieces = _requests(routed, results, arrival[:-1], len(experts)), _pieces(log, arrival)
         usable = np.asarray(params.engines.usable_blocks)
         limit = float(params.latency_limit)
         episode = Episode(label, experts, usable, limit, requests, pieces, metrics, ())
-        episodes.append(episode._replace(disturbed=_disturbed(params.disturbances, arrival[:-1], episode.end)))
+        episodes.append(episode._replace(disturbed=_disturbed(params.disturbances, arrival, episode.end)))
     return episodes
 
 
@@ -123,8 +123,8 @@ def _disturbed(disturbances: Disturbances | None, arrival: np.ndarray, end: floa
     if disturbances is None:
         return ()
     starts, slowness, quality = (np.asarray(table) for table in jax.tree.leaves(disturbances))
-    # A change happens at the arrival of its first decision; changes after the last decision never happen.
-    times = np.append(arrival, end)[np.minimum(np.append(starts, len(arrival)), len(arrival))]
+    # A change happens at the arrival of its first decision, also one that comes after the last request.
+    times = np.minimum(np.append(arrival, end)[np.minimum(np.append(starts, len(arrival)), len(arrival))], end)
     found = []
     for piece, expert in np.argwhere((slowness != 1) | (quality != 1)):
         slow, good = slowness[piece, expert], quality[piece, expert]

@@ -86,7 +86,7 @@ class Results(struct.PyTreeNode):
 
 @partial(jax.jit, static_argnums=0)
 def run_episode(
-    env: RoutingEnvironment, policies: list[Router], which: jax.Array, params: EnvParams, key: jax.Array
+    env: RoutingEnvironment, policies: list[Router], which: jax.Array, key: jax.Array, params: EnvParams
 ) -> tuple[Routed, dict[str, jax.Array]]:
     """The decisions and metrics of an episode under policy `which` (int32 []), with the keys of
     `evaluation.episodes.run_episodes`.
@@ -105,17 +105,17 @@ def run_episode(
     return routed, summarize(state.totals, env.metrics)
 
 
-def replay(env: RoutingEnvironment, params: EnvParams, routed: Routed) -> tuple[Log, Results]:
+def replay(env: RoutingEnvironment, routed: Routed, params: EnvParams) -> tuple[Log, Results]:
     """`_replay` with as many rows as necessary."""
     rows = 6 * env.episode_length + 256
-    log, results = _replay(env, rows, params, routed)
+    log, results = _replay(env, rows, routed, params)
     if log.count > rows:
-        log, results = _replay(env, int(log.count), params, routed)
+        log, results = _replay(env, int(log.count), routed, params)
     return log, results
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _replay(env: RoutingEnvironment, rows: int, params: EnvParams, routed: Routed) -> tuple[Log, Results]:
+def _replay(env: RoutingEnvironment, rows: int, routed: Routed, params: EnvParams) -> tuple[Log, Results]:
     """Runs the engines on the decisions; records at most `rows` jumps and the results of the requests."""
     shape, length = (env.slots, env.num_experts), env.episode_length
     never, floats, none = jnp.full(length, jnp.nan, float), jnp.zeros(shape, float), jnp.zeros(length, jnp.int32)

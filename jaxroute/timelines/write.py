@@ -9,6 +9,7 @@ import jax
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams
+from jaxroute.errors import UserError
 from jaxroute.files import write_text
 from jaxroute.routers.choice import Router
 from jaxroute.timelines.collect import Episode, collect
@@ -20,7 +21,7 @@ FILES = ("trace.json", "timeline.png", "timeline.html")
 
 
 def write_timeline(
-    out: Path,
+    out: str | Path,
     env: RoutingEnvironment,
     params: EnvParams,
     routers: Mapping[str, Router],
@@ -33,8 +34,13 @@ def write_timeline(
     `routers` are by label. The episode is the first of `evaluate_routers` with this seed. `experts` are names, by
     default "expert 0" and so on. Returns the data of the files: times and fates of requests, iterations, metrics.
     """
-    out.mkdir(parents=True, exist_ok=True)
     experts = tuple(experts) or tuple(f"expert {number}" for number in range(env.num_experts))
+    if not 1 <= len(routers) <= 2:
+        raise UserError(f"a timeline has one or two routers, not {len(routers)}")
+    if len(experts) != env.num_experts:
+        raise UserError(f"the environment has {env.num_experts} experts; {len(experts)} names were given")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     episodes = collect(env, params, routers, experts, jax.random.split(jax.random.key(seed), 1)[0])
     trace = trace_text(episodes)
     write_text(out / "trace.json", trace)
