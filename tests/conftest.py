@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from matplotlib.figure import Figure
+
+
+@pytest.fixture(scope="module")
+def cheap_programs() -> Iterator[None]:
+    """For files whose programs run for milliseconds: they are compiled in half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import pytest
 from jaxroute.agent.router_network import RouterNetwork
 from tests.network_cases import random_observation, random_params, with_empty_queues
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 
 @pytest.fixture(scope="module")
 def network() -> RouterNetwork:
@@ -32,7 +34,7 @@ def test_shapes_and_batch_axes(apply, params):
     obs = random_observation(1, 2, 5)
     logits, q = apply(params, obs)
     assert logits.shape == (2, 5, 4) and q.shape == (2, 5, 2, 4)
-    mapped = jax.vmap(jax.vmap(lambda x: apply(params, x)))(obs)
+    mapped = jax.jit(jax.vmap(jax.vmap(lambda x: apply(params, x))))(obs)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), mapped, (logits, q))
 
 

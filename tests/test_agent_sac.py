@@ -157,7 +157,7 @@ def test_learns_a_contextual_task_under_masks_without_retracing() -> None:
     router = policy_router(CONTEXTUAL_NETWORK, state.learner.params)
     observation = Observation(jnp.eye(6), params.mask)
     best = jnp.where(params.mask, params.rewards, -1.0).argmax(axis=1)
-    actions = jax.vmap(lambda x: router(x, None, params, jax.random.key(0)))(observation)
+    actions = jax.vmap(lambda x: router(jax.random.key(0), x, None, params))(observation)
     np.testing.assert_array_equal(actions, best)
 
     observation, taken, _ = replay_buffer.sample(state.buffer, jax.random.key(1), 5000)

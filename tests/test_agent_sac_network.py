@@ -6,11 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jaxroute.agent.router_network import RouterNetwork
 from jaxroute.agent.trainer import make_trainer, policy_router
 from jaxroute.environment.observation import GraphObservation
 from tests.learning import hyperparameters, sac_config
+
+pytestmark = pytest.mark.usefixtures("cheap_programs")
 
 NUM_EXPERTS = 3
 
@@ -53,9 +56,9 @@ def test_learns_to_route_by_score() -> None:
     del metrics["return"]  # no episode ends
     assert all(jnp.isfinite(x) for x in jax.tree.leaves(metrics))
 
-    observation, rewards = jax.vmap(env.reset, (0, None))(jax.random.split(jax.random.key(1), 500), None)
+    observation, rewards = jax.jit(jax.vmap(env.reset, (0, None)))(jax.random.split(jax.random.key(1), 500), None)
     router = policy_router(network, state.learner.params)
-    actions = jax.vmap(lambda x: router(x, None, None, jax.random.key(0)))(observation)
+    actions = jax.jit(jax.vmap(lambda x: router(jax.random.key(0), x, None, None)))(observation)
     possible = jnp.where(observation.action_mask, rewards, -1.0)
     chosen = jnp.take_along_axis(possible, actions[:, None], axis=1)
     assert chosen.min() >= 0  # nothing barred

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from benchmarks import __main__ as suite
@@ -46,12 +45,7 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cheap_programs():
-    """Less time to compile what runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("cheap_programs")
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 
-import jax
 import numpy as np
 import pytest
 
@@ -29,11 +28,7 @@ TINY = (
 RUN = Training("tiny", (*TINY, plan.RATE_RANGE), seed=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cheap_programs():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("cheap_programs")
 
 
 def tiny_setting(rate: int) -> Setting:

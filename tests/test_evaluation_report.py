@@ -190,6 +190,15 @@ def test_checkpoint_is_read_back(checkpoint):
     assert restored["params"]["bias"].dtype == np.float32
 
 
+def test_a_checkpoint_takes_the_place_of_what_a_killed_process_left(tmp_path):
+    unfinished = tmp_path / "checkpoint.orbax-checkpoint-tmp-1"
+    unfinished.mkdir()
+    for value in (1, 2):
+        save_checkpoint(tmp_path, {"kernel": np.full(3, value, np.float32)})
+    assert load_checkpoint(tmp_path, {"kernel": np.zeros(3, np.float32)})["kernel"].tolist() == [2, 2, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "checkpoint.sha256"}
+
+
 def test_every_cut_file_of_a_checkpoint_is_noticed(checkpoint):
     run, params = checkpoint
     files = [file for file in (run / "checkpoint").rglob("*") if file.is_file()]

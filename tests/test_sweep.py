@@ -92,9 +92,10 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(whole, spec, cache, tmp_
     assert process.wait() == 128 + signal.SIGTERM, log.read_text()
     assert log.read_text().splitlines()[-1] == "stopped in rung0-batch0; the same command goes on"
     # At as many at a time as it began with; the second time nothing is left to do.
-    for _ in range(2):
+    for trains in (True, False):
         assert start_sweep(folder, cache, str(spec)).wait() == 0, log.read_text()
         same_results(folder, whole)
+        assert ("of 5,400 frames, " in log.read_text()) == trains
 
 
 def same_results(folder: Path, whole: Path) -> None:

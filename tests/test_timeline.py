@@ -40,11 +40,7 @@ LENGTH, EXPERTS, LABELS = 150, ("alpaca-native", "chatglm-6b"), ("Round-Robin", 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_in_half_the_time():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("cheap_programs")
 
 
 def overload(discipline: str) -> tuple[RoutingEnvironment, EnvParams, dict[str, Router]]:

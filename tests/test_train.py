@@ -35,7 +35,7 @@ TINY = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
+def compile_once(tmp_path_factory, cheap_programs):
     """Equal programs of several runs are compiled once."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     yield
