@@ -35,7 +35,7 @@ class Settings:
             if not (whole and value >= 1) and (name, value) != ("queue_nodes", "all"):
                 also = ", or 'all'" if name == "queue_nodes" else ""
                 raise UserError(f"{name} must be a whole number of at least 1{also}, not {value!r}")
-        if not isinstance(self.drop, bool):
+        if self.drop not in (True, False):
             raise UserError(f"drop must be True or False, not {self.drop!r}")
 
     @property
