@@ -167,6 +167,8 @@ def _train(network: BucketClassifier, key: jax.Array, features: jax.Array, label
 
     first, rest = jax.random.split(key)
     params = network.init(first, features[:1])
-    start = (params, optimizer.init(params)), params, ranked_score(params)
+    # The untrained network is not a candidate: here XLA for CPUs (jaxlib 0.10.2) computes its score from unset memory,
+    # and a NaN would be kept over all later scores. Seen with MALLOC_PERTURB_=128.
+    start = (params, optimizer.init(params)), params, jnp.inf
     (_, best, _), _ = jax.lax.scan(train_round, start, jax.random.split(rest, ROUNDS))
     return best
