@@ -1,7 +1,5 @@
 """The console script `jaxroute`, and `python -m jaxroute`: runs a command, or lists commands and environments."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The console that commands print to, and notes on the data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.console import Console

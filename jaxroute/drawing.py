@@ -1,7 +1,5 @@
 """Colours and style of every picture."""
 
-from __future__ import annotations
-
 from typing import Any
 
 TRAINED_COLOUR, OTHER_COLOUR, INK, GRID = "#0b6e8a", "#9aa5ad", "#24323a", "#e3e8eb"

@@ -1,7 +1,5 @@
 """The exception for user errors, how commands report it, and suggestions for unknown names."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import sys

@@ -1,7 +1,5 @@
 """Reads YAML and JSON files, with one-line errors, and writes files atomically: completely or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

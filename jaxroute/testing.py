@@ -1,7 +1,5 @@
 """`check_env(env, params)`: checks that an environment or a variant of one satisfies docs/environment.md."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import re

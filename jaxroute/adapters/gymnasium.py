@@ -1,7 +1,5 @@
 """gymnasium: one environment as `Env`, or several in one program as `VectorEnv`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

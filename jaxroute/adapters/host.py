@@ -1,7 +1,5 @@
 """Steps several environments in one program, for libraries without JAX: inputs and outputs are NumPy arrays."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple

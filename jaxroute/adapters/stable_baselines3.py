@@ -2,8 +2,6 @@
 
 # pyright: basic, reportMissingImports=false
 # The library is not installed when types are checked.
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """The network of the paper's Baseline RL: perceptrons on the observation as one vector, without a graph."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import flax.struct
 import jax

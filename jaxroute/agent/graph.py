@@ -6,8 +6,6 @@ Node and edge types are kept as integers in one homogeneous index space. Type 0 
 message, a node of it stays zero. `jraph.pad_with_graphs` fills with zeros, so what it adds is PADDING too.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import jax

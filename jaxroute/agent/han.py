@@ -11,8 +11,6 @@ The dense path (`HAN.__call__`, `HAN.states`; `han_dense.py`) works on arrays wi
 slots have no part. Tests hold the two equal; benchmarks/results.md says which is faster where.
 """
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax
 

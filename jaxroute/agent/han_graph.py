@@ -4,8 +4,6 @@ JAX needs static shapes, so a graph has room for a fixed number of nodes. `embed
 one after the other, as the requests of the batch fill: it is exact for any queue, and its cost grows with the requests.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The weights of a layer of the graph attention network, which both of its paths compute with."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import flax.struct
 import jax

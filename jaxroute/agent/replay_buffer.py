@@ -1,7 +1,5 @@
 """A ring buffer of transitions that lives on the device, as pure functions of a pytree."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,8 +1,6 @@
 """The network of the soft actor-critic router: one HAN encoder, a policy head and twin critics, for any number of
 experts."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import flax.linen as nn

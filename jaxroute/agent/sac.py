@@ -6,8 +6,6 @@ with any leading batch axes: `encode(observation) -> embedding` (any pytree), `p
 with the finite minimum of their dtype where an action is not allowed, and `critics(embedding) -> q [..., 2, A]`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

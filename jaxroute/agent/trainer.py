@@ -1,7 +1,5 @@
 """Collection and learning as one compiled program: environments, replay buffer and updates inside one scan."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache

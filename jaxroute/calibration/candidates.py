@@ -9,8 +9,6 @@ iteration, so they remain in a list until a slot is free. This is exact as long 
 request. Otherwise the candidate is marked `overflowed`, and the caller must use more slots.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

@@ -1,7 +1,5 @@
 """Errors of a simulated log against the measured one, on requests that it was not fitted to."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

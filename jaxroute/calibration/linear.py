@@ -1,7 +1,5 @@
 """Linear functions of the errors in the parameters, fitted to candidates around a point, and their information."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Reads request logs of real servers in several formats; each error is one line that names its place."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Mapping, Sequence

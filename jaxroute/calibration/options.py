@@ -1,7 +1,5 @@
 """The known options of a server's engine, from YAML or the JSON of a recorded run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

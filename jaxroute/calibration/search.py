@@ -1,7 +1,5 @@
 """Searches for the candidate whose simulation of the whole log is closest to the measured times."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial

@@ -4,8 +4,6 @@ The scale is the logarithm of the parameter plus an offset, about a tenth of its
 scale is logarithmic. Below it is linear, so that a coefficient that was estimated as 0 can increase again.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import jax

@@ -5,8 +5,6 @@ the parameters, which averages over the discontinuities of schedules. Requests a
 consecutive ones, because their errors are correlated. One Gauss-Newton step gives the best point of each sample.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

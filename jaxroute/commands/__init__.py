@@ -1,7 +1,5 @@
 """The commands: `jaxroute NAME`, or `python -m jaxroute.NAME`. Each is a module with `main(argv) -> exit code`."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 

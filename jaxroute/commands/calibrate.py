@@ -4,8 +4,6 @@ LOG is JSONL or CSV with the arrivals, lengths, first- and last-token times of r
 benchmark. The resulting profile can be used for an expert of any environment, and by `jaxroute replay`.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

@@ -1,7 +1,5 @@
 """`jaxroute evaluate RUN`: evaluates a trained router again, on any number of episodes and with any seed."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

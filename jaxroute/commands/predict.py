@@ -4,8 +4,6 @@ DATA is a JSONL file in the format of MixInstruct (`workload.mixinstruct`). `tra
 text, and reports its errors on them. `apply` writes the predictions into a copy of a JSONL file, for the environment.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """`jaxroute replay SPEC --out OUT.json`: simulates one engine on a recorded list of requests."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """`jaxroute sweep SPEC.yaml`: trains with many settings and seeds at once, and writes the results into a folder."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 from collections.abc import Sequence

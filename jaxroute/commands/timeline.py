@@ -1,7 +1,5 @@
 """`jaxroute timeline ROUTER [ROUTER] --out DIR`: draws an episode under one or two routers."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`jaxroute train`: trains a router, compares it with the heuristics, and writes the results into a folder."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

@@ -1,7 +1,5 @@
 """Builds the environment, network and learner that a configuration describes."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 

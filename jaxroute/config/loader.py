@@ -1,7 +1,5 @@
 """Reads YAML files and `key=value` overrides into a checked `Config`, and writes it as YAML."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from difflib import SequenceMatcher

@@ -1,7 +1,5 @@
 """The sections and keys of a configuration: types, units and ranges. `configs/default.yaml` has all defaults."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite

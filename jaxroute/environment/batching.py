@@ -5,8 +5,6 @@ environments], so that every operation runs along whole rows of environments, an
 decides whether a part of the step can be skipped. On CPUs this is several times faster than a vmapped program.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The routing environment: one step handles one arriving request, which the action sends to an expert or drops."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Runs the two turns of a step on few slots if they hold all requests: an optimisation that changes no result."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

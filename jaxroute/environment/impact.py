@@ -11,8 +11,6 @@ joins, with any trailing axes (`...`, as in `simulator.engine`):
 `joining_gain` is the change of QoS in such runs, including the QoS of the request itself. The planning routers use it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

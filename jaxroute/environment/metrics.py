@@ -4,8 +4,6 @@ The sums are additive over episodes and environments. Percentiles are computed f
 ("histogram"), with an error of at most 2 %, or from the values of every request ("exact"). "off" keeps nothing.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import jax

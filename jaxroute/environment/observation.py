@@ -3,8 +3,6 @@
 Nothing here is computed from true output lengths or scores.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import flax.struct

@@ -3,8 +3,6 @@
 `scenarios` registers the environments of the package.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The registered environments of the package, each with one line on its purpose."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

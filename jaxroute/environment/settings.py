@@ -1,7 +1,5 @@
 """The static settings of an environment, which change shapes or code. `EnvParams` has what a sweep may vary."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args
 

@@ -4,8 +4,6 @@ The B environments are the last axis of all arrays here, [slots, experts, B], ex
 record of the totals, where they are the first axis (see `batching`).
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -1,7 +1,5 @@
 """Wrappers: a base class, and the view of a step with five values."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

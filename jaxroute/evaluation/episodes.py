@@ -1,7 +1,5 @@
 """Runs routers on the same fresh episodes, as one compiled program."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from functools import partial

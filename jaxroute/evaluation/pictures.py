@@ -1,7 +1,5 @@
 """The two pictures of a run: learning curves, and the QoS of the routers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

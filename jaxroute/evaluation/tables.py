@@ -1,7 +1,5 @@
 """The evaluation as a table for people and as a JSON file for programs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

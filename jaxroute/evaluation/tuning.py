@@ -1,7 +1,5 @@
 """Grid search over the parameters of tunable routers, on separate short episodes."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Metrics of predictions on held-out prompts, compared with constant predictions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -7,8 +7,6 @@ for each target on a fold of the training prompts. One network per fold is train
 distributions are averaged.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence

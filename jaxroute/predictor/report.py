@@ -1,7 +1,5 @@
 """The held-out metrics of a predictor as a table, and its predictions as a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

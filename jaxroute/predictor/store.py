@@ -1,7 +1,5 @@
 """Stores a trained predictor in a folder: arrays in `model.npz`, all else in `model.json`, which is written last."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io

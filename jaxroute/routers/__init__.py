@@ -1,7 +1,5 @@
 """Routers by name: the paper's heuristics, rules of current systems, and two that run the simulator forward."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from itertools import combinations, product

@@ -1,7 +1,5 @@
 """Common parts of routers: their type, the experts to choose among, and the choice."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

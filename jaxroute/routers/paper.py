@@ -1,7 +1,5 @@
 """The heuristics that the paper compares with (arXiv 2508.00234)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

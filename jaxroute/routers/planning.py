@@ -1,7 +1,5 @@
 """Routers that run the simulator forward, with predicted or with true lengths and scores."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """Rules of current load balancers and LLM gateways, from their published formulas."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

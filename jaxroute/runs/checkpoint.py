@@ -1,7 +1,5 @@
 """Stores arrays of a run on disk: a folder in orbax's array format, with checksums of its files beside it."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import shutil

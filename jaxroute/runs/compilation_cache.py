@@ -1,7 +1,5 @@
 """JAX's persistent compilation cache, so that commands compile a program only once."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The devices that a command uses."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 

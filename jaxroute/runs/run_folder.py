@@ -1,7 +1,5 @@
 """The folder of a run, and the versions that its results depend on."""
 
-from __future__ import annotations
-
 import platform
 import tempfile
 from importlib.metadata import version

@@ -10,8 +10,6 @@ over slots; `cumsum`; loops. Triton lowers no slices, gathers, sorts, products o
 constant scalar as the result of a round of a loop.
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Any
 

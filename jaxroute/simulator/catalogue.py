@@ -4,8 +4,6 @@ A file has the engine's options under `engine`, in the format of `jaxroute repla
 `jaxroute calibrate` writes such files.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

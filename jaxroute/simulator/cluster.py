@@ -8,8 +8,6 @@ A cluster consists of engines along trailing axes (`engine`) and a payload. The 
 with what the caller stores about the request in each slot; it moves with the slots.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 `EngineParams.discipline` is static, so a program contains the rules of one discipline only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -9,8 +9,6 @@ a field of an engine is [...]. The two then broadcast, and a sum over slots adds
 units do fast. The functions of this folder accept any such trailing axes.
 """
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import jax

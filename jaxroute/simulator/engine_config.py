@@ -1,7 +1,5 @@
 """Reads an engine's options from a dictionary with vLLM's names and defaults."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

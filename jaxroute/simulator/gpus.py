@@ -1,7 +1,5 @@
 """The data of each GPU, from which profiles and roofline guesses are computed."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 MEMORY_USED = 0.9

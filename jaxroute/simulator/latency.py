@@ -1,7 +1,5 @@
 """Duration of an iteration and of a run of decode iterations, and how many of them start before an instant."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -1,7 +1,5 @@
 """vLLM's rule for data-parallel engines, which a router and the calibration use."""
 
-from __future__ import annotations
-
 import jax
 
 

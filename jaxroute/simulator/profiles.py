@@ -6,8 +6,6 @@ times are scaled by the size of its weights; the time of a context token is its 
 bandwidth; and the KV cache is the memory that its weights leave free.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil

@@ -4,8 +4,6 @@ The functions are pure: `jax.vmap` runs many engines and lists of one shape. A r
 list, so there are as many slots as requests, and none is ever rejected. The command is `jaxroute replay`.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import struct

@@ -5,8 +5,6 @@ or a CSV of requests in order of time with the columns `arrival_time,prompt_len,
 `workload.trace.load_trace`). A CSV runs on the default engine.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

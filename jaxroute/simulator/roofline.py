@@ -6,8 +6,6 @@ reading the weights, and a slope above it. The guess includes no overhead and as
 slower (docs/calibration.md).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

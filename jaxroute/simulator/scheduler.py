@@ -12,8 +12,6 @@ The new boundary is the first position that fails. If it is before the old bound
 admitted); if it is behind, requests are admitted. Cumulative sums and one minimum replace the loops.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

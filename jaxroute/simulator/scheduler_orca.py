@@ -5,8 +5,6 @@ ends, and is never preempted. All reservations are equal, so an engine has a fix
 section 1b).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

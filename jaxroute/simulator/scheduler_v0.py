@@ -7,8 +7,6 @@ until the slots are compacted. With asynchronous output processing, a finished r
 lingers: it holds its seat and blocks for one more iteration.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

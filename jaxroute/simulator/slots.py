@@ -1,7 +1,5 @@
 """Slots of a queue: a request joins at the end, and finished requests are removed without reordering the others."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -1,7 +1,5 @@
 """Runs a sweep: rung by rung and batch by batch, only the batches without results."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Decides which trainings share a program, and which run together."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """A batch of trainings as one compiled program on one or more devices, and the batch size that fits into memory."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Sequence

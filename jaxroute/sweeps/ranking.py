@@ -1,7 +1,5 @@
 """Ranks trials by the QoS of their evaluation, averaged over seeds."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Batches of a sweep as tasks of a Ray cluster (extra `ray`)."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The report of a sweep: best trials, the effect of each key, learning curves, and the best configuration."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The results of a sweep: a folder with one file per finished batch, and the table computed from them."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import importlib.util

@@ -1,7 +1,5 @@
 """Runs a batch of a sweep from one rung to the next, and continues where a killed process stopped."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Callable

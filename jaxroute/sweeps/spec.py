@@ -1,7 +1,5 @@
 """The spec file of a sweep, and its trials."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass

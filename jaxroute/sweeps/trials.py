@@ -1,7 +1,5 @@
 """A sweep from within a program that chooses the settings itself, such as a search by another library."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

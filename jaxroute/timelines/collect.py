@@ -5,8 +5,6 @@ and totals. Its engines then run again on these assignments by the same jumps, w
 one iteration and the run of decodes after it, whose times have a closed form.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple

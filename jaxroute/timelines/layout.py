@@ -1,7 +1,5 @@
 """Arranges an episode for drawing: merged runs of decodes, requests in rows without overlap, queues over time."""
 
-from __future__ import annotations
-
 import heapq
 
 import numpy as np

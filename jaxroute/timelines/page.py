@@ -1,7 +1,5 @@
 """Writes an episode as one self-contained HTML page: lanes with a scrubber, metrics, picture and trace."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import html

@@ -1,7 +1,5 @@
 """Draws an episode: experts as lanes, requests as bars coloured by their fate, and the queue below."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ records every jump.
 Both run the cluster with the functions of `simulator.cluster`, so the times are those of the environment.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Writes the trace, the picture and the page of an episode under one or two routers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

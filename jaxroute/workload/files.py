@@ -1,7 +1,5 @@
 """Reads lines and numbers of user files; each error is one `UserError` that names file, line and key."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

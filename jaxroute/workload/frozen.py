@@ -11,8 +11,6 @@ normals a, b, c (per request) and e, n, z (per request and expert):
     predicted output = exp(4.3 + .5 c + .35 z)     in 4..256, rounded down
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Reads prompts with the recorded answers and scores of several models from a JSONL file in MixInstruct's format."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Sequence

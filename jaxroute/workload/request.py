@@ -1,7 +1,5 @@
 """A request, with its length and score at each expert of a cluster."""
 
-from __future__ import annotations
-
 import jax
 from flax import struct
 

@@ -1,7 +1,5 @@
 """Requests as rows in host memory, which the file loaders return."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Reads recorded request traces: Azure LLM 2023 CSV, Mooncake JSONL, and jaxroute's CSV."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from datetime import datetime
