@@ -12,6 +12,7 @@ import numpy as np
 
 import jaxroute
 from jaxroute.agent import graph as graph_module
+from jaxroute.agent import node_types
 from tests.network_cases import random_observation, with_whole_queues
 
 
@@ -47,20 +48,20 @@ def test_nodes_and_edges_follow_the_observation():
     np.testing.assert_array_equal(types, expected)
     np.testing.assert_array_equal(features[1:3], obs.expert)
     np.testing.assert_array_equal(features[3:9, :5], obs.running.reshape(6, 5) * (types[3:9] == 3)[:, None])
-    assert (features[types == graph_module.PADDING] == 0).all()
+    assert (features[types == node_types.PADDING] == 0).all()
 
     # Every real edge joins the node types that its own type names, and every real queued request has one edge each way.
     edge_types = np.array(graph.edges["type"])
     for kind, sender, receiver in zip(edge_types, graph.senders, graph.receivers, strict=True):
         ends = (types[sender], types[receiver])
-        if kind == graph_module.PADDING:
-            assert graph_module.PADDING in ends or sender == receiver == 0  # the arrived node is its own parent
+        if kind == node_types.PADDING:
+            assert node_types.PADDING in ends or sender == receiver == 0  # the arrived node is its own parent
         else:
-            assert ends == tuple(map(graph_module.node_type, graph_module.EDGE_TYPES[kind - 1]))
+            assert ends == tuple(map(node_types.node_type, node_types.EDGE_TYPES[kind - 1]))
     counts = [2, 2, *[int(obs.running_mask.sum())] * 2, *[int(obs.waiting_mask.sum())] * 2]
     np.testing.assert_array_equal(np.bincount(edge_types, minlength=7)[1:], counts)
 
-    into_expert = edge_types == graph_module.EDGE_TYPES.index(("running", "expert")) + 1
+    into_expert = edge_types == node_types.EDGE_TYPES.index(("running", "expert")) + 1
     owners = dict(zip(graph.senders[into_expert].tolist(), graph.receivers[into_expert].tolist(), strict=True))
     assert owners == {3 + i: 1 + i // 3 for i in range(6) if obs.running_mask.ravel()[i]}
 
@@ -93,13 +94,13 @@ def test_packing_leaves_out_padding_and_graphs_that_are_not_chosen():
     graph = graph_module.to_graphs_tuple(random_observation(4, 4))
     chosen = jnp.array([True, False, True, True])
     kept = [single for single, wanted in zip(jraph.unbatch(graph), chosen, strict=True) if wanted]
-    counts = [int((single.nodes["type"] != graph_module.PADDING).sum()) for single in kept]
+    counts = [int((single.nodes["type"] != node_types.PADDING).sum()) for single in kept]
     room = sum(counts) + 3
     packed = jax.jit(graph_module.pack, static_argnums=2)(graph, chosen, room)
     np.testing.assert_array_equal(packed.n_node, [counts[0], 0, *counts[1:], 3])
     np.testing.assert_array_equal(packed.n_edge, 2 * packed.n_node)
-    assert (packed.nodes["type"][:-3] != graph_module.PADDING).all()
-    assert (packed.nodes["type"][-3:] == graph_module.PADDING).all() and (packed.nodes["features"][-3:] == 0).all()
+    assert (packed.nodes["type"][:-3] != node_types.PADDING).all()
+    assert (packed.nodes["type"][-3:] == node_types.PADDING).all() and (packed.nodes["features"][-3:] == 0).all()
     assert real_edges(packed) == set.union(*map(real_edges, kept))
     exact = graph_module.pack(graph, chosen, sum(counts))
     np.testing.assert_array_equal(exact.nodes["features"], packed.nodes["features"][:-3])
@@ -117,15 +118,15 @@ def test_attention_sums_to_the_neighbours_features_when_they_are_equal():
     """Weights sum to 1 over a destination's neighbours, and a destination without neighbours gets zeros."""
     obs = random_observation(3)
     graph = graph_module.to_graphs_tuple(obs)
-    vectors = jax.random.normal(jax.random.key(0), (2, len(graph_module.EDGE_TYPES), 2, 3))
+    vectors = jax.random.normal(jax.random.key(0), (2, len(node_types.EDGE_TYPES), 2, 3))
     heard = jax.jit(graph_module.attend)(graph, jnp.ones((graph.nodes["type"].shape[0], 2, 3)), *vectors)
     experts = slice(1, 4)
-    assert graph_module.edges_into("expert") == [0, 2, 4]  # arrived, running, waiting
+    assert node_types.edges_into("expert") == [0, 2, 4]  # arrived, running, waiting
     running, waiting = (np.array(mask).any(1).astype(float) for mask in (obs.running_mask, obs.waiting_mask))
     np.testing.assert_allclose(heard[experts, 0, 1, 2], 1.0, atol=1e-6)
     np.testing.assert_allclose(heard[experts, 1, 0, 0], running, atol=1e-6)
     np.testing.assert_allclose(heard[experts, 2, 1, 0], waiting, atol=1e-6)
-    real = np.array(graph.nodes["type"]) != graph_module.PADDING
+    real = np.array(graph.nodes["type"]) != node_types.PADDING
     np.testing.assert_allclose(heard[real, 0], 1.0, atol=1e-6)
     np.testing.assert_allclose(heard[~real], 0.0)
     np.testing.assert_allclose(heard[4:, 1:], 0.0)

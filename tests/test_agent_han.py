@@ -11,8 +11,9 @@ import jraph
 import numpy as np
 import pytest
 
-from jaxroute.agent.graph import EDGE_TYPES, NODE_TYPES, feature_widths, to_graphs_tuple
+from jaxroute.agent.graph import to_graphs_tuple
 from jaxroute.agent.han import HAN
+from jaxroute.agent.node_types import EDGE_TYPES, NODE_TYPES, feature_widths
 from jaxroute.environment.observation import GraphObservation
 from tests.network_cases import random_observation, random_params, with_empty_queues, with_whole_queues
 

@@ -13,33 +13,19 @@ import jax.numpy as jnp
 import jraph
 import numpy as np
 
+from jaxroute.agent.node_types import (
+    EDGE_TYPES,
+    LEAKY_SLOPE,
+    NODE_TYPES,
+    PADDING,
+    QUEUES,
+    edges_into,
+    feature_widths,
+    node_type,
+)
 from jaxroute.environment.observation import FullGraphObservation, RoutingGraph
 
 GraphsTuple = jraph.GraphsTuple
-
-PADDING = 0
-NODE_TYPES = ("arrived", "expert", "running", "waiting")  # integer type = index + 1
-EDGE_TYPES = (  # (source, destination); integer type = index + 1
-    ("arrived", "expert"),
-    ("expert", "arrived"),
-    ("running", "expert"),
-    ("expert", "running"),
-    ("waiting", "expert"),
-    ("expert", "waiting"),
-)
-QUEUES = ("running", "waiting")
-LEAKY_SLOPE = 0.2  # of the attention's LeakyReLU
-
-
-def node_type(name: str) -> int:
-    """The integer type of nodes called `name`, one of NODE_TYPES."""
-    return NODE_TYPES.index(name) + 1
-
-
-def edges_into(name: str) -> list[int]:
-    """The positions in EDGE_TYPES of the edge types that reach nodes called `name`."""
-    return [index for index, (_, destination) in enumerate(EDGE_TYPES) if destination == name]
-
 
 MOST_EDGE_TYPES = max(len(edges_into(name)) for name in NODE_TYPES)  # that reach one node: 3, an expert
 
@@ -51,11 +37,6 @@ _TO_PARENT, _FROM_PARENT = (
     np.array([PADDING, *(EDGE_TYPES.index(edge(name)) + 1 if name in _PARENTS else PADDING for name in NODE_TYPES)])
     for edge in (lambda name: (name, _PARENTS[name]), lambda name: (_PARENTS[name], name))
 )
-
-
-def feature_widths(obs: RoutingGraph) -> tuple[int, ...]:
-    """Number of features of each node type, in the order of NODE_TYPES."""
-    return tuple(getattr(obs, name).shape[-1] for name in NODE_TYPES)
 
 
 def to_graphs_tuple(obs: RoutingGraph) -> jraph.GraphsTuple:

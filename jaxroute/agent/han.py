@@ -14,10 +14,11 @@ slots have no part. Tests hold the two equal; benchmarks/results.md says which i
 import flax.linen as nn
 import jax
 
-from jaxroute.agent.graph import NODE_TYPES, GraphsTuple, feature_widths
+from jaxroute.agent.graph import GraphsTuple
 from jaxroute.agent.han_dense import NodeStates, dense_layer
 from jaxroute.agent.han_graph import embed_in_parts, graph_layers
 from jaxroute.agent.han_weights import HANLayer, LayerWeights
+from jaxroute.agent.node_types import NODE_TYPES, feature_widths
 from jaxroute.environment.observation import RoutingGraph
 
 

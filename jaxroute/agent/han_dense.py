@@ -6,8 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxroute.agent.graph import EDGE_TYPES, LEAKY_SLOPE, QUEUES
 from jaxroute.agent.han_weights import LayerWeights
+from jaxroute.agent.node_types import EDGE_TYPES, LEAKY_SLOPE, QUEUES
 from jaxroute.environment.observation import RoutingGraph
 
 _EMPTY = -1e9  # attention logit of a slot without a request: its weight is exactly 0

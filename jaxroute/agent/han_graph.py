@@ -11,18 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxroute.agent.graph import (
-    PADDING,
-    QUEUES,
-    GraphsTuple,
-    attend,
-    find,
-    graph_mean,
-    node_type,
-    pack,
-    to_graphs_tuple,
-)
+from jaxroute.agent.graph import GraphsTuple, attend, find, graph_mean, pack, to_graphs_tuple
 from jaxroute.agent.han_weights import LayerWeights
+from jaxroute.agent.node_types import PADDING, QUEUES, node_type
 from jaxroute.environment.observation import RoutingGraph
 
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 
-from jaxroute.agent.graph import EDGE_TYPES, NODE_TYPES
+from jaxroute.agent.node_types import EDGE_TYPES, NODE_TYPES
 
 
 class LayerWeights(flax.struct.PyTreeNode):
