@@ -10,27 +10,27 @@ from jaxroute.environment.observation import RoutingGraph, flatten
 
 
 class FlatEmbedding(flax.struct.PyTreeNode):
-    """The observation, features first and the B graphs last. All traced."""
+    """The observation, with features on the first axis and the B graphs on the last. All traced."""
 
     features: jax.Array  # float32 [F, 1, B]
     action_mask: jax.Array  # bool [..., N + 1], as observed; B is the product of its other axes
 
 
 class FlatNetwork(ActorCritic):
-    """Policy logits and twin Q values of every action, from all features side by side: for one number of experts.
+    """Policy logits and twin Q values of every action, computed from one vector of all features.
 
-    The same interface as `RouterNetwork`; nothing is shared between actor and critics.
+    The weights fit one number of experts. The interface is that of `RouterNetwork`; actor and critics share nothing.
     """
 
     mlp: tuple[int, ...] = (64, 64)
 
     def setup(self):
-        """The actor and the pair of critics, each a perceptron of its own on the whole vector."""
+        """The actor and the two critics, each with its own perceptron on the whole vector."""
         self.actor = FlatValues(self.mlp, copies=1)
         self.critic = FlatValues(self.mlp, copies=2)
 
     def encode(self, obs: RoutingGraph) -> FlatEmbedding:
-        """The observation itself, as one vector: there are no weights before the heads."""
+        """The observation itself as one vector, because there is no encoder before the heads."""
         features = flatten(obs)
         return FlatEmbedding(features.reshape(-1, features.shape[-1]).T[:, None], obs.action_mask)
 
@@ -42,7 +42,7 @@ class FlatNetwork(ActorCritic):
 class FlatValues(nn.Module):
     """One value for each action, float32 [..., copies, N + 1], from `copies` independent perceptrons.
 
-    The last layer starts near zero: values near 0 and a policy near uniform.
+    The last layer starts near zero, so that initial values are near 0 and the initial policy is near uniform.
     """
 
     mlp: tuple[int, ...]
@@ -50,7 +50,7 @@ class FlatValues(nn.Module):
 
     @nn.compact
     def __call__(self, embedding: FlatEmbedding) -> jax.Array:
-        """Every copy reads all of the features."""
+        """Every copy reads all features."""
         *batch, actions = embedding.action_mask.shape
         x = [embedding.features] * self.copies
         for width in self.mlp:

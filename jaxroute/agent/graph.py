@@ -1,9 +1,9 @@
 """Observations as one batched `jraph.GraphsTuple`, and the segment operations that attention on it needs.
 
-The only module that imports jraph (frozen since 2022), so that only this file has to change if jraph breaks.
+This is the only module that imports jraph (frozen since 2022), so only this file has to change if jraph breaks.
 
-Node and edge types are kept as integers in one homogeneous index space. Type 0 is PADDING: an edge of it carries no
-message, a node of it stays zero. `jraph.pad_with_graphs` fills with zeros, so what it adds is PADDING too.
+All nodes share one index space, and node and edge types are stored as integers (`node_types.py`).
+`jraph.pad_with_graphs` fills with zeros, so the nodes and edges that it adds have the type PADDING.
 """
 
 from typing import Any, cast
@@ -27,11 +27,11 @@ from jaxroute.environment.observation import FullGraphObservation, RoutingGraph
 
 GraphsTuple = jraph.GraphsTuple
 
-MOST_EDGE_TYPES = max(len(edges_into(name)) for name in NODE_TYPES)  # that reach one node: 3, an expert
+MOST_EDGE_TYPES = max(len(edges_into(name)) for name in NODE_TYPES)  # that reach one node: 3, at an expert
 
-# For each integer type of an edge, its place among the edge types that reach the same nodes.
+# For each integer type of an edge, its index among the edge types with the same destination.
 _PLACES = np.array([0, *(edges_into(destination).index(i) for i, (_, destination) in enumerate(EDGE_TYPES))])
-# For each integer type of a node, the types of the edges to its parent and from it (see `to_graphs_tuple`).
+# For each integer type of a node, the types of the edges to and from its parent (see `to_graphs_tuple`).
 _PARENTS = {"expert": "arrived", "running": "expert", "waiting": "expert"}
 _TO_PARENT, _FROM_PARENT = (
     np.array([PADDING, *(EDGE_TYPES.index(edge(name)) + 1 if name in _PARENTS else PADDING for name in NODE_TYPES)])
@@ -40,15 +40,16 @@ _TO_PARENT, _FROM_PARENT = (
 
 
 def to_graphs_tuple(obs: RoutingGraph) -> jraph.GraphsTuple:
-    """The graphs of observations with any leading batch axes, B in all, as one batch.
+    """The graphs of observations with any leading batch axes, B graphs in total, as one batch.
 
-    Nodes `{"type": int32 [V], "features": float32 [V, widest type]}`: those of a graph are, in this order, arrived,
-    experts, running slots (expert by expert), waiting slots, so 1 + N + 2 N K of them; of a `FullGraphObservation`,
-    arrived, experts, queue slots, 1 + N + N S. A slot without a request is a PADDING node of zeros.
+    Nodes are `{"type": int32 [V], "features": float32 [V, widest type]}`. The nodes of a graph are, in this order, the
+    arrived node, experts, running slots (expert by expert) and waiting slots: 1 + N + 2 N K nodes. A graph of a
+    `FullGraphObservation` has the arrived node, experts and queue slots: 1 + N + N S nodes. A slot without a request
+    is a PADDING node of zeros.
 
-    Edges `{"type": int32 [2 V]}`: two for each node, to its parent and from it, in the order of the nodes. The parent
-    of an expert is the arrived node, that of a request its expert. The arrived node and PADDING nodes have none: their
-    edges are PADDING.
+    Edges are `{"type": int32 [2 V]}`: for each node, in the order of the nodes, one edge to its parent and one from
+    it. The parent of an expert is the arrived node, and the parent of a request is its expert. The arrived node and
+    PADDING nodes have no parent, so their edges are PADDING.
 
     No shape depends on the masks, so this works under jit and vmap.
     """
@@ -56,7 +57,7 @@ def to_graphs_tuple(obs: RoutingGraph) -> jraph.GraphsTuple:
     num_graphs, widest = obs.arrived[..., 0].size, max(feature_widths(obs))
     running, waiting = (jnp.where(getattr(obs, f"{name}_mask"), node_type(name), PADDING) for name in QUEUES)
     if isinstance(obs, FullGraphObservation):
-        queues = [(obs.queued, running + waiting)]  # a request is in one queue, so that the other's type is 0
+        queues = [(obs.queued, running + waiting)]  # a request is in one queue, so its type in the other is 0
     else:
         queues = [(obs.running, running), (obs.waiting, waiting)]
     blocks = [
@@ -90,10 +91,10 @@ def to_graphs_tuple(obs: RoutingGraph) -> jraph.GraphsTuple:
 
 
 def pack(graph: jraph.GraphsTuple, chosen: jax.Array, num_nodes: int) -> jraph.GraphsTuple:
-    """The `chosen` (bool [B]) of the graphs of `to_graphs_tuple` without PADDING nodes, with V = `num_nodes`.
+    """The `chosen` graphs (bool [B]) of a result of `to_graphs_tuple`, without PADDING nodes, with V = `num_nodes`.
 
-    A graph that is not chosen has no nodes. Nodes that are left over are one more graph, of PADDING, at the end. There
-    must not be more than `num_nodes` real nodes.
+    A graph that is not chosen has no nodes. An additional graph at the end consists of the unused nodes, which are
+    PADDING. The chosen graphs must not have more than `num_nodes` real nodes.
     """
     types = _types(graph.nodes)
     by_graph = (types != PADDING).reshape(len(chosen), -1) & chosen[:, None]
@@ -106,7 +107,7 @@ def pack(graph: jraph.GraphsTuple, chosen: jax.Array, num_nodes: int) -> jraph.G
     def take_edges(rows: jax.Array) -> jax.Array:
         return take(rows.reshape(-1, 2)).reshape(-1)
 
-    index = jnp.cumsum(real) - 1  # of a real node among those that are kept
+    index = jnp.cumsum(real) - 1  # new index of each real node
     n_node = by_graph.sum(axis=1)
     n_node = jnp.append(n_node, num_nodes - n_node.sum())
     return graph._replace(
@@ -120,30 +121,30 @@ def pack(graph: jraph.GraphsTuple, chosen: jax.Array, num_nodes: int) -> jraph.G
 
 
 def _types(of: Any) -> jax.Array:
-    """The types of a graph's nodes or edges, of which jraph says no more than that they are trees."""
+    """The types of a graph's nodes or edges, which jraph declares as arbitrary trees."""
     return of["type"]
 
 
 def find(mask: jax.Array, size: int) -> jax.Array:
-    """int32 [size]: the first so many indices where `mask` (bool [n]) holds; n where there are no more."""
+    """int32 [size]: the first `size` indices at which `mask` (bool [n]) is True, followed by n if there are fewer."""
     return jnp.nonzero(mask, size=size, fill_value=len(mask))[0]
 
 
 def attend(graph: jraph.GraphsTuple, features: jax.Array, source: jax.Array, destination: jax.Array) -> jax.Array:
-    """Multi-head attention of every node over its neighbours, for each edge type that reaches it apart.
+    """Multi-head attention of every node over its neighbours, separately for each edge type that reaches it.
 
-    `features` float32 [V, H, D]; `source`, `destination` float32 [types, H, D] are the attention vectors. Returns
-    float32 [V, MOST_EDGE_TYPES, H, D], edge types in the order of `edges_into`: the sum of the sources' features,
-    weighted by a softmax over the neighbours of that edge type of LeakyReLU(source . the source's features +
-    destination . its own features); zeros without neighbours.
+    `features` is float32 [V, H, D]; `source` and `destination`, float32 [types, H, D], are the attention vectors.
+    Returns float32 [V, MOST_EDGE_TYPES, H, D], with edge types in the order of `edges_into`: the weighted sum of the
+    neighbours' features, or zeros without neighbours. The weights are a softmax over the neighbours of that edge type
+    of LeakyReLU(source . the neighbour's features + destination . the node's own features).
     """
     kind = _types(graph.edges)
     senders, receivers = cast(tuple[jax.Array, jax.Array], (graph.senders, graph.receivers))
-    # Of each node for each edge type, [V, types, H]: far less to gather for an edge than features are.
+    # For each node and edge type, [V, types, H]: much less to gather per edge than the features.
     of_source, of_destination = (jnp.einsum("vhd,thd->vth", features, vectors) for vectors in (source, destination))
     vectors = jnp.maximum(kind - 1, 0)
     logits = jax.nn.leaky_relu(of_source[senders, vectors] + of_destination[receivers, vectors], LEAKY_SLOPE)
-    # A segment for each destination node and place of an edge type; PADDING edges have the last one, which is dropped.
+    # One segment per destination node and edge type that reaches it; PADDING edges are in the last, which is dropped.
     num_segments = features.shape[0] * MOST_EDGE_TYPES
     segments = jnp.where(kind == PADDING, num_segments, receivers * MOST_EDGE_TYPES + jnp.asarray(_PLACES)[kind])
     weights = cast(jax.Array, jraph.segment_softmax(logits, segments, num_segments + 1))
@@ -152,9 +153,9 @@ def attend(graph: jraph.GraphsTuple, features: jax.Array, source: jax.Array, des
 
 
 def graph_mean(graph: jraph.GraphsTuple, nodes: jax.Array, values: jax.Array) -> jax.Array:
-    """For each of `nodes` (int32 [M]), the mean of `values` (float32 [M, ...]) over those of them in its graph.
+    """For each of `nodes` (int32 [M]), the mean of `values` (float32 [M, ...]) over those of `nodes` in its graph.
 
-    A node of V or more, as `find` gives, counts in no mean, and its own is anything.
+    An index of V or more, which `find` fills with, counts in no mean, and its own result has no meaning.
     """
     num_graphs, num_nodes = len(graph.n_node), len(_types(graph.nodes))
     owners = jnp.repeat(jnp.arange(num_graphs), graph.n_node, total_repeat_length=num_nodes)

@@ -1,14 +1,14 @@
 """Heterogeneous graph attention network (Wang et al., 2019) on the routing graph: one set of weights, two equal paths.
 
-A layer, as PyTorch Geometric's HANConv: every node type is projected; for each edge type a node attends over its
-neighbours (several heads, LeakyReLU 0.2, softmax, ReLU after the sum, zeros without neighbours); semantic attention
-then mixes the edge types that reach a node. `residual` adds the node's own projection, without which an expert's own
-features never become part of the arrived node's message in two layers (simulation.md section 5); `residual=False` is
-the paper's network.
+A layer is that of PyTorch Geometric's HANConv (simulation.md section 5). Every node type is projected. For each edge
+type, a node attends over its neighbours (several heads, LeakyReLU 0.2, softmax, ReLU after the sum, zeros without
+neighbours). Semantic attention then mixes the edge types that reach a node. `residual` adds the node's own projection.
+Without it, two layers never pass an expert's own features to the arrived node (deviations.md); `residual=False` is the
+paper's network.
 
 The dense path (`HAN.__call__`, `HAN.states`; `han_dense.py`) works on arrays with masks. The jraph path
-(`HAN.on_graph`, `HAN.embed_by_graph`; `han_graph.py`) works on a batched `jraph.GraphsTuple`, in which empty queue
-slots have no part. Tests hold the two equal; benchmarks/results.md says which is faster where.
+(`HAN.on_graph`, `HAN.embed_by_graph`; `han_graph.py`) works on a batched `jraph.GraphsTuple` without empty queue
+slots. Tests check that both give the same results; benchmarks/results.md says when each is faster.
 """
 
 import flax.linen as nn
@@ -31,19 +31,19 @@ class HAN(nn.Module):
     residual: bool = True
 
     def setup(self):
-        """A layer's weights for each of `layers`."""
+        """The weights of each layer."""
         self.stack = [HANLayer(self.hidden, self.heads) for _ in range(self.layers)]
 
     def __call__(self, obs: RoutingGraph) -> dict[str, jax.Array]:
         """The embeddings by node type, float32: arrived [..., hidden], expert [..., N, hidden], running and waiting
-        [..., N, K, hidden], zeros for masked slots.
+        [..., N, K, hidden]; masked slots have zeros.
         """
         return self.states(obs)[-1].by_node(obs.arrived.shape[:-1])
 
     def states(self, obs: RoutingGraph) -> list[NodeStates]:
         """The raw features, then the node states after each layer.
 
-        Under jit a state that is not used costs nothing: the last layer computes only what the others need.
+        Under jit, states that the caller does not use cost nothing, because XLA removes their computation.
         """
         states = [NodeStates.of(obs)]
         for weights in self._weights(feature_widths(obs)):
@@ -51,16 +51,17 @@ class HAN(nn.Module):
         return states
 
     def on_graph(self, graph: GraphsTuple, widths: tuple[int, ...], num_experts: int) -> jax.Array:
-        """The embeddings float32 [V, hidden] of all nodes of a graph; zeros for PADDING nodes.
+        """The embeddings of all nodes of a graph, float32 [V, hidden]; PADDING nodes have zeros.
 
-        `graph`: `to_graphs_tuple`, or a batch of such. `widths`: `feature_widths` of the observations, since the
-        graph's own features are padded to one width. `num_experts`: expert nodes in all of the batch.
+        `graph` is a result of `to_graphs_tuple`, or a batch of them. `widths` are the `feature_widths` of the
+        observations, because the graph's features are padded to one width. `num_experts` is the number of expert nodes
+        in the whole batch.
         """
         return graph_layers(self._weights(widths), graph, num_experts, self.residual)
 
     def embed_by_graph(self, obs: RoutingGraph) -> jax.Array:
-        """The embeddings float32 [B, 1 + N, hidden] of each observation's arrived node and experts, as
-        `han_graph.embed_in_parts` computes them; any leading batch axes, B in all.
+        """The embeddings of each observation's arrived node and experts, float32 [B, 1 + N, hidden], by
+        `han_graph.embed_in_parts`. `obs` has any leading batch axes; B is their product.
         """
         return embed_in_parts(self._weights(feature_widths(obs)), obs, self.residual)
 

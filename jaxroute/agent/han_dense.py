@@ -1,4 +1,4 @@
-"""The dense path of the graph attention network: arrays with masks, in which every queue slot takes part."""
+"""The dense path of the graph attention network: arrays with masks, computed over all queue slots."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from jaxroute.agent.han_weights import LayerWeights
 from jaxroute.agent.node_types import EDGE_TYPES, LEAKY_SLOPE, QUEUES
 from jaxroute.environment.observation import RoutingGraph
 
-_EMPTY = -1e9  # attention logit of a slot without a request: its weight is exactly 0
+_EMPTY = -1e9  # attention logit of a slot without a request, which makes its weight exactly 0
 
 
 class NodeStates(flax.struct.PyTreeNode):
-    """Node states between dense layers: features first, then what differs between nodes, and the B graphs last.
+    """Node states between dense layers: features on the first axis, then the nodes, and the B graphs on the last.
 
-    In this order a product with weights is one product of two matrices, and all else runs along the graphs.
+    With this order, a product with weights is one product of two matrices, and all other operations run along the
+    graphs.
 
-    A queued request hears only from its own expert, so in every layer its state is affine in its raw features:
-    features times slope, plus offset, with one slope for all and one offset for each expert. Keeping these two instead
-    of the states means that nothing as wide as `hidden` is ever computed for a queue slot.
+    A queued request receives messages only from its own expert. Its state in every layer is therefore affine in its
+    raw features: features times slope, plus offset, with one slope for all requests of a queue and one offset per
+    expert. Only slope and offset are stored, so nothing as wide as `hidden` is computed for each queue slot.
     """
 
     arrived: jax.Array  # float32 [F, B]
     expert: jax.Array  # float32 [F, N, B]
-    slots: dict[str, jax.Array]  # per queue, float32 [Fq + 1, K, N, B]: raw features, then 0 or, if empty, _EMPTY
+    slots: dict[str, jax.Array]  # per queue, float32 [Fq + 1, K, N, B]: raw features, then 0, or _EMPTY if empty
     slope: dict[str, jax.Array]  # per queue, float32 [Fq, F]
-    offset: dict[str, jax.Array]  # per queue, float32 [F, N, B] or, if the same everywhere, [F, 1, 1]
+    offset: dict[str, jax.Array]  # per queue, float32 [F, N, B], or [F, 1, 1] if all are the same
 
     @classmethod
     def of(cls, obs: RoutingGraph) -> NodeStates:
-        """The raw features of observations with any leading batch axes, B in all."""
+        """The raw features of observations with any leading batch axes; B is their product."""
         slots = {}
         for queue in QUEUES:
             mask = graphs_last(getattr(obs, f"{queue}_mask"), 2)
-            # Zeroed, not only masked in the attention: what an empty slot holds, even NaN, must not reach a gradient.
+            # Set to 0, not only masked in attention, so that an empty slot's content, even NaN, reaches no gradient.
             features = jnp.where(mask, graphs_last(getattr(obs, queue), 3), 0.0)
             rows = jnp.concatenate([features, jnp.where(mask, 0.0, _EMPTY)[None]])
-            # XLA stores a product; all else, the transposition too, it would do anew wherever the slots are used.
+            # XLA stores the result of a product. It repeats other operations, such as transposition, at every use.
             slots[queue] = jnp.einsum("fg,f...->g...", jnp.eye(len(rows), dtype=rows.dtype), rows, precision="highest")
         return cls(
             arrived=graphs_last(obs.arrived, 1),
@@ -49,7 +50,7 @@ class NodeStates(flax.struct.PyTreeNode):
         )
 
     def by_node(self, batch: tuple[int, ...]) -> dict[str, jax.Array]:
-        """The states by node type, float32 [*batch, (N, (K,)) F]; zeros for empty slots."""
+        """The states by node type, float32 [*batch, (N, (K,)) F]; empty slots have zeros."""
         nodes = {"arrived": self.arrived, "expert": self.expert}
         for queue, slots in self.slots.items():
             states = project(self.slope[queue], slots[:-1]) + self.offset[queue][:, None]
@@ -58,17 +59,17 @@ class NodeStates(flax.struct.PyTreeNode):
 
 
 def graphs_last(x: jax.Array, axes: int) -> jax.Array:
-    """[..., a, b, c] -> [c, b, a, B]: the last `axes` axes reversed, then the others as one."""
+    """[..., a, b, c] -> [c, b, a, B]: reverses the last `axes` axes and joins the others to one."""
     return x.reshape(-1, *x.shape[x.ndim - axes :]).T
 
 
 def project(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """`kernel` [F, G] on features [F, ...]: [G, ...], as one product of two matrices."""
+    """Applies `kernel` [F, G] to features [F, ...]: [G, ...], as one product of two matrices."""
     return (kernel.T @ x.reshape(len(x), -1)).reshape(-1, *x.shape[1:])
 
 
 def dense_layer(weights: LayerWeights, state: NodeStates, residual: bool) -> NodeStates:
-    """One layer on dense arrays. Where a destination has one source only, no attention is computed: its weight is 1."""
+    """One layer on dense arrays. A destination with a single source needs no attention, because its weight is 1."""
     source = dict(zip(EDGE_TYPES, weights.source, strict=True))
     destination = dict(zip(EDGE_TYPES, weights.destination, strict=True))
 
@@ -87,7 +88,7 @@ def dense_layer(weights: LayerWeights, state: NodeStates, residual: bool) -> Nod
         attended = _attend_queue(slots, slope[queue], source[edge], logits) + offset[queue]
         messages.append(jax.nn.relu(jnp.where((slots[-1] == 0).any(0), attended, 0.0)))
 
-    # Semantic attention of the experts. Every other node type is reached by one edge type, which then weighs 1.
+    # Semantic attention of the experts. Other node types are reached by only one edge type, whose weight is 1.
     scores = jnp.stack([_semantic_score(weights, message).mean(0) for message in messages])
     shares = jnp.exp(scores - jax.lax.stop_gradient(scores.max(0)))
     to_expert = sum(_scale(message, share) for message, share in zip(messages, shares, strict=True)) / shares.sum(0)
@@ -121,7 +122,7 @@ def _semantic_score(weights: LayerWeights, messages: jax.Array) -> jax.Array:
 
 
 def _dot(x: jax.Array, vectors: jax.Array) -> jax.Array:
-    """The dot product of each head, [H * D, ...] with [H, D] -> [H, ...], as one product of matrices."""
+    """The dot product of each head, [H * D, ...] with [H, D] -> [H, ...], as one product of two matrices."""
     return project(_block_diagonal(vectors), x)
 
 
@@ -132,15 +133,15 @@ def _block_diagonal(vectors: jax.Array) -> jax.Array:
 
 
 def _attend_queue(slots: jax.Array, slope: jax.Array, source: jax.Array, expert_logits: jax.Array) -> jax.Array:
-    """The part of an attention-weighted mean of one queue that is due to the slots' features: float32 [hidden, N, B].
+    """The attention-weighted mean of one queue's states without their offset: float32 [hidden, N, B].
 
-    `slots` [Fq + 1, K, N, B] count as their features times `slope` [Fq, hidden]. That product is taken after the mean,
-    on [H, Fq, N, B]. `expert_logits` [H, N, B]: the part of the attention logits that the slots of an expert share.
+    The states are the features of `slots` [Fq + 1, K, N, B] times `slope` [Fq, hidden]. This product is applied after
+    the mean, to [H, Fq, N, B]. `expert_logits` [H, N, B] is the part of the logits that an expert's slots share.
     """
     heads, width = source.shape
     slot_logits = project(jnp.concatenate([slope @ _block_diagonal(source), jnp.ones((1, heads), slope.dtype)]), slots)
     logits = jax.nn.leaky_relu(slot_logits + expert_logits[:, None], LEAKY_SLOPE)
-    # An empty queue has equal weights on zeros, and finite gradients.
+    # An empty queue has equal weights on zeros, so its gradients are finite.
     attention = jnp.exp(logits - jax.lax.stop_gradient(logits.max(1, keepdims=True)))
     pooled = _weighted_sum(attention, slots[None, :-1]) / attention.sum(1)[:, None]
     by_head = slope.reshape(-1, heads, width)
@@ -148,8 +149,8 @@ def _attend_queue(slots: jax.Array, slope: jax.Array, source: jax.Array, expert_
     return mean.reshape(-1, *pooled.shape[2:])
 
 
-# The sums of these two functions and of their gradients are written out, or as products of matrices: XLA's reductions
-# take several times as long on a CPU.
+# The sums in these two functions and in their gradients are unrolled or written as products of matrices, because XLA's
+# reductions take several times as long on a CPU.
 
 
 @jax.custom_vjp

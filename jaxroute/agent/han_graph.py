@@ -1,7 +1,8 @@
 """The jraph path of the graph attention network: observations as batched graphs, without their empty queue slots.
 
-JAX needs static shapes, so a graph has room for a fixed number of nodes. `embed_in_parts` takes as many such graphs,
-one after the other, as the requests of the batch fill: it is exact for any queue, and its cost grows with the requests.
+JAX needs static shapes, so a graph has a fixed number of nodes. `embed_in_parts` processes as many such graphs, one
+after the other, as the requests of the batch need. It is exact for queues of any length, and its cost grows with the
+number of requests.
 """
 
 from collections.abc import Callable
@@ -18,18 +19,18 @@ from jaxroute.environment.observation import RoutingGraph
 
 
 def embed_in_parts(weights: list[LayerWeights], obs: RoutingGraph, residual: bool) -> jax.Array:
-    """The embeddings float32 [B, 1 + N, hidden] of each observation's arrived node and experts, of observations with
-    any leading batch axes, B in all.
+    """The embeddings of each observation's arrived node and experts, float32 [B, 1 + N, hidden]. `obs` has any leading
+    batch axes; B is their product.
 
-    A part is the observations whose first nodes fall into one span of `size` nodes, counted over the batch without
-    empty slots: it has fewer nodes than `size` and the largest graph together. `size` has room for one request for
-    each expert; twice that made a batch no faster, at three requests or at one for each expert.
+    The batch's nodes, without empty slots, are numbered consecutively. A part consists of the observations whose first
+    nodes are in one interval of `size` numbers, so it has fewer nodes than `size` plus the largest graph. `size` has
+    room for one request per expert; twice as much was no faster, with three requests per expert or with one.
 
-    Under a `jax.vmap` over observations each is a batch of its own, with room for all of its slots: give batches as
-    leading axes.
+    Under `jax.vmap` over observations, each one is a batch of its own, with room for all its slots. Pass batches as
+    leading axes instead.
     """
     graph = to_graphs_tuple(obs)
-    nodes: Any = graph.nodes  # jraph says no more than that they are trees
+    nodes: Any = graph.nodes  # jraph declares them as arbitrary trees
     num_graphs, num_experts = len(graph.n_node), obs.expert.shape[-2]
     largest = len(nodes["type"]) // num_graphs
     size = num_graphs * (1 + 2 * num_experts)
@@ -42,7 +43,7 @@ def embed_in_parts(weights: list[LayerWeights], obs: RoutingGraph, residual: boo
         (weights, features), (graph, part) = inputs, constants
         graph = pack(graph._replace(nodes={**graph.nodes, "features": features}), part == index, num_nodes)
         embeddings = graph_layers(weights, graph, num_graphs * num_experts, residual)
-        first = (jnp.cumsum(graph.n_node) - graph.n_node)[:-1]  # node of each graph; the last graph is of PADDING
+        first = (jnp.cumsum(graph.n_node) - graph.n_node)[:-1]  # first nodes of all graphs but the last, of PADDING
         rows = first[:, None] + jnp.arange(1 + num_experts)
         rows = jnp.where((part == index)[:, None], rows, num_nodes)
         return embeddings.at[rows].get(mode="fill", fill_value=0)
@@ -54,8 +55,8 @@ def embed_in_parts(weights: list[LayerWeights], obs: RoutingGraph, residual: boo
 def _sum_over(function: Callable[..., Any], count: jax.Array, inputs: Any, constants: Any) -> Any:
     """The sum of `function(inputs, constants, index)` over index 0..count - 1, with a gradient for `inputs`.
 
-    `count` is traced, so this is a loop; and JAX has no gradient of a loop of unknown length, as it would have to keep
-    what each turn computed. Here each is computed again.
+    `count` is traced, so this is a loop of unknown length. JAX has no reverse-mode gradient of such a loop, because it
+    would have to store the intermediate values of every iteration. Here the gradient computes them again.
     """
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, inputs, constants, count))
 
@@ -82,9 +83,9 @@ _sum_over.defvjp(_sum_over_forward, _sum_over_backward)
 
 
 def graph_layers(weights: list[LayerWeights], graph: GraphsTuple, num_experts: int, residual: bool) -> jax.Array:
-    """As `HAN.on_graph`, with the weights of its layers."""
+    """Like `HAN.on_graph`, but with the weights of the layers as an argument."""
     nodes: Any = graph.nodes
-    features = jnp.asarray(nodes["features"])  # jraph pads on the host, to NumPy arrays
+    features = jnp.asarray(nodes["features"])  # jraph pads on the host and returns NumPy arrays
     for layer in weights:
         features = _graph_layer(layer, graph, nodes["type"], features, num_experts, residual)
     return features
@@ -93,7 +94,7 @@ def graph_layers(weights: list[LayerWeights], graph: GraphsTuple, num_experts: i
 def _graph_layer(
     weights: LayerWeights, graph: GraphsTuple, kind: jax.Array, features: jax.Array, num_experts: int, residual: bool
 ) -> jax.Array:
-    """One layer on a graph's edges: node types int32 [V] and features [V, F] to features [V, hidden]."""
+    """One layer on a graph's edges, from node types `kind` (int32 [V]) and features [V, F] to features [V, hidden]."""
     _, heads, width = weights.source.shape
     arrived = find(kind == node_type("arrived"), graph.n_node.shape[0])
     experts = find(kind == node_type("expert"), num_experts)
@@ -102,7 +103,7 @@ def _graph_layer(
         kernel = weights.kernel[name]
         return rows[:, : kernel.shape[0]] @ kernel + weights.bias[name]
 
-    # Most nodes are requests. Of the others, only the rows that are needed are projected.
+    # Most nodes are requests, so their projections are computed for all rows; the others only for the rows they need.
     projected = jnp.zeros((len(kind), heads * width), features.dtype)
     for queue in QUEUES:
         projected = jnp.where((kind == node_type(queue))[:, None], of_type(queue, features), projected)
@@ -112,7 +113,7 @@ def _graph_layer(
     messages = attend(graph, projected.reshape(-1, heads, width), weights.source, weights.destination)
     messages = jax.nn.relu(messages).reshape(len(kind), -1, heads * width)  # [V, MOST_EDGE_TYPES, hidden]
 
-    # Semantic attention. Experts are all that more than one edge type reaches; elsewhere that one weighs 1.
+    # Semantic attention. Only experts are reached by several edge types; for other nodes, the one type has weight 1.
     to_experts = messages.at[experts].get(mode="fill", fill_value=0)
     mixed = jnp.tanh(to_experts @ weights.semantic_kernel + weights.semantic_bias)
     shares = jax.nn.softmax(graph_mean(graph, experts, mixed @ weights.semantic_query), axis=1)

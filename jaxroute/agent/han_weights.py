@@ -1,4 +1,4 @@
-"""The weights of a layer of the graph attention network, which both of its paths compute with."""
+"""The weights of a layer of the graph attention network, which both of its paths use."""
 
 import flax.linen as nn
 import flax.struct
@@ -8,11 +8,11 @@ from jaxroute.agent.node_types import EDGE_TYPES, NODE_TYPES
 
 
 class LayerWeights(flax.struct.PyTreeNode):
-    """The weights of one layer: F features in, hidden = H heads x D out. All traced."""
+    """The weights of one layer, from F features to hidden = H heads x D. All traced."""
 
     kernel: dict[str, jax.Array]  # per node type, float32 [F of the type, hidden]
     bias: dict[str, jax.Array]  # per node type, float32 [hidden]
-    source: jax.Array  # float32 [6, H, D]: attention vectors of EDGE_TYPES, for the source
+    source: jax.Array  # float32 [6, H, D]: attention vectors of EDGE_TYPES for the source
     destination: jax.Array  # float32 [6, H, D]: the same for the destination
     semantic_kernel: jax.Array  # float32 [hidden, hidden], shared by the node types
     semantic_bias: jax.Array  # float32 [hidden]
@@ -27,7 +27,7 @@ class HANLayer(nn.Module):
 
     @nn.compact
     def __call__(self, widths: tuple[int, ...]) -> LayerWeights:
-        """`widths`: F of each node type."""
+        """The weights; `widths` has F of each node type."""
         matrix, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros_init()
         vectors = nn.initializers.glorot_uniform(batch_axis=0)
         attention_shape = (len(EDGE_TYPES), self.heads, self.hidden // self.heads)

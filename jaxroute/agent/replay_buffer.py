@@ -10,28 +10,28 @@ from jaxroute.errors import UserError
 
 
 class ReplayBuffer(struct.PyTreeNode):
-    """Rows of transitions; a row holds the one transition that each environment made in one collection step.
+    """Rows of transitions. A row has one transition of each environment, all from one collection step.
 
-    An observation is stored once, as what a transition leads to and the next one starts from; so what follows the last
-    transition of an episode is the start of another one.
+    Each observation is stored once: it ends one transition and begins the next one. The next observation of an
+    episode's last transition is therefore the first observation of another episode.
 
-    Whole rows are written, so an add is a slice update in place. The counter does not depend on what is stored: keep it
-    unbatched when seeds are vmapped (`trainer.TRAIN_STATE_AXES`), or the slice update becomes a scatter.
+    Whole rows are written, so an add is a slice update in place. Keep the counter unbatched when seeds are vmapped
+    (`trainer.TRAIN_STATE_AXES`), because otherwise the slice update becomes a scatter.
 
-    Memory per transition of the routing environment: with 10 shown requests in each queue 1.8 kB for 3 experts, 3.7 kB
-    for 6; with all of them and 48 slots 4.4 kB and 8.8 kB.
+    A transition of the routing environment takes 1.8 kB with 3 experts and 3.7 kB with 6, if the first 10 requests of
+    each queue are observed; 4.4 kB and 8.8 kB, if all requests are observed with 48 slots.
     """
 
-    observations: Any  # traced: pytree, each leaf [rows + 1, num_envs, ...]; row i % (rows + 1) is before transition i
-    outcomes: Any  # traced: pytree of what else a transition has, each leaf [rows, num_envs, ...]
-    rows_added: jax.Array  # traced: int32 [], rows of transitions since the start, those overwritten included
+    observations: Any  # traced: pytree, each leaf [rows + 1, num_envs, ...]; row i % (rows + 1) begins transition i
+    outcomes: Any  # traced: pytree of the other data of transitions, each leaf [rows, num_envs, ...]
+    rows_added: jax.Array  # traced: int32 [], rows added since the start, including overwritten ones
 
 
 def init(observation: Any, outcome: Any, capacity: int) -> ReplayBuffer:
-    """An empty buffer of `capacity` transitions, that start from `observation`.
+    """An empty buffer for `capacity` transitions; the first row of them will begin at `observation`.
 
-    Each leaf of `observation` and `outcome` is [num_envs, ...]; of `outcome` only shapes and dtypes are used. Raises
-    UserError where capacity is not a positive multiple of num_envs.
+    Each leaf of `observation` and `outcome` is [num_envs, ...]; only shapes and dtypes of `outcome` are used. Raises
+    UserError if capacity is not a positive multiple of num_envs.
     """
     num_envs = jax.tree.leaves(observation)[0].shape[0]
     if capacity < num_envs or capacity % num_envs:
@@ -46,7 +46,7 @@ def init(observation: Any, outcome: Any, capacity: int) -> ReplayBuffer:
 
 
 def add(buffer: ReplayBuffer, outcome: Any, next_observation: Any) -> ReplayBuffer:
-    """Writes one row, each leaf [num_envs, ...], over the oldest one once the buffer is full."""
+    """Writes one row, each leaf [num_envs, ...]. If the buffer is full, this replaces the oldest row."""
 
     def write(stored: Any, row: Any, index: jax.Array) -> Any:
         def write_leaf(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -63,10 +63,8 @@ def add(buffer: ReplayBuffer, outcome: Any, next_observation: Any) -> ReplayBuff
 
 
 def sample(buffer: ReplayBuffer, key: jax.Array, batch_size: int) -> tuple[Any, Any, Any]:
-    """`batch_size` transitions drawn uniformly with replacement: observations, outcomes and next observations, each
-    leaf [batch_size, ...].
-
-    At least one row must have been added.
+    """`batch_size` transitions, drawn uniformly with replacement: observations, outcomes and next observations, each
+    leaf [batch_size, ...]. At least one row must have been added.
     """
     num_rows, num_envs = jax.tree.leaves(buffer.outcomes)[0].shape[:2]
     oldest = jnp.maximum(buffer.rows_added - num_rows, 0)

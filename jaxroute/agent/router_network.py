@@ -1,5 +1,4 @@
-"""The network of the soft actor-critic router: one HAN encoder, a policy head and twin critics, for any number of
-experts."""
+"""The soft actor-critic router's network, for any number of experts: a HAN encoder, a policy head and twin critics."""
 
 from typing import Any, Literal
 
@@ -13,11 +12,12 @@ from jaxroute.agent.han_dense import graphs_last, project
 from jaxroute.environment.observation import RoutingGraph
 
 NEAR_ZERO = nn.initializers.variance_scaling(1e-4, "fan_in", "truncated_normal", batch_axis=0)
-"""Of the last layer of a head: it starts with values near 0 and a policy near uniform."""
+"""Initializer of a head's last layer: the initial values are near 0, and the initial policy is near uniform."""
 
 
 class Embedding(flax.struct.PyTreeNode):
-    """What the heads read, features first and the B graphs last. All traced; N experts, Fe raw expert features."""
+    """The inputs of the heads, with features on the first axis and the B graphs on the last; N experts, Fe raw expert
+    features. All traced."""
 
     arrived: jax.Array  # float32 [hidden, B]
     expert: jax.Array  # float32 [hidden, N, B]
@@ -26,7 +26,7 @@ class Embedding(flax.struct.PyTreeNode):
 
     @property
     def pooled(self) -> jax.Array:
-        """float32 [2 hidden, 1, B]: mean and largest of the experts' embeddings."""
+        """float32 [2 hidden, 1, B]: mean and maximum of the experts' embeddings."""
         return jnp.concatenate([self.expert.mean(1, keepdims=True), self.expert.max(1, keepdims=True)])
 
     def by_action(self, values: jax.Array) -> jax.Array:
@@ -35,8 +35,8 @@ class Embedding(flax.struct.PyTreeNode):
 
 
 class ActorCritic(nn.Module):
-    """What the learner calls: `encode` of a subclass gives an embedding with `action_mask`, and its submodule `actor`
-    maps that to logits [..., 1, N + 1]."""
+    """The interface that the learner uses. `encode` of a subclass returns an embedding with `action_mask`, and its
+    submodule `actor` maps the embedding to logits [..., 1, N + 1]."""
 
     def __call__(self, obs: RoutingGraph) -> tuple[jax.Array, jax.Array]:
         """The policy's logits float32 [..., N + 1] and the critics' values float32 [..., 2, N + 1]."""
@@ -48,20 +48,20 @@ class ActorCritic(nn.Module):
         raise NotImplementedError
 
     def policy(self, embedding: Any) -> jax.Array:
-        """Logits float32 [..., N + 1]; finfo.min where an action is not allowed: its probability is exactly 0."""
+        """Logits float32 [..., N + 1]. A forbidden action has finfo.min, so its probability is exactly 0."""
         logits = self.actor(embedding).squeeze(-2)
         return jnp.where(embedding.action_mask, logits, jnp.finfo(logits.dtype).min)
 
     def critics(self, embedding: Any) -> jax.Array:
-        """Q values float32 [..., 2, N + 1] of the two critics, of actions that are not allowed too."""
+        """Q values float32 [..., 2, N + 1] of the two critics, including those of forbidden actions."""
         raise NotImplementedError
 
 
 class RouterNetwork(ActorCritic):
     """Policy logits and twin Q values of every action: N experts, then drop.
 
-    Every head gives each expert a value from the same weights, so one set of parameters routes over any N, and
-    permuting the experts permutes the outputs. Observations may have any leading batch axes.
+    Every head uses the same weights for all experts. One set of parameters therefore works with any N, and permuting
+    the experts permutes the outputs. Observations may have any leading batch axes.
     """
 
     hidden: int = 64
@@ -69,17 +69,17 @@ class RouterNetwork(ActorCritic):
     layers: int = 2
     residual: bool = True
     mlp: tuple[int, ...] = (64, 64)
-    encoder_path: Literal["dense", "jraph"] = "dense"  # how to compute the same from the same weights (see `HAN`)
+    encoder_path: Literal["dense", "jraph"] = "dense"  # two ways to compute the same function (see `HAN`)
 
     def setup(self):
-        """One encoder; on it the actor, and the two critics as a value of the state and one of each action."""
+        """The encoder, the actor, and the two critics, which consist of action values and a state value."""
         self.encoder = HAN(self.hidden, self.heads, self.layers, self.residual)
         self.actor = ActionValues(self.mlp, copies=1)
         self.critic = ActionValues(self.mlp, copies=2)
         self.state_critic = MLP(self.mlp, copies=2)
 
     def encode(self, obs: RoutingGraph) -> Embedding:
-        """The encoder's last states of the arrived and the expert nodes, beside the expert's raw features."""
+        """The encoder's last states of the arrived node and the expert nodes, and the experts' raw features."""
         if self.encoder_path == "jraph":
             embedded = self.encoder.embed_by_graph(obs)
             return Embedding(embedded[:, 0].T, embedded[:, 1:].T, graphs_last(obs.expert, 2), obs.action_mask)
@@ -87,10 +87,10 @@ class RouterNetwork(ActorCritic):
         return Embedding(last.arrived, last.expert, raw.expert, obs.action_mask)
 
     def critics(self, embedding: Embedding) -> jax.Array:
-        """As `ActorCritic.critics`: a value of the state, and what each action has over the mean action.
+        """As `ActorCritic.critics`: a value of the state plus the advantage of each action over the mean action.
 
-        Dueling (Wang et al. 2016, arXiv 1511.06581): most of a value is the QoS of requests that are open whatever is
-        done now.
+        These are dueling critics (Wang et al. 2016, arXiv 1511.06581). Most of a value is the QoS of requests that are
+        open whatever the action is.
         """
         advantage = self.critic(embedding)
         value = embedding.by_action(self.state_critic(embedding.pooled, embedding.arrived[:, None]))
@@ -104,12 +104,12 @@ class ActionValues(nn.Module):
     copies: int
 
     def setup(self):
-        """The experts share one perceptron; dropping has another."""
+        """The experts share one perceptron; dropping has its own."""
         self.of_expert = MLP(self.mlp, self.copies)
         self.of_drop = MLP(self.mlp, self.copies)
 
     def __call__(self, embedding: Embedding) -> jax.Array:
-        """An expert's value from its own embedding and features, dropping's from the pooled embedding."""
+        """Computes an expert's value from its own embedding and features, and dropping's from the pooled embedding."""
         expert, arrived = embedding.expert, embedding.arrived[:, None]
         own = jnp.concatenate([expert, embedding.expert_features])
         values = [self.of_expert(own, arrived), self.of_drop(embedding.pooled, arrived)]
@@ -117,10 +117,10 @@ class ActionValues(nn.Module):
 
 
 class MLP(nn.Module):
-    """Perceptrons from `own` [F, rows, B] and `shared` [G, 1, B], joined, to one number: float32 [copies, rows, B].
+    """Perceptrons that map `own` [F, rows, B], concatenated with `shared` [G, 1, B], to float32 [copies, rows, B].
 
-    The first layer is written as a sum, so that the part of it that all rows share is computed once. The last layer
-    starts near zero: values near 0 and a policy near uniform.
+    The first layer is written as a sum, so that the part that all rows share is computed once. The last layer starts
+    near zero, so that initial values are near 0 and the initial policy is near uniform.
     """
 
     widths: tuple[int, ...]
@@ -128,7 +128,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, own: jax.Array, shared: jax.Array) -> jax.Array:
-        """Every row of `own` is joined with the one row of `shared`."""
+        """Every row of `own` is concatenated with the single row of `shared`."""
         first, *others = self.widths
         of_own = Dense(first, self.copies)([own] * self.copies)
         of_shared = Dense(first, self.copies, use_bias=False)([shared] * self.copies)
@@ -141,7 +141,7 @@ class MLP(nn.Module):
 class Dense(nn.Module):
     """Affine maps of features, one for each copy: [F, ...] to [width, ...].
 
-    One by one, not as a batch: on a CPU that is twice as fast.
+    The copies are computed one by one and not as a batch, which is twice as fast on a CPU.
     """
 
     width: int
@@ -151,7 +151,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: list[jax.Array]) -> list[jax.Array]:
-        """`inputs`: for each copy float32 [F, rows, B]; returns for each copy float32 [width, rows, B]."""
+        """Maps the input of each copy, float32 [F, rows, B], to its output, float32 [width, rows, B]."""
         kernels = self.param("kernel", self.kernel_init, (self.copies, len(inputs[0]), self.width))
         outputs = [project(kernel, x) for kernel, x in zip(kernels, inputs, strict=True)]
         if not self.use_bias:

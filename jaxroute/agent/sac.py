@@ -1,9 +1,10 @@
 """Discrete soft actor-critic: one gradient update on a batch of transitions, as pure functions of a pytree.
 
-After Haarnoja et al. 2018 (arXiv 1812.05905) with the expectation over actions taken exactly, as Christodoulou 2019
-(arXiv 1910.07207). A network offers `init(key, observation)` and, through `apply(..., method=...)`, on observations
-with any leading batch axes: `encode(observation) -> embedding` (any pytree), `policy(embedding) -> logits [..., A]`
-with the finite minimum of their dtype where an action is not allowed, and `critics(embedding) -> q [..., 2, A]`.
+The algorithm is that of Haarnoja et al. 2018 (arXiv 1812.05905) with the exact expectation over actions of
+Christodoulou 2019 (arXiv 1910.07207). A network has `init(key, observation)` and three methods for
+`apply(..., method=...)` on observations with any leading batch axes: `encode(observation) -> embedding` (any pytree),
+`policy(embedding) -> logits [..., A]` and `critics(embedding) -> q [..., 2, A]`. The logit of a forbidden action is the
+finite minimum of its dtype.
 """
 
 import dataclasses
@@ -17,43 +18,43 @@ from flax import struct
 
 
 class Hyperparameters(struct.PyTreeNode):
-    """What may be swept: every field is a traced scalar, none changes a shape. Values: `configs/default.yaml`."""
+    """Traced scalars, so a sweep may vary them with one compilation. Their values are in `configs/default.yaml`."""
 
     actor_learning_rate: Any
-    critic_learning_rate: Any  # of the shared encoder too
+    critic_learning_rate: Any  # also for the shared encoder
     alpha_learning_rate: Any
-    gamma: Any  # discount per second of simulated time; per decision, where the environment tells no time
-    tau: Any  # share of the online network that an update mixes into the target network
-    target_entropy_ratio: Any  # of the largest entropy; near 1 the temperature runs away with few actions
+    gamma: Any  # discount per second of simulated time, or per decision if `info` has no "elapsed"
+    tau: Any  # fraction of the online network that an update mixes into the target network
+    target_entropy_ratio: Any  # fraction of the maximum entropy; near 1, the temperature diverges with few actions
     initial_temperature: Any
-    max_grad_norm: Any  # global norm, the actor's and the critics' gradients each
-    warmup_frames: Any  # decisions over all environments that are random, before the first update
-    reward_centering_rate: Any  # of the running mean reward per update; 0: rewards are not centred
-    final_learning_rate: Any  # share of the three learning rates that is left after `decay_updates`, linearly
-    decay_updates: Any
+    max_grad_norm: Any  # global norm to which the actor's and the critics' gradients are clipped, separately
+    warmup_frames: Any  # random decisions of all environments together before the first update
+    reward_centering_rate: Any  # step size of the running mean reward; 0: rewards are not centred
+    final_learning_rate: Any  # fraction of the learning rates that is left after their linear decay
+    decay_updates: Any  # updates until the end of this decay
 
 
 class Transition(struct.PyTreeNode):
-    """One decision. Without batch axes here; observations are any pytree of arrays."""
+    """One decision. Shapes are without batch axes; observations are any pytree of arrays."""
 
     observation: Any
     action: jax.Array  # int32 []
     reward: jax.Array  # float32 []
-    terminated: jax.Array  # bool []; a truncated episode is not terminated, its value goes on
+    terminated: jax.Array  # bool []; False at a truncation, where the next state still has a value
     elapsed: jax.Array  # float32 [], s to the next decision
-    truncated: jax.Array  # bool []; then next_observation is the first of another episode, and is not learned from
+    truncated: jax.Array  # bool []; if True, next_observation is of another episode and critics do not use it
     next_observation: Any
 
 
 class LearnerState(struct.PyTreeNode):
-    """What an update reads and writes, all of it traced."""
+    """Everything that an update reads and writes. All traced."""
 
     params: Any  # variables of the network: encoder, policy and critics
-    target_params: Any  # same structure; its policy is not used
+    target_params: Any  # same structure; the policy in it is not used
     optimizer: optax.OptState  # of params
     log_alpha: jax.Array  # float32 [], logarithm of the temperature
     alpha_optimizer: optax.OptState
-    average_reward: jax.Array  # float32 [], running mean of the sampled rewards; 0 where centring is off
+    average_reward: jax.Array  # float32 [], running mean of the sampled rewards; 0 if centring is off
     updates: jax.Array  # int32 []
 
 
@@ -64,14 +65,14 @@ class UpdateMetrics(struct.PyTreeNode):
     actor_loss: jax.Array
     alpha: jax.Array
     entropy: jax.Array  # nats
-    mean_q: jax.Array  # of the smaller critic under the policy; centred where rewards are
+    mean_q: jax.Array  # of the smaller critic under the policy; centred if rewards are
     critic_grad_norm: jax.Array
     actor_grad_norm: jax.Array
     average_reward: jax.Array
 
 
 def _actor_leaves(network: nn.Module, params: Any, observation: Any) -> Any:
-    """For each leaf of `params` whether the policy owns it: it then reads it beyond the embedding. Static."""
+    """For each leaf of `params`, whether it belongs to the policy head, which maps embeddings to logits. Static."""
 
     def policy_params(params: Any, observation: Any) -> Any:
         embedding = network.apply(params, observation, method="encode")
@@ -84,9 +85,9 @@ def _actor_leaves(network: nn.Module, params: Any, observation: Any) -> Any:
 def _optimizers(
     hyper: Hyperparameters, is_actor: Any
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Of the network and of the temperature. Made anew in each trace, as their rates are traced; their state is kept.
+    """The optimizers of the network and of the temperature. Each trace creates them, because their rates are traced.
 
-    The actor's and the critics' part of the network (see `_actor_leaves`) each have a rate and a norm of their own.
+    The actor's and the critics' parts of the network (see `_actor_leaves`) have separate rates and gradient norms.
     """
     clip = optax.clip_by_global_norm(hyper.max_grad_norm)
     rates = {True: hyper.actor_learning_rate, False: hyper.critic_learning_rate}
@@ -111,7 +112,7 @@ def init(key: jax.Array, network: nn.Module, observation: Any, hyper: Hyperparam
 
 
 def allowed_actions(logits: jax.Array) -> jax.Array:
-    """bool [..., A] of masked logits [..., A]: where they are not at the finite minimum."""
+    """bool [..., A]: whether masked logits [..., A] are above the finite minimum."""
     return logits > jnp.finfo(logits.dtype).min / 2
 
 
@@ -121,7 +122,7 @@ def policy_logits(network: nn.Module, params: Any, observation: Any) -> jax.Arra
 
 
 def _log_policy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Probabilities and their logarithms, [..., A]; both 0 where masked, so that their product cannot be 0 * inf."""
+    """Probabilities and their logarithms, [..., A]. Both are 0 if masked, so their product cannot be 0 * inf."""
     allowed = allowed_actions(logits)
     log_probability = jnp.where(allowed, jax.nn.log_softmax(logits), 0.0)
     return jnp.where(allowed, jnp.exp(log_probability), 0.0), log_probability
@@ -130,9 +131,10 @@ def _log_policy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _centred(rewards: jax.Array, state: LearnerState, hyper: Hyperparameters) -> tuple[jax.Array, jax.Array]:
     """Rewards less their running mean, and that mean (Naik et al. 2024, arXiv 2405.09999, simple centring).
 
-    A constant taken off every reward changes all values alike and no policy, as long as episodes never terminate. It
-    spares the critics an offset of mean / (1 - gamma), some hundred times the gaps between actions. The first
-    updates take the plain mean of what they have seen: a mean that starts at 0 would drag all values along for long.
+    Subtracting a constant from every reward shifts all values and changes no policy, as long as episodes never
+    terminate. The critics then need not learn an offset of mean / (1 - gamma), about a hundred times the gaps between
+    actions. The first updates use the plain mean of all batches so far, because a running mean that starts at 0 would
+    shift all values for a long time.
     """
     rate = jnp.maximum(hyper.reward_centering_rate, 1.0 / (state.updates + 1))
     rate = jnp.where(hyper.reward_centering_rate > 0, rate, 0.0)
@@ -141,7 +143,7 @@ def _centred(rewards: jax.Array, state: LearnerState, hyper: Hyperparameters) ->
 
 
 def _decayed(hyper: Hyperparameters, updates: jax.Array) -> Hyperparameters:
-    """With the learning rates after so many updates: the last ones average over what the first ones jump about."""
+    """The hyperparameters with the learning rates at this number of updates. Lower rates at the end reduce noise."""
     progress = jnp.minimum(updates / jnp.maximum(hyper.decay_updates, 1), 1.0)
     share = 1 - (1 - hyper.final_learning_rate) * progress
     return dataclasses.replace(
@@ -160,9 +162,9 @@ def update(
 ) -> tuple[LearnerState, UpdateMetrics]:
     """One gradient step of critics (with the encoder), actor and temperature, then of the target network.
 
-    Every leaf of `batch` is [B, ...]. The encoder is applied twice: once, as trained, to the observations, for the
-    critics' loss and, as a constant, the actor's; and once, as the target network has it, to the next observations,
-    for the target critics and for the policy.
+    Every leaf of `batch` is [B, ...]. The encoder is applied twice. With the trained weights, it encodes the
+    observations for the critics' loss and, as a constant, for the actor's. With the target network's weights, it
+    encodes the next observations for the target critics and the policy.
     """
 
     def apply(method: str, params: Any, inputs: Any) -> Any:
@@ -180,7 +182,7 @@ def update(
     known = batch.terminated | ~batch.truncated
 
     def losses(params: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """The critics' loss and the actor's. The constants in them keep either from the other's parameters."""
+        """The sum of the critics' and the actor's losses. Neither has a gradient in the other's parameters."""
         embedding = apply("encode", params, batch.observation)
         q = apply("critics", params, embedding)
         taken = jnp.take_along_axis(q, batch.action[:, None, None], axis=-1)[..., 0]
@@ -192,7 +194,7 @@ def update(
         probability, log_probability = _log_policy(logits)
         entropy = -jnp.sum(probability * log_probability, axis=-1).mean()
         mean_q = jnp.sum(probability * q, axis=-1).mean()
-        # The largest entropy is that of the allowed actions, or a state with one of them would drive alpha up.
+        # The maximum is over the allowed actions; otherwise, states with a single one would increase alpha.
         target_entropy = hyper.target_entropy_ratio * jnp.log(allowed_actions(logits).sum(axis=-1)).mean()
         actor_loss = -(mean_q + alpha * entropy)
         return critic_loss + actor_loss, (critic_loss, actor_loss, entropy, target_entropy, mean_q)
@@ -230,5 +232,5 @@ def update(
         average_reward=average_reward,
         updates=state.updates + 1,
     )
-    # Where JAX is set to 64 bits, some of it was computed in them.
+    # Under x64, some of these were computed in 64 bits.
     return jax.tree.map(lambda new, old: new.astype(old.dtype), following, state), metrics

@@ -18,30 +18,30 @@ from jaxroute.agent.sac import Hyperparameters, LearnerState, Transition, Update
 
 @dataclass(frozen=True)
 class SACConfig:
-    """What the shapes of the program depend on; everything else is in `Hyperparameters`."""
+    """The static options, on which shapes depend; everything else is in `Hyperparameters`."""
 
     num_envs: int  # environments stepped together
     buffer_capacity: int  # transitions, a multiple of num_envs
     batch_size: int
-    updates_per_step: int  # gradient updates after each collection step, which makes num_envs transitions
+    updates_per_step: int  # gradient updates after each collection step of num_envs transitions
     steps_per_chunk: int  # collection steps of one call of train_chunk
 
 
 class TrainState(struct.PyTreeNode):
-    """All that training carries on, traced."""
+    """The whole state of training. All traced."""
 
     learner: LearnerState
     buffer: ReplayBuffer
     env_state: Any  # each leaf [num_envs, ...]
     observation: Any  # of env_state, each leaf [num_envs, ...]
-    returns: jax.Array  # float32 [num_envs], sums of the rewards of the episodes so far
+    returns: jax.Array  # float32 [num_envs], sum of the rewards of each current episode
     key: jax.Array
-    steps: jax.Array  # int32 []: collection steps so far; frames are num_envs times as many
+    steps: jax.Array  # int32 []: collection steps so far; a step is num_envs frames
 
 
 # in_axes and out_axes of a TrainState when seeds, hyperparameters or environment parameters are vmapped. The counters
-# are the same for all and stay unbatched: then a write to the buffer stays a slice update, and, where warmup_frames is
-# unbatched too, warm-up stays a branch.
+# are the same for all trainings and stay unbatched, so that a write to the buffer remains a slice update. If
+# warmup_frames is unbatched too, the number of turns of the update loop remains unbatched.
 TRAIN_STATE_AXES = TrainState(
     learner=0,  # pyright: ignore[reportArgumentType]
     buffer=ReplayBuffer(observations=0, outcomes=0, rows_added=None),  # pyright: ignore[reportArgumentType]
@@ -54,7 +54,7 @@ TRAIN_STATE_AXES = TrainState(
 
 
 class StoredStep(NamedTuple):
-    """What the buffer keeps of a transition beside its observations: fields of `sac.Transition`."""
+    """The fields of `sac.Transition` that the buffer stores in addition to observations."""
 
     action: jax.Array
     reward: jax.Array
@@ -64,19 +64,19 @@ class StoredStep(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """Two compiled functions. Both may be vmapped, see TRAIN_STATE_AXES; jit that again with the state donated.
+    """Two compiled functions. Both may be vmapped (TRAIN_STATE_AXES); apply `jax.jit` again, with the state donated.
 
     `init(key, env_params, hyper) -> TrainState`.
     `train_chunk(train_state, env_params, hyper) -> (TrainState, metrics)`: `steps_per_chunk` collection steps, each
-    followed by `updates_per_step` updates once warm-up is over. The state passed in is donated: use it no more.
-    Metrics are float32 [] means over the chunk, in a dict:
+    followed by `updates_per_step` updates once warm-up is over. The state that is passed in is donated, so it cannot
+    be used again. Metrics are float32 [] means over the chunk, in a dict:
 
-    - reward, qos, penalty: per decision. qos is thus the running QoS per request
-    - drop_rate: of decisions
-    - the fields of sac.UpdateMetrics: per update, NaN where there was none
-    - episodes: number that ended
-    - return: sum of an episode's rewards, averaged over those episodes; NaN where there was none
-    - episode: the environment's info["episode"] averaged over those episodes (a pytree; NaN where there was none)
+    - reward, qos, penalty: per decision, so qos is the running QoS per request
+    - drop_rate: fraction of the decisions
+    - the fields of sac.UpdateMetrics: per update; NaN without updates
+    - episodes: number of episodes that ended
+    - return: sum of an episode's rewards, averaged over these episodes; NaN without any
+    - episode: the environment's info["episode"], averaged over these episodes (a pytree; NaN without any)
     """
 
     init: Callable[[jax.Array, Any, Hyperparameters], TrainState]
@@ -84,9 +84,9 @@ class Trainer(NamedTuple):
 
 
 def make_trainer(env: Any, network: nn.Module, config: SACConfig, params_axes: Any = None) -> Trainer:
-    """The training program of a routing environment (or one of the same interface) and a network (see `sac`).
+    """The training program of a network (see `sac`) and a routing environment, or one with the same interface.
 
-    `params_axes`: `in_axes` of the environment's parameters over environments, where these differ.
+    `params_axes` are the `in_axes` of the environment's parameters, if they differ between environments.
     """
 
     def init(key: jax.Array, env_params: Any, hyper: Hyperparameters) -> TrainState:
@@ -110,7 +110,7 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig, params_axes: A
     def learn(
         learner: LearnerState, buffer: ReplayBuffer, key: jax.Array, updates: jax.Array, hyper: Hyperparameters
     ) -> tuple[LearnerState, UpdateMetrics]:
-        """So many updates on batches from the buffer; also the sums of their metrics."""
+        """The learner after `updates` updates on batches from the buffer, and the sums of their metrics."""
 
         def one(index: jax.Array, carry: tuple[LearnerState, UpdateMetrics]) -> tuple[LearnerState, UpdateMetrics]:
             learner, sums = carry
@@ -125,9 +125,9 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig, params_axes: A
         return jax.lax.fori_loop(0, updates, one, (learner, zero))
 
     def step(state: TrainState, env_params: Any, hyper: Hyperparameters) -> tuple[TrainState, dict[str, Any]]:
-        """One transition in each environment, then the updates; its metrics are sums to be divided over the chunk."""
+        """One transition in each environment, then the updates. `train_chunk` averages the metrics over its steps."""
         key, action_key, env_key, sample_key = jax.random.split(state.key, 4)
-        # Compared in steps, as frames could pass the int32 range.
+        # Compared in steps, because the number of frames could exceed the range of int32.
         warming_up = state.steps < (hyper.warmup_frames + config.num_envs - 1) // config.num_envs
 
         logits = sac.policy_logits(network, state.learner.params, state.observation)
@@ -136,11 +136,11 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig, params_axes: A
         observation, env_state, reward, terminated, truncated, info = jax.vmap(env.step, (0, 0, 0, params_axes))(
             jax.random.split(env_key, config.num_envs), state.env_state, action, env_params
         )
-        reward = reward.astype(jnp.float32)  # as the buffer's, with 64-bit environments too
+        reward = reward.astype(jnp.float32)  # the buffer's dtype, also if the environment computes in 64 bits
         elapsed = jnp.asarray(info.get("elapsed", jnp.ones_like(reward)), jnp.float32)
         outcome = StoredStep(action, reward, terminated, truncated, elapsed)
         buffer = replay_buffer.add(state.buffer, outcome, observation)
-        # A loop of no turns and not a branch, which would copy the learner.
+        # During warm-up, the loop has no turns. A branch instead would copy the learner.
         updates = jnp.where(warming_up, 0, config.updates_per_step)
         learner, update_metrics = learn(state.learner, buffer, sample_key, updates, hyper)
 
@@ -183,10 +183,10 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig, params_axes: A
 
 
 def policy_router(network: nn.Module, params: Any) -> Callable[..., jax.Array]:
-    """The policy's likeliest allowed action: router(key, observation, env_state, env_params) -> action int32 [].
+    """A router that chooses the most probable action: router(key, observation, env_state, env_params) -> int32 [].
 
-    `params` are the network's variables (`TrainState.learner.params`); the router is a pytree that holds them, so that
-    they are arguments of a program it is passed to. It is for one environment, and of the observation alone.
+    `params` are the network's variables (`TrainState.learner.params`). The router is a pytree that contains them, so
+    they are arguments of a program that it is passed to. It routes one environment and reads only the observation.
     """
 
     return jax.tree_util.Partial(_greedy(network), params)
@@ -194,7 +194,7 @@ def policy_router(network: nn.Module, params: Any) -> Callable[..., jax.Array]:
 
 @cache
 def _greedy(network: nn.Module) -> Callable[..., jax.Array]:
-    """The same function at each call, so that policies of one network share a program."""
+    """Returns the same function at each call, so that policies of one network share a program."""
 
     def likeliest(params: Any, observation: Any) -> jax.Array:
         return jnp.argmax(sac.policy_logits(network, params, observation), axis=-1).astype(jnp.int32)
@@ -203,7 +203,7 @@ def _greedy(network: nn.Module) -> Callable[..., jax.Array]:
 
     @best.def_vmap
     def of_batch(axis_size: int, batched: Any, params: Any, observation: Any) -> tuple[jax.Array, bool]:
-        """Networks take a batch of observations as one, which is faster than `jax.vmap` over them."""
+        """Applies the network to the batch as a whole, which is faster than `jax.vmap`."""
         params_batched, observation_batched = batched
         if any(jax.tree.leaves(params_batched)):
             axes = jax.tree.map(lambda flag: 0 if flag else None, (params_batched, observation_batched))
