@@ -1,6 +1,6 @@
-"""What a router sees: the arriving request, the experts and the heads of their queues, as fixed-size arrays.
+"""What a router observes: the arriving request, the experts and the heads of their queues, as arrays of fixed size.
 
-Nothing here is computed from true output lengths or scores.
+No observation is computed from true output lengths or scores.
 """
 
 from collections.abc import Callable
@@ -33,54 +33,55 @@ REQUEST_FEATURES = (
     "latency_so_far",
     "predicted_latency",
 )
-"""Features in order. Tokens are over `token_scale`, scores (s - 0.5) * 4, queue lengths over K or FULL_SCALE, KV use a
-share of the expert's cache. Times per token are over the latency limit and squashed by x / (1 + x), so 0.5 is at the
-limit. `recent_load` is squashed likewise: arrivals at the recent rate in the time that `token_scale` tokens may take,
-per expert and K or FULL_SCALE; 0 while no rate is known."""
+"""Names of the features, in order. Tokens are divided by `token_scale`, queue lengths by K or FULL_SCALE, and times per
+token by the latency limit; scores are (s - 0.5) * 4, and KV use is a share of the expert's cache. Times are then mapped
+by x / (1 + x), so the limit is at 0.5. `recent_load` is mapped in the same way, with x the number of arrivals at the
+recent rate in the time that `token_scale` output tokens may take, divided by N and by K or FULL_SCALE. It is 0 at the
+first decision of an episode, because no rate is known yet."""
 
 
 FULL_SCALE = 10
-"""Stands for K in the features that are relative to it where every request is observed. It is the default of
-`queue_nodes`, so that a state has the same features of arrived node and experts either way, and weights serve for both.
-The number of slots would be no measure: it is memory that is set aside, most of it empty."""
+"""Takes the place of K in features that are relative to K, if all requests are observed. It is the default of
+`queue_nodes`, so the same state has the same features of arrived node and experts in both cases, and a network's
+weights work with both. The number of slots would be no measure of load: it is reserved memory, most of it empty."""
 
 
 class GraphObservation(flax.struct.PyTreeNode):
     """The routing graph of one decision (simulation.md section 5). N experts, K nodes per queue; features of order 1.
 
-    All fields are traced; any leading batch axes may stand before the shapes given here.
+    All fields are traced. Shapes are without batch axes, of which any number may come first.
     """
 
     arrived: jax.Array  # float32 [Fa]: features of the arriving request that do not depend on the expert
-    expert: jax.Array  # float32 [N, Fe]: the expert's load, and the predictions for the arriving request there
-    running: jax.Array  # float32 [N, K, Fq]: first K running requests of each expert
-    waiting: jax.Array  # float32 [N, K, Fq]: first K waiting requests of each expert
-    running_mask: jax.Array  # bool [N, K]: True = a real request; features elsewhere must not matter
+    expert: jax.Array  # float32 [N, Fe]: the expert's load, and its predictions for the arriving request
+    running: jax.Array  # float32 [N, K, Fq]: the first K running requests of each expert
+    waiting: jax.Array  # float32 [N, K, Fq]: the first K waiting requests of each expert
+    running_mask: jax.Array  # bool [N, K]: True = a request; features at False must not affect a result
     waiting_mask: jax.Array  # bool [N, K]
-    action_mask: jax.Array  # bool [N + 1]: True = allowed; the last action is to drop
+    action_mask: jax.Array  # bool [N + 1]: True = allowed; the last action drops the request
 
 
 class FullGraphObservation(flax.struct.PyTreeNode):
-    """As `GraphObservation`, with every request at each expert: S slots, which running and waiting ones share.
+    """Like `GraphObservation`, but with all requests of each expert, in S slots that both queues share.
 
-    An expert never holds more than S requests, so nothing is cut off. All fields are traced.
+    An expert never holds more than S requests, so none is left out. All fields are traced.
     """
 
     arrived: jax.Array  # float32 [Fa]
     expert: jax.Array  # float32 [N, Fe]
     queued: jax.Array  # float32 [N, S, Fq]: the requests of each expert, running ones first
     running_mask: jax.Array  # bool [N, S]: True = a running request
-    waiting_mask: jax.Array  # bool [N, S]: True = a waiting request; features where both are False must not matter
+    waiting_mask: jax.Array  # bool [N, S]: True = a waiting request; slots with False in both must not affect a result
     action_mask: jax.Array  # bool [N + 1]
 
     @property
     def running(self) -> jax.Array:
-        """float32 [N, S, Fq], as of a `GraphObservation`: `running_mask` tells which count."""
+        """float32 [N, S, Fq], as in `GraphObservation`; `running_mask` marks the running requests."""
         return self.queued
 
     @property
     def waiting(self) -> jax.Array:
-        """float32 [N, S, Fq], as of a `GraphObservation`: `waiting_mask` tells which count."""
+        """float32 [N, S, Fq], as in `GraphObservation`; `waiting_mask` marks the waiting requests."""
         return self.queued
 
 
@@ -96,8 +97,8 @@ def _score(score: jax.Array) -> jax.Array:
 
 
 def action_mask(state: EnvState, params: EnvParams, slots: int, drop: bool = True) -> jax.Array:
-    """bool [N + 1, ...]: an expert is allowed if one of its `slots` is free and it could hold the prompt and a token;
-    to drop is allowed always or, without `drop`, where no expert is."""
+    """bool [N + 1, ...]. An expert is allowed if one of its `slots` is free and it could hold the prompt and one token.
+    Dropping is always allowed or, without `drop`, only if no expert is."""
     engines, prompt = params.engines, state.request.prompt_tokens
     fits = rules(engines).can_serve(prompt, jnp.int32(1), engines)
     allowed = fits & (state.engines.num_requests < slots)
@@ -106,11 +107,11 @@ def action_mask(state: EnvState, params: EnvParams, slots: int, drop: bool = Tru
 
 
 def observe(state: EnvState, params: EnvParams, queue_nodes: QueueNodes, slots: int, drop: bool = True) -> RoutingGraph:
-    """The observation of environments on a last axis B, for experts with so many `slots`.
+    """The observation of environments, whose axis B is the last of `state`. Fields of the result are [B, ...].
 
-    With K = `queue_nodes` a `GraphObservation`, with "all" a `FullGraphObservation` with S = `slots`; features that are
-    relative to K then are so to FULL_SCALE. The fields of `state` have any number of slots that holds all requests. The
-    result's fields are [B, ...].
+    If `queue_nodes` is a number K, the result is a `GraphObservation`. If it is "all", the result is a
+    `FullGraphObservation` with S = `slots`, and features that are relative to K are relative to FULL_SCALE instead.
+    The fields of `state` may have any number of slots that is enough for all requests.
     """
     engine, queued, request, scale = state.engines, state.queued, state.request, params.token_scale
     iteration = decode_time(engine, params.engines)
@@ -120,7 +121,7 @@ def observe(state: EnvState, params: EnvParams, queue_nodes: QueueNodes, slots: 
     node = jnp.arange(rows_seen, dtype=jnp.int32)[:, None, None]
 
     def queue_features(rows: Callable[[jax.Array], jax.Array], count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Features float32 [B, N, K, Fq] of the `count` [N, B] first of the requests `rows(leaf)` [K, N, B], mask."""
+        """Features, float32 [B, N, K, Fq], of the first `count` [N, B] requests in `rows(leaf)` [K, N, B], and mask."""
         arrival, generated, predicted = rows(queued.arrival), rows(engine.generated), rows(queued.predicted_tokens)
         length = expected_length(predicted, generated)
         finish = start - arrival + iteration * (length - generated)
@@ -169,14 +170,15 @@ def observe(state: EnvState, params: EnvParams, queue_nodes: QueueNodes, slots: 
 
 
 def _rows(leaf: jax.Array, count: int) -> jax.Array:
-    """The first `count` slots of `leaf` [S, N, B]; zeros where it has no more."""
+    """The first `count` slots of `leaf` [S, N, B], with zeros after its last slot."""
     return jnp.pad(leaf[:count], ((0, max(count - leaf.shape[0], 0)), (0, 0), (0, 0)))
 
 
 def _rows_from(leaf: jax.Array, start: jax.Array, count: int) -> jax.Array:
-    """`count` slots of `leaf` [S, N, B] from `start` (int32 [N, B], below S) on; anything past the last.
+    """The `count` slots of `leaf` [S, N, B] that begin at `start` (int32 [N, B], below S).
 
-    By shifts of powers of two, a select each: a gather costs CPUs ten times as much.
+    Slots after the last one have arbitrary values. The slots are shifted by powers of two, with one select for each,
+    because a gather takes ten times as long on a CPU.
     """
     shift = 1 << (leaf.shape[0] - 1).bit_length()
     while shift > 1:
@@ -187,7 +189,7 @@ def _rows_from(leaf: jax.Array, start: jax.Array, count: int) -> jax.Array:
 
 
 def flatten(observation: RoutingGraph) -> jax.Array:
-    """One vector, float32 [..., F]: the features in the order of the fields, then the masks; with its batch axes."""
+    """The observation as one vector, float32 [..., F]: all fields in their order, with the batch axes kept."""
     batch = observation.action_mask.shape[:-1]
     leaves = [leaf.astype(jnp.float32).reshape(*batch, -1) for leaf in jax.tree.leaves(observation)]
     return jnp.concatenate(leaves, axis=-1)

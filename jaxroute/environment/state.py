@@ -13,7 +13,7 @@ from jaxroute.workload.request import Request
 from jaxroute.workload.workload import Workload
 
 RECENT_GAPS = 32
-"""Length of the exponential mean of gaps: each has a weight of 1 / 32. The first 32 gaps have their plain mean."""
+"""Length of the exponential mean of gaps: a new gap has a weight of 1 / 32. Up to 32 gaps have their plain mean."""
 
 RECENT_COMPLETIONS = 10
 """Length of the exponential mean of an expert's completions, which replaces LiteLLM's list of the last ten: each has a
@@ -26,7 +26,7 @@ class EnvParams(struct.PyTreeNode):
 
     workload: Workload  # arrivals and requests
     engines: EngineParams  # each field [N]
-    latency_limit: jax.Array  # float [], L, s per output token: a request has QoS iff it is below
+    latency_limit: jax.Array  # float [], L, s per output token: a request has QoS iff its latency is below
     penalty_weight: jax.Array  # float [], w
     penalty_prefill: jax.Array  # float [N], k1 of the paper's penalty, s per prompt token
     penalty_context: jax.Array  # float [N], k2 of the paper's penalty, s per context token
@@ -64,5 +64,5 @@ class EnvState(struct.PyTreeNode):
     step: jax.Array  # int32 [], decisions taken in the episode
     recent_gap: jax.Array  # float [], s between arrivals, see `RECENT_GAPS`; 0 at the first arrival of an episode
     recent_latency: jax.Array  # float [N], s per token, see `RECENT_COMPLETIONS`; 0 before the first completion
-    # of the episode up to now; at its first decision those of the previous episode; None: metrics off
+    # totals of the episode up to now; at its first decision, those of the previous episode; None: metrics off
     totals: EpisodeTotals | None
