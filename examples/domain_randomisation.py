@@ -3,8 +3,8 @@
     python examples/domain_randomisation.py            # QoS 0.638, Round-Robin 0.462; 108 s of one core
     python examples/domain_randomisation.py --short    # a few seconds, learns nothing
 
-Those are on a cluster whose best expert is slow. It is one of three that are not among the 64, at 3 requests/s, 8 fresh
-episodes of 2,500 requests each:
+These figures are for a cluster whose best expert is slow. It is one of three clusters that are not among the 64, each
+evaluated at 3 requests/s on 8 fresh episodes of 2,500 requests:
 
 | cluster | randomised | trained on paper-3 alone | Round-Robin |
 |---|---|---|---|
@@ -12,11 +12,12 @@ episodes of 2,500 requests each:
 | its last expert the best | 0.682 | 0.707 | 0.602 |
 | its best expert slow, the others fast | 0.638 | 0.536 | 0.462 |
 
-So it pays where the speeds are unlike those of paper-3, and costs 0.02 to 0.04 elsewhere. Over arrival rates of 1 to
-8/s instead it did not pay with this PPO: 0.660 against 0.722 at 3/s, and less at each other rate too.
+Randomisation thus helps if the speeds differ from those of paper-3, and costs 0.02 to 0.04 otherwise. Randomising
+arrival rates of 1 to 8/s instead did not help with this PPO: QoS was 0.660 instead of 0.722 at 3/s, and lower at every
+other rate too.
 
 `params` is a pytree of traced arrays, so a batch of them is a batch of clusters: `sample` draws one from a key, and
-`jax.vmap` draws 64. The program that trains on them is that of `ppo.py`.
+`jax.vmap` draws 64. The training program is that of `ppo.py`.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ import jaxroute
 
 
 def sample(key: jax.Array, params: Any) -> Any:
-    """The same experts in any order, with iterations whose fixed cost is 0.6 to 1.8 times as long."""
+    """The same experts in a random order; each fixed cost of an iteration is multiplied by 0.6 to 1.8."""
     key_order, key_speed = jax.random.split(key)
     order = jax.random.permutation(key_order, params.engines.latency.base.shape[0])
     return variant(params, order, 0.6 * 3 ** jax.random.uniform(key_speed, order.shape))
 
 
 def variant(params: Any, order: Any, slowness: Any) -> Any:
-    """Expert i has the scores of `order[i]` (int32 [N]), and iterations of `slowness[i]` (float [N]) the fixed cost."""
+    """Gives expert i the scores of `order[i]` (int32 [N]), and `slowness[i]` (float [N]) times its fixed cost."""
     requests, latency = params.workload.requests, params.engines.latency
     requests = replace(requests, score_mean=requests.score_mean[jnp.asarray(order)])
     engines = params.engines.replace(latency=latency.replace(base=latency.base * jnp.asarray(slowness, float)))

@@ -3,11 +3,11 @@
     python examples/heuristic.py            # QoS 0.673, Round-Robin 0.594
     python examples/heuristic.py --short    # one small cluster, a few seconds
 
-The figures are of paper-3 at its 3 requests/s, 20 fresh episodes of 5,000 requests.
+The figures are for paper-3 at its 3 requests/s, on 20 fresh episodes of 5,000 requests.
 
-A router is a pure function (key, observation, state, params) -> action for one environment. This one reads nothing but
-the observation: of the experts that are allowed it takes the highest predicted score among those that are predicted to
-answer in time, with a margin for what arrives later, and drops the request where there is none.
+A router is a pure function (key, observation, state, params) -> action for one environment. This one reads only the
+observation. It chooses the highest predicted score among the allowed experts that are predicted to answer in time, with
+a margin for later arrivals. If there is no such expert, it drops the request.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Optuna chooses the settings, jaxroute trains them: a batch of trials at a time, as one program.
+"""Optuna chooses the settings of a batch of trials at a time, and jaxroute trains each batch as one program.
 
     pip install 'jaxroute[optuna]'
     python examples/optuna_search.py
 
-Each round asks the study for a batch of settings, trains them all as one program, and tells the study their QoS. So
-the sampler (TPE) learns of a whole batch at once.
+Each round asks the study for a batch of settings, trains all of them as one program, and tells the study their QoS.
+The sampler (TPE) therefore sees the results of a whole batch at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHORT = [
 
 
 def suggest(trial: Any) -> dict[str, Any]:
-    """Traced keys, so that every round is the same program."""
+    """Settings of one trial. All keys are traced, so every round is the same program."""
     return {
         "agent.critic_learning_rate": trial.suggest_float("critic_learning_rate", 1e-4, 3e-3, log=True),
         "agent.target_entropy_ratio": trial.suggest_float("target_entropy_ratio", 0.05, 0.7),

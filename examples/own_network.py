@@ -1,14 +1,15 @@
-"""A network of one's own in jaxroute's learner: sets of requests instead of graph attention.
+"""Your own network in jaxroute's learner: sums over the requests of each queue instead of graph attention.
 
     python examples/own_network.py            # QoS 0.705, Round-Robin 0.594; 64 s of one core
     python examples/own_network.py --short    # a few seconds, learns nothing
 
-The figures are of paper-3 at its 3 requests/s, 200,000 decisions of training (half of the package's own), then 20 fresh
-episodes of 5,000 requests.
+The figures are for paper-3 at its 3 requests/s, after 200,000 decisions of training (half of the package's default), on
+20 fresh episodes of 5,000 requests.
 
-The soft actor-critic asks three things of a network: `encode`, `policy`, `critics`; the base `ActorCritic` has `policy`
-for one that has an `actor`. This one adds up the requests in each queue, passes every expert through the same
-perceptrons, and joins each with the mean of all. So it is for any number of experts, as the package's own network is.
+The soft actor-critic needs three methods of a network: `encode`, `policy` and `critics`. The base class `ActorCritic`
+defines `policy` for a network that has an `actor`. This network adds up the requests of each queue, passes every expert
+through the same perceptrons, and concatenates each expert with the mean of all. It therefore works with any number of
+experts, like the package's own network.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import jaxroute
 
 
 class Features(struct.PyTreeNode):
-    """What the heads read. An embedding may be any pytree that has the action mask."""
+    """The inputs of the heads. An embedding may be any pytree that contains the action mask."""
 
     expert: jax.Array  # float32 [..., N, F]
     action_mask: jax.Array  # bool [..., N + 1]
@@ -43,7 +44,7 @@ class SetNetwork(jaxroute.ActorCritic):
 
     def encode(self, obs: jaxroute.GraphObservation) -> Features:
         arrived = jnp.broadcast_to(obs.arrived[..., None, :], (*obs.expert.shape[:-1], obs.arrived.shape[-1]))
-        queues = [queue.sum(axis=-2) / queue.shape[-2] for queue in (obs.running, obs.waiting)]  # 0 where no request is
+        queues = [queue.sum(axis=-2) / queue.shape[-2] for queue in (obs.running, obs.waiting)]  # 0 if empty
         return Features(jnp.concatenate([obs.expert, *queues, arrived], axis=-1), obs.action_mask)
 
     def critics(self, embedding: Features) -> jax.Array:

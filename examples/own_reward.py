@@ -1,13 +1,13 @@
-"""A reward of one's own, by a wrapper: an operator who pays for every request that an expert takes.
+"""Your own reward in a wrapper: the operator pays for every request that is sent to an expert.
 
     python examples/own_reward.py            # QoS less cost 0.625, Round-Robin 0.481; 133 s of one core
     python examples/own_reward.py --short    # a few seconds, learns nothing
 
-The figures are of paper-3 at its 3 requests/s, 16 fresh episodes of 2,500 requests. PPO on the usual reward has 0.584:
-its answers are better (QoS 0.721, here 0.695), and cost twice as much.
+The figures are for paper-3 at its 3 requests/s, on 16 fresh episodes of 2,500 requests. PPO on the usual reward has
+0.584: its answers are better (QoS 0.721 instead of 0.695), but cost twice as much.
 
-`Priced` takes the price of the chosen expert off the reward. The PPO of `ppo.py` learns on the reward as it is and on
-that of `Priced`, and both policies and Round-Robin are compared by what the operator wants: QoS less cost.
+`Priced` subtracts the price of the chosen expert from the reward. The PPO of `ppo.py` is trained once on the usual
+reward and once on that of `Priced`. Both policies and Round-Robin are compared by QoS less cost.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ppo import SHORT, Config, copies, route, train
 
 import jaxroute
 
-PRICES = (0.25, 0.05, 0.05)  # of a request, in units of QoS, by expert; to drop is free
+PRICES = (0.25, 0.05, 0.05)  # of a request to each expert, in units of QoS; dropping is free
 
 
 @dataclass(frozen=True)
 class Priced(jaxroute.Wrapper):
-    """The reward, less what the chosen expert takes for a request. As a frozen dataclass it stays a value: it pickles,
-    and may be a static argument."""
+    """Subtracts the price of the chosen expert from the reward. A frozen dataclass can be pickled and hashed, so it may
+    be a static argument."""
 
     prices: tuple[float, ...] = PRICES
 

@@ -1,18 +1,18 @@
-"""Planning with the simulator: every action is tried in copies of the cluster, by plain rollouts.
+"""Planning with the simulator: every action is tried in copies of the cluster, by simple rollouts.
 
     python examples/planning.py            # QoS 0.693, Round-Robin 0.596; a minute of one core
     python examples/planning.py --short    # one small cluster, a few seconds
 
-The figures are of paper-3 at its 3 requests/s, 8 fresh episodes of 500 requests.
+The figures are for paper-3 at its 3 requests/s, on 8 fresh episodes of 500 requests.
 
-The environment is pure, so a planner copies the state and steps the copy. What it must not see stands in the state too:
-true lengths and scores of the requests that are there. `believed` puts the predictions in their place. What is to come
-it does not see either: no randomness is in the state, and the planner's rollouts draw arrivals from keys of its own,
-with the workload's rate and generator, which it is given as a model.
+The environment is pure, so a planner can copy the state and step the copy. The state also contains what an honest
+planner must not use: the true lengths and scores of the requests present. `believed` replaces them by the predictions.
+The planner cannot see future arrivals, because the state contains no random key. Its rollouts draw arrivals from their
+own keys, with the workload's rate and generator as a model.
 
-An action's value is the QoS of a copy in which it is taken and a simple rule decides the next requests, after which
-what is left runs to its end: the copy is of an environment whose episodes are that long. All actions meet the same
-imagined futures, so the difference between them is not drowned in what is different between futures.
+An action's value is the QoS of a copy in which the action is taken and a simple rule decides the next requests. The
+remaining requests then run to their end, because the copy's environment has episodes of that length. All actions are
+evaluated on the same simulated futures, which reduces the variance of the differences between actions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import jaxroute
 
 
 def believed(state: Any, params: Any) -> Any:
-    """The state with predicted lengths and scores for the true ones, at the first decision of an episode."""
+    """The state with predicted lengths and scores instead of the true ones, at the first decision of an episode."""
     request, queued = state.request, state.queued
     return state.replace(
         request=request.replace(output_tokens=request.predicted_output_tokens, score=request.predicted_score),
@@ -40,7 +40,7 @@ def believed(state: Any, params: Any) -> Any:
 
 
 def make_planner(env: Any, futures: int, horizon: int) -> Any:
-    """The router that tries each action in so many imagined futures of `horizon` decisions."""
+    """A router that tries each action in `futures` simulated futures of `horizon` decisions."""
     model = dataclasses.replace(env, episode_length=horizon, metrics="histogram", penalty="off")
     rule = jaxroute.make_router("score_minus_load", env)
 

@@ -1,17 +1,17 @@
-"""Proximal policy optimization in one file, the purejaxrl way: environments, updates and all in one `jax.jit`.
+"""Proximal policy optimization in one file, in the style of purejaxrl: the whole training is one `jax.jit`.
 
     python examples/ppo.py            # QoS 0.721, Round-Robin 0.594; 77 s of one core
     python examples/ppo.py --short    # a few seconds, learns nothing
 
-The figures are of paper-3 at its 3 requests/s, 983,040 decisions of training, then 20 fresh episodes of 5,000 requests.
+The figures are for paper-3 at its 3 requests/s, after 983,040 decisions of training, on 20 fresh episodes of 5,000
+requests.
 
-The environment is seen through `FiveValues`, with one flat vector as observation. Three things differ from the common
-PPO, because of what is routed:
+The agent uses the `FiveValues` view, with one flat vector as observation. Three things differ from a common PPO:
 
-- an episode ends by truncation only, so the value after its last step is that of `info["final_observation"]`;
-- the discount is one per second of simulated time, and `credit_discount` gives a request its QoS over the discount to
-  the power of its age, so that slow answers are worth as much as fast ones;
-- the policy masks what `action_mask` forbids; it stands at the end of the flat observation.
+- episodes end by truncation only, so the value after the last step is that of `info["final_observation"]`;
+- the discount is per second of simulated time, and `credit_discount` divides a request's QoS by the discount to the
+  power of the request's age, so that slow answers are worth as much as fast ones;
+- the policy masks the actions that `action_mask` forbids. The mask is at the end of the flat observation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import jaxroute
 
 
 class Config(NamedTuple):
-    """All static."""
+    """Options of a training, all static."""
 
     updates: int = 120
     num_envs: int = 64
@@ -49,7 +49,7 @@ SHORT = Config(updates=2, num_envs=4, rollout=8, epochs=1, minibatches=2)
 
 
 class ActorCritic(nn.Module):
-    """float32 [..., F] -> logits [..., actions] with forbidden actions at -1e9, values [...]."""
+    """float32 [..., F] -> logits [..., actions], which are -1e9 for forbidden actions, and values [...]."""
 
     actions: int
 
@@ -75,7 +75,7 @@ class Transition(NamedTuple):
     value: jax.Array
     next_value: jax.Array  # of the true next observation
     reward: jax.Array
-    discount: jax.Array  # to the next decision; 0 where terminated
+    discount: jax.Array  # to the next decision; 0 if terminated
     done: jax.Array
 
 
@@ -132,7 +132,7 @@ def train(env: Any, config: Config, params: Any, key: jax.Array) -> tuple[Any, j
         key_rollout, key_epochs = jax.random.split(key)
         keys = jax.random.split(key_rollout, config.rollout)
         (_, observation, state), (rollout, qos) = jax.lax.scan(decide, (variables, observation, state), keys)
-        # Less the mean reward, which changes no policy where episodes never terminate: the critic has less to learn.
+        # Subtracting the mean changes no policy, because episodes never terminate, and simplifies the critic's task.
         reward = rollout.reward - rollout.reward.mean()
         error = reward + rollout.discount * rollout.next_value - rollout.value
         carried = jnp.where(rollout.done, 0, rollout.discount * config.gae_lambda)
@@ -170,13 +170,13 @@ def log_probability_of(logits: jax.Array, action: jax.Array) -> jax.Array:
 
 
 def route(variables: Any, key: jax.Array, observation: jax.Array, state: Any, params: Any) -> jax.Array:
-    """The likeliest action, as a router to evaluate."""
+    """The most probable action, as a router for the evaluation."""
     network = ActorCritic(actions=state.request.predicted_score.shape[0] + 1)
     return jnp.argmax(network.apply(variables, observation)[0]).astype(jnp.int32)
 
 
 def copies(params: Any, count: int) -> Any:
-    """The same parameters for so many environments, leaves [count, ...]."""
+    """The same parameters for `count` environments: leaves [count, ...]."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), params)
 
 

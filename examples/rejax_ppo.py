@@ -1,13 +1,13 @@
-"""rejax's PPO, as it is, on `paper-3`, compared with Round-Robin on the same held-out episodes.
+"""rejax's PPO, unchanged, on `paper-3`, compared with Round-Robin on the same held-out episodes.
 
     pip install 'jaxroute[rejax]'
     python examples/rejax_ppo.py            # QoS .708 after 1,048,576 steps, .701 after half; Round-Robin .593
     python examples/rejax_ppo.py --short    # under a minute, most of it compilation; learns nothing
 
-rejax 0.1 takes five values from a step, whichever gymnax is installed, hence `five_values=True`. Its `eval_callback`
-hands out the agents on the way, which are compared when all is trained. Requests come at the scenario's own 3/s;
-episodes of training are short, those of the comparison have 1,000 requests. On a busy two-core CPU it took 2 min 26 s,
-77 s of CPU time (rejax 0.1.3, gymnax 1.0.1, JAX 0.10.2, seed 0); docs/pictures/rejax.png is its picture.
+rejax 0.1 expects five values from a step, whichever gymnax is installed, so this uses `five_values=True`. Its
+`eval_callback` returns the agents during training, and they are compared after training. The scenario has 3 requests/s.
+Training episodes have 250 requests, those of the comparison 1,000. On a busy two-core CPU, training took 2 min 26 s and
+77 s of CPU time (rejax 0.1.3, gymnax 1.0.1, JAX 0.10.2, seed 0). Its picture is docs/pictures/rejax.png.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ SHORT = {"num_envs": 8, "num_steps": 16, "total_timesteps": 256, "eval_freq": 12
 
 
 def environment(short: bool) -> tuple[Any, Any]:
-    """The scenario with one vector to observe, and no totals of episodes, which agents have no use for."""
+    """The scenario with flat observations, and without totals of episodes, which agents do not use."""
     options: dict[str, Any] = {"slots": 8, "queue_nodes": 2} if short else {}
     return jaxroute.make("paper-3", obs="flat", metrics="off", episode_length=250, **options)
 
 
 def snapshot(algorithm: Any, state: Any, rng: jax.Array) -> Any:
-    """For rejax's `eval_callback`: what an agent needs to act."""
+    """What an agent needs to act, for rejax's `eval_callback`."""
     return state.actor_ts.params, state.obs_rms_state
 
 
 def compare(env: Any, params: Any, algorithm: Any, state: Any, snapshots: Any, short: bool) -> dict[Any, float]:
-    """QoS per request over whole new episodes: of heuristics by name, of the agents by their training steps.
+    """QoS per request over whole fresh episodes, of heuristics by name and of agents by their training steps.
 
-    `state` is the training's last, `snapshots` have those on the way on their first axis.
+    `state` is the last state of training. The first axis of `snapshots` has the agents during training.
     """
     env = replace(env, episode_length=50 if short else 1000)
 
@@ -67,7 +67,7 @@ def compare(env: Any, params: Any, algorithm: Any, state: Any, snapshots: Any, s
 
 
 def report(algorithm: str, qos: dict[Any, float], picture: Path | None) -> None:
-    """Prints the comparison, and draws the agent's learning curve beside the heuristics."""
+    """Prints the comparison, and draws the agent's learning curve with the heuristics."""
     curve = {name: value for name, value in qos.items() if isinstance(name, int)}
     for name, value in qos.items():
         print(f"{f'{algorithm} after {name:,} steps' if name in curve else name:32} QoS per request {value:.4f}")
@@ -90,7 +90,7 @@ def report(algorithm: str, qos: dict[Any, float], picture: Path | None) -> None:
 
 
 def run(name: str, algorithm: Any, description: str | None, long: dict[str, Any], short: dict[str, Any]) -> None:
-    """Trains an algorithm of rejax, as the command line says, compares it and draws it."""
+    """Trains an algorithm of rejax with the options of the command line, then compares and draws it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a few steps on a small cluster")
     parser.add_argument("--seed", type=int, default=0)

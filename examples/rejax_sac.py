@@ -1,13 +1,14 @@
-"""rejax's SAC, as it is, on `paper-3`, compared with Round-Robin on the same held-out episodes.
+"""rejax's SAC, unchanged, on `paper-3`, compared with Round-Robin on the same held-out episodes.
 
     pip install 'jaxroute[rejax]'
     python examples/rejax_sac.py            # QoS .682 after 262,144 steps, Round-Robin .593
     python examples/rejax_sac.py --short    # under a minute, most of it compilation; learns nothing
 
-What it shares with `rejax_ppo.py` is there. rejax draws each batch from all of the replay buffer without replacement,
-which takes longer the larger the buffer is, so this one is small. With `normalize_observations` and a learning rate of
-1e-3 it ended by dropping every request; observations are of order 1 without that. It took 105 s of CPU time on a
-two-core CPU that was busy with other work (rejax 0.1.3, JAX 0.10.2, seed 0). Picture: docs/pictures/rejax_sac.png.
+`rejax_ppo.py` has the code that both examples share. rejax draws each batch from the whole replay buffer without
+replacement, which takes longer with a larger buffer, so this buffer is small. With `normalize_observations` and a
+learning rate of 1e-3, the agent ended by dropping every request; observations are of order 1 without normalisation. It
+took 105 s of CPU time on a busy two-core CPU (rejax 0.1.3, JAX 0.10.2, seed 0). Its picture is
+docs/pictures/rejax_sac.png.
 """
 
 from __future__ import annotations

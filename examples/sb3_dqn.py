@@ -1,13 +1,13 @@
-"""Stable-Baselines3's DQN, as it is, on `paper-3`, compared with Round-Robin on the same held-out episodes.
+"""Stable-Baselines3's DQN, unchanged, on `paper-3`, compared with Round-Robin on the same held-out episodes.
 
     pip install 'jaxroute[sb3]'
     python examples/sb3_dqn.py            # QoS .700 after 150,000 steps, Round-Robin .590
-    python examples/sb3_dqn.py --short    # some seconds, learns nothing
+    python examples/sb3_dqn.py --short    # a few seconds, learns nothing
 
-The adapter is a `VecEnv`: all environments are one program, and numpy arrays come out. Episodes end by truncation
-only, which DQN sees in "TimeLimit.truncated", so it bootstraps from "terminal_observation". "metrics" of an ended
-episode have its QoS. Requests come at the scenario's own 3/s. It took a minute on a two-core CPU that was busy with
-other work (Stable-Baselines3 2.9.2, torch 2.13.0, JAX 0.10.2, seed 0).
+The adapter is a `VecEnv`: all environments run as one program that returns NumPy arrays. Episodes end by truncation
+only. DQN reads this from "TimeLimit.truncated" and bootstraps from "terminal_observation". `info["metrics"]` has the
+QoS of an episode that ended. The scenario has 3 requests/s. The example took a minute on a busy two-core CPU
+(Stable-Baselines3 2.9.2, torch 2.13.0, JAX 0.10.2, seed 0).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxroute.adapters import to_stable_baselines3
 
 
 def qos(vec_env: VecEnv, act: Callable[[np.ndarray, int], np.ndarray]) -> float:
-    """QoS per request of `act(observations, step)` over an episode of each environment, the same in every call."""
+    """QoS per request of `act(observations, step)` over one episode per environment, the same ones in every call."""
     vec_env.seed(1_000_000)
     observations, done, step = vec_env.reset(), [False], 0
     while not done[0]:
