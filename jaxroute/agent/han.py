@@ -3,8 +3,8 @@
 A layer is that of PyTorch Geometric's HANConv (simulation.md section 5). Every node type is projected. For each edge
 type, a node attends over its neighbours (several heads, LeakyReLU 0.2, softmax, ReLU after the sum, zeros without
 neighbours). Semantic attention then mixes the edge types that reach a node. `residual` adds the node's own projection.
-Without it, two layers never pass an expert's own features to the arrived node (deviations.md); `residual=False` is the
-paper's network.
+Without it, an expert's own features affect the arrived node after two layers only through attention weights
+(deviations.md); `residual=False` is the paper's network.
 
 The dense path (`HAN.__call__`, `HAN.states`; `han_dense.py`) works on arrays with masks. The jraph path
 (`HAN.on_graph`, `HAN.embed_by_graph`; `han_graph.py`) works on a batched `jraph.GraphsTuple` without empty queue

@@ -45,7 +45,7 @@ class EnvParams(struct.PyTreeNode):
 
 
 class QueuedRequests(struct.PyTreeNode):
-    """The environment's data of the request in each slot, beside the engine's state; each field [S, N]."""
+    """The environment's data of the request in each slot, in addition to the engine's; each field [S, N]."""
 
     arrival: jax.Array  # float, s relative to the current decision, <= 0
     index: jax.Array  # int32, number of the request in the episode
