@@ -13,6 +13,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 
@@ -51,11 +53,23 @@ SWEEP = {
 }
 """Of `jaxroute sweep` with four batches of three trainings and then two, likewise."""
 
+WORKER = {
+    "a batch's state without checksums": SWEEP["a batch's state without checksums"],
+    "a batch's state whole": Point("after", "jaxroute.runs.checkpoint:write_text"),
+    "the end of a training": Point("after", "jaxroute.sweeps.runner:save_arrays"),
+}
+"""Of the workers of `jaxroute sweep --ray`, each for one of them."""
+
 POINTS = TRAINING | SWEEP | {"a chunk of a batch": Point("before", "jaxroute.sweeps.display:SweepDisplay.chunk_done")}
 
 
 def main(name: str, number: str, command: str, *arguments: str) -> int:
-    meet(POINTS[name], signal.Signals[number])
+    if name == "in its workers":
+        from tests import killing  # by whose name a worker finds the function, which stands in `__main__` here
+
+        importlib.import_module("jaxroute.sweeps.ray_cluster")._task = killing._task_that_dies
+    else:
+        meet(POINTS[name], signal.Signals[number])
     return importlib.import_module(f"jaxroute.commands.{command}").main(arguments)
 
 
@@ -78,6 +92,20 @@ def meet(point: Point, number: signal.Signals) -> None:
         return result
 
     setattr(owner, name, met)
+
+
+def _task_that_dies(spec: Any, group: Any, devices: int, batch: Any, work: Path) -> dict[str, Any]:
+    """The task of a worker, which is killed at the first point of `WORKER` that none was killed at yet."""
+    deaths = work.parents[1] / "deaths"
+    deaths.mkdir(exist_ok=True)
+    for name, point in WORKER.items():
+        with suppress(FileExistsError):
+            (deaths / name).touch(exist_ok=False)
+            meet(point, signal.SIGKILL)
+            break
+    from jaxroute.sweeps import ray_cluster
+
+    return ray_cluster._task(spec, group, devices, batch, work)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def test_seeds_of_the_vector_environment():
     assert not np.array_equal(drawn, one)
     np.testing.assert_array_equal(drawn, vector.reset(seed=1) and vector.reset()[0])
     one[:] = 0  # its arrays are the caller's
+    np.testing.assert_array_equal(vector.reset(seed=1)[0], other)
 
 
 def test_jaxroute_imports_no_adapter():

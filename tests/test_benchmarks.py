@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import __main__ as suite
@@ -128,9 +129,10 @@ def test_device_reports_differences(tmp_path, monkeypatch):
     assert [row["result"] for row in read(path)["rows"]] == ["1 of 2 equal"] * 4
 
 
-def test_suite_writes_tables_json_and_pictures(tmp_path, monkeypatch, capsys):
+def test_suite_writes_tables_json_and_pictures(tmp_path, monkeypatch, capsys, figures):
     def canned(rollout: Any, setting: Setting, repeats: int, quick: bool) -> dict[str, Any]:
-        rates = {"slowest": 1.0, "median": 1e6 / setting.slots, "fastest": 3.0, "bandwidth": 1e9}
+        median = 1e6 / setting.slots / setting.experts
+        rates = {"slowest": 1.0, "median": median, "fastest": 3.0, "bandwidth": 1e9}
         return {**vars(setting), **rates, "event_rate": 2e6, "python_rate": 1e3}
 
     monkeypatch.setattr(suite, "measure_setting", canned)
@@ -141,8 +143,17 @@ def test_suite_writes_tables_json_and_pictures(tmp_path, monkeypatch, capsys):
     assert entries.keys() == {"advance", "environment", "policy", "training", "engine"}
     assert {row["num_envs"] for row in entries["advance"]} >= {1, 1024, 65536}
     assert {row["experts"] for row in entries["advance"]} == {3, 6, 12}
-    for name in ("experts", "slots"):
-        assert (tmp_path / "new" / "pictures" / f"cost_by_{name}.png").stat().st_size > 1000
+    for name, fixed in (("experts", 48), ("slots", 6)):
+        (axes,) = figures[f"cost_by_{name}.png"].axes
+        lines = {line.get_label(): line.get_xydata() for line in axes.lines[::2]}
+        assert list(lines) == ["advance", "environment", "event simulator"]
+        for points in (lines["advance"], lines["environment"]):
+            assert len(points) > 1 and axes.get_xticks().tolist() == points[:, 0].tolist()
+            assert points[:, 1].tolist() == pytest.approx((fixed * points[:, 0]).tolist())
+        assert set(lines["event simulator"][:, 1]) == {0.5}
+        for line in axes.lines[1::2]:
+            at, cost = line.get_data()
+            np.testing.assert_allclose(np.divide(cost, at), cost[0] / at[0])  # in proportion
     shown = capsys.readouterr().out
     assert all(f"{entry}: " in shown for entry in entries)
 

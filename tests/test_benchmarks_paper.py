@@ -58,7 +58,7 @@ def test_a_training_name_stands_for_one_training():
                         assert runs.setdefault(run.folder, run) == run
 
 
-def test_jobs_are_done_once_and_reported(tmp_path, monkeypatch):
+def test_jobs_are_done_once_and_reported(tmp_path, monkeypatch, figures):
     settings = tuple(tiny_setting(rate) for rate in (1, 2))
     assert "last QoS" in jobs.run_training(tmp_path, RUN, {})
     assert jobs.run_training(tmp_path, RUN, {}) == "kept"
@@ -74,7 +74,13 @@ def test_jobs_are_done_once_and_reported(tmp_path, monkeypatch):
     assert len(rows) == 2 * 2 * 2 and {row["router"] for row in rows} == {"round_robin", "trained"}
     assert all(0 <= float(row["qos"]) <= 1 for row in rows)
     assert "| Round-Robin |" in (tmp_path / "results.md").read_text()
-    assert (tmp_path / "tiny.png").stat().st_size > 10_000
+    (axes,) = figures["tiny.png"].axes
+    assert axes.get_title(loc="left") == "tiny" and axes.get_xlabel() == "requests per second"
+    lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+    for router in ("round_robin", "trained"):
+        points = [(float(row["requests per second"]), float(row["qos"])) for row in rows if row["router"] == router]
+        means = [(rate, np.mean([qos for at, qos in points if at == rate])) for rate in (1, 2)]
+        np.testing.assert_allclose(lines[tables.label_of(router)], means, rtol=1e-5)
     # Another training of the same name is not taken for this one.
     changed = Training("tiny", (*RUN.overrides, "agent.gamma=0.5"), 0)
     assert "last QoS" in jobs.run_training(tmp_path, changed, {})

@@ -23,6 +23,9 @@ PAGES = [
     ROOT / "README.md",
     *(page for folder in ("docs", "examples", "benchmarks") for page in (ROOT / folder).rglob("*.md")),
 ]
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
+NAME = re.compile(r"(?:`|python -m )((?:jaxroute|benchmarks)(?:\.[A-Za-z_]\w*)+)(?!\w*[./]\w*\.md)")
+MAKE = re.compile(r"`make ([\w-]+)")
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -53,16 +56,23 @@ def is_module(name: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_names_exists(page: Path):
     text = page.read_text()
-    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
+    links = LINK.findall(text)
     assert [link for link in links if not (page.parent / link).exists()] == []
     paths = re.findall(r"`((?:jaxroute|benchmarks|configs|docs|examples|tests)/[\w/.*-]+)`", text)
     assert [path for path in paths if not any(ROOT.glob(path))] == []
-    names = re.findall(r"(?:`|python -m )((?:jaxroute|benchmarks)(?:\.[A-Za-z_]\w*)+)(?!\w*[./]\w*\.md)", text)
+    names = NAME.findall(text)
     assert [name for name in names if not exists(name)] == []
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert [target for target in re.findall(r"`make ([\w-]+)", text) if target not in targets] == []
+    assert [target for target in MAKE.findall(text) if target not in targets] == []
     for block in python_blocks(page):
         compile(block, str(page), "exec")
+
+
+def test_pages_name_something():
+    text = "\n".join(page.read_text() for page in PAGES)
+    for pattern in (LINK, NAME, MAKE):
+        assert len(pattern.findall(text)) > 5, pattern
+    assert not exists("jaxroute.nothing") and not exists("jaxroute.testing.nothing") and exists("jaxroute.make")
 
 
 @pytest.mark.slow

@@ -17,8 +17,7 @@ def test_discounted_rewards_are_the_qos_of_each_request_at_its_arrival():
     # One request every 20 decisions; the others are dropped, so that what finishes is known to be the last one routed.
     actions = jnp.where(jnp.arange(STEPS) % 20 == 0, 0, env.num_experts)
     program = jax.jit(lambda params: rollout(env, params, jax.random.key(3), actions), compiler_options=CHEAP_COMPILE)
-    plain = program(params)
-    credited = program(params.replace(credit_discount=jnp.asarray(DISCOUNT, float)))
+    plain, credited = (program(params.replace(credit_discount=jnp.asarray(each, float))) for each in (1, DISCOUNT))
     np.testing.assert_array_equal(plain.reward, plain.info["qos"])
     np.testing.assert_array_equal(credited.info["qos"], plain.info["qos"])
 

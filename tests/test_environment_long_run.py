@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import jaxroute
+from tests.rollouts import CHEAP_COMPILE
 
 
 def _resident_bytes() -> int:
@@ -23,7 +25,7 @@ def test_a_thousand_steps_are_one_trace():
     env, params = jaxroute.make("paper-3", slots=20, episode_length=300)
     chex.clear_trace_counter()
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=CHEAP_COMPILE)
     @chex.assert_max_traces(n=1)
     def step(keys, state, action, params):
         return jax.vmap(env.step, (0, 0, 0, None))(keys, state, action, params)

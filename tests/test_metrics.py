@@ -16,6 +16,7 @@ from jaxroute.environment.metrics import (
     totals_first,
     totals_last,
 )
+from tests.rollouts import CHEAP_COMPILE
 
 EXPERTS, ROUNDS = 3, 1500
 EPISODE = EXPERTS * ROUNDS
@@ -52,7 +53,7 @@ def _totals(level: str, completed: Completed, slots: int = 1):
 
     start = totals_last(jax.tree.map(lambda leaf: leaf[None], empty_totals(EXPERTS, level, EPISODE)))
     inputs = jax.tree.map(lambda leaf: leaf.reshape(-1, slots, EXPERTS, 1), completed)
-    totals = jax.jit(lambda inputs: jax.lax.scan(add, start, inputs)[0])(inputs)
+    totals = jax.jit(lambda inputs: jax.lax.scan(add, start, inputs)[0], compiler_options=CHEAP_COMPILE)(inputs)
     return jax.tree.map(lambda leaf: leaf[0], totals_first(totals))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.sweeping import finished_sweep, start_sweep, table, write_spec
+from tests.killing import WORKER
+from tests.sweeping import finished_sweep, parts, start_sweep, table, write_spec
 
 pytest.importorskip("ray", reason="Ray is of the extra ray; tests/compat.sh ray runs this")
 
@@ -53,20 +53,14 @@ def test_two_workers_give_the_same_table(whole, spec, cache, tmp_path):
     assert table(folder) == table(whole) and most == min(2, os.cpu_count() or 1)
 
 
-def test_a_killed_worker_costs_its_unfinished_chunk(whole, spec, cache, tmp_path):
+def test_killed_workers_cost_their_unfinished_chunks(whole, spec, cache, tmp_path):
+    """A worker is killed at each point; Ray starts its task again, which goes on from the last state."""
     folder = tmp_path / "sweep"
-    process = start_sweep(folder, cache, str(spec), "--trials-per-batch", "3", "--ray")
-    killed: set[int] = set()
-    while process.poll() is None and len(killed) < 3:
-        # One that has saved a state, and so goes on from it.
-        if list(folder.glob("work/*/training_state/*.sha256")):
-            for worker in workers()[:1]:
-                if worker not in killed:
-                    os.kill(worker, signal.SIGKILL)
-                    killed.add(worker)
-        time.sleep(0.2)
+    arguments = (str(spec), "--trials-per-batch", "3", "--ray")
+    process = start_sweep(folder, cache, *arguments, meeting=("in its workers", "SIGKILL"))
     assert process.wait() == 0, folder.with_suffix(".log").read_text()
-    assert killed and table(folder) == table(whole)
+    assert {path.name for path in (tmp_path / "deaths").iterdir()} == set(WORKER)
+    assert table(folder) == table(whole) and parts(folder) == parts(whole)
 
 
 def test_no_cluster_is_one_line(spec, cache, tmp_path):

@@ -196,9 +196,16 @@ def test_piecewise_gap_inverts_the_cumulative_hazard():
 
 
 def test_one_piece_is_a_poisson_process_and_keeps_a_bounded_phase():
-    workload = Workload.create(PiecewiseArrivals.create([10.0], [2.0]), FrozenRequests.create(MEANS))
-    gaps, _ = stream(workload, 0, 20_000)
+    arrivals = PiecewiseArrivals.create([10.0], [2.0])
+
+    def step(state, uniforms):
+        state, gap, _ = arrivals.next(uniforms, state)
+        return state, (gap, state.phase)
+
+    uniforms = jax.random.uniform(jax.random.key(0), (20_000, 1), minval=1e-7)
+    gaps, phases = jax.jit(lambda: jax.lax.scan(step, arrivals.reset(jax.random.key(1)), uniforms)[1])()
     assert gaps.min() > 0 and gaps.mean() == pytest.approx(0.5, rel=0.03)
+    assert phases.min() >= 0 and 9.9 < phases.max() <= 10
 
 
 def test_piecewise_vmaps_over_rates_and_starts_in_a_silent_piece():
