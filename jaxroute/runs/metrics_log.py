@@ -1,20 +1,17 @@
 """Logs the metrics of a training to `metrics.jsonl` and to the loggers that the configuration names."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from jaxroute.files import write_text
 from jaxroute.runs.loggers import SINKS
 
 
-class MetricsLog:
+class MetricsLog(ExitStack):
     """Writes one line of `metrics.jsonl` per chunk of training, and sends the same metrics to loggers.
 
     Use it as a context manager. Each line is passed to the operating system at once, so a kill loses none.
@@ -29,21 +26,14 @@ class MetricsLog:
         `frames` is the number of frames that a resumed run has done. Later and damaged lines are removed.
         Raises `UserError` if a logger cannot be used.
         """
+        super().__init__()
         path = run / "metrics.jsonl"
         with ExitStack() as stack:
             self._sinks = [stack.enter_context(SINKS[name](run, config, frames)) for name in loggers]
             self.kept = _whole_records(path, frames)
             write_text(path, "".join(json.dumps(record) + "\n" for record in self.kept))
             self._lines = stack.enter_context(path.open("a", encoding="utf-8"))
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+            self.push(stack.pop_all())
 
     def write(self, record: dict[str, Any]) -> dict[str, Any]:
         """Logs `record`: "frames" and metrics with one level of nesting. Returns it with None instead of NaN."""

@@ -4,13 +4,11 @@ orbax's `CheckpointManager` would need more code: its callback comes before a st
 the state, so checksums need a separate handler; and it refuses to overwrite a damaged state.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -24,7 +22,7 @@ FOLDER = "training_state"
 REMEDY = "remove it to start from the beginning"
 
 
-class TrainingStates:
+class TrainingStates(ExitStack):
     """Saves states of a training under `run`, periodically and in the background, and keeps the newest ones.
 
     Use it as a context manager; it ends when the last state has been written.
@@ -32,18 +30,11 @@ class TrainingStates:
 
     def __init__(self, run: Path, seconds: float, kept: int):
         """`seconds` is the time between two states, `kept` the number of states that are kept."""
+        super().__init__()
         self._folder, self._seconds, self._kept = run / FOLDER, seconds, kept
         self._saved = time.monotonic()
-        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writer = self.enter_context(ThreadPoolExecutor(max_workers=1))
         self._writing: Future[None] | None = None
-
-    def __enter__(self) -> TrainingStates:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writer.shutdown()
 
     def offer(self, frames: int, state: Any) -> None:
         """Starts saving `state`, a pytree of arrays after `frames` frames, if it is due and no other state is being
