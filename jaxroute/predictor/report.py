@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from rich import box
 from rich.table import Table
 
-from jaxroute.drawing import INK, OTHER_COLOUR, STYLE, TRAINED_COLOUR
-from jaxroute.files import whole_file
+from jaxroute.drawing import INK, OTHER_COLOUR, TRAINED_COLOUR, picture
 from jaxroute.predictor.model import Prediction
 
 ROWS = (  # label; target and metric of `predictor.metrics.held_out_metrics`; factor; decimals
@@ -67,8 +64,7 @@ def predictions_picture(
 ) -> None:
     """Writes a PNG of true against predicted values for each expert: scores above, output tokens below."""
     targets = ("score", prediction.score, score), ("output tokens", prediction.output_tokens, output_tokens)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(max(3.4 * len(experts), 6.8), 6.8), layout="constrained")
+    with picture(path, max(3.4 * len(experts), 6.8), 6.8) as figure:
         rows = figure.subplots(2, len(experts), squeeze=False, sharex="row", sharey="row")
         for panels, (what, predicted, truth) in zip(rows, targets, strict=True):
             for index, (axes, expert) in enumerate(zip(panels, experts, strict=True)):
@@ -83,8 +79,6 @@ def predictions_picture(
                 _scatter(axes, predicted[:, index], truth[:, index])
                 axes.set(title=expert, xlabel=f"predicted {what}", ylabel=f"true {what}" if index == 0 else "")
         figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=140)
 
 
 def _scatter(axes: Axes, predicted: np.ndarray, truth: np.ndarray) -> None:
