@@ -13,9 +13,10 @@ import numpy as np
 
 from jaxroute.drawing import INK
 from jaxroute.evaluation.tables import ROWS
-from jaxroute.timelines.collect import FATES, Episode, Pieces
+from jaxroute.timelines.collect import FATES, Episode
 from jaxroute.timelines.layout import iteration_kind, merged, of_expert, rows
 from jaxroute.timelines.picture import DISTURBED_COLOUR, FATE_COLOURS, RUNNING_COLOUR, WAITING_COLOUR
+from jaxroute.timelines.record import Pieces
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _KINDS = ("empty", "decode", "prefill", "mixed")  # the order of the template
