@@ -148,15 +148,13 @@ SINKS: dict[str, Callable[[Path, dict[str, Any], int], Sink]] = {
 def _package(name: str) -> Any:
     try:
         package = importlib.import_module(name)
+        if package.__file__ is None:  # a folder of that name in the current directory, which wandb creates
+            raise ImportError(f"No module named '{name}'")
     except ImportError as error:
-        raise UserError(_missing(name, str(error))) from None
-    if package.__file__ is None:  # a folder of that name in the current directory, which wandb creates
-        raise UserError(_missing(name, f"No module named '{name}'"))
+        raise UserError(
+            f"training.loggers: {name}: cannot be imported ({error}); pip install 'jaxroute[{name}]', or leave it out"
+        ) from None
     return package
-
-
-def _missing(name: str, reason: str) -> str:
-    return f"training.loggers: {name}: cannot be imported ({reason}); pip install 'jaxroute[{name}]', or leave it out"
 
 
 def _failed(name: str, error: Exception, remedy: str) -> UserError:

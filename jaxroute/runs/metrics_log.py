@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxroute.files import write_text
 from jaxroute.runs.loggers import SINKS
 
@@ -40,7 +42,8 @@ class MetricsLog(ExitStack):
         record = _finite(record)
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
-        scalars = dict(pair for name, value in record.items() for pair in _scalars(name, value))
+        leaves = jax.tree.leaves_with_path(record)  # without None
+        scalars = {jax.tree_util.keystr(path, simple=True, separator="/"): value for path, value in leaves}
         for sink in self._sinks:
             sink.write(scalars, record["frames"])
         return record
@@ -65,11 +68,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return value if math.isfinite(value) else None
-
-
-def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
-    if isinstance(value, dict):
-        return [pair for key, item in value.items() for pair in _scalars(f"{name}/{key}", item)]
-    if isinstance(value, list):
-        return [pair for index, item in enumerate(value) for pair in _scalars(f"{name}/{index}", item)]
-    return [] if value is None else [(name, value)]
