@@ -172,17 +172,16 @@ def _run(
     engines, carried, finished = collect(engines, carried.replace(admitted=admitted), params.engines)
     state, left = finished.engines, finished.payload
     at = jnp.where(finished.served, left.index, results.tokens.shape[0])
-    put = lambda old, new: old.at[at].set(new, mode="drop")  # noqa: E731
     latency = state.finish_time - left.arrival
-    results = Results(
-        latency=put(results.latency, latency),
-        first_token=put(results.first_token, state.first_token_time - left.arrival),
-        admitted=put(results.admitted, left.admitted - left.arrival),
-        tokens=put(results.tokens, state.generated),
-        preemptions=put(results.preemptions, state.preemptions),
-        met=put(results.met, latency / jnp.maximum(state.generated, 1) < params.latency_limit),
+    new = Results(
+        latency=latency,
+        first_token=state.first_token_time - left.arrival,
+        admitted=left.admitted - left.arrival,
+        tokens=state.generated,
+        preemptions=state.preemptions,
+        met=latency / jnp.maximum(state.generated, 1) < params.latency_limit,
     )
-    return engines, carried, log, results
+    return engines, carried, log, jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), results, new)
 
 
 def _row(done: Jump, index: jax.Array, params: EngineParams) -> JumpRow:
