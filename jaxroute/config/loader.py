@@ -123,19 +123,15 @@ def _read(path: Path) -> Values:
 def _overrides(overrides: Sequence[str]) -> Values:
     values: Values = {}
     for override in overrides:
-        values |= _flat(_override_tree(override), "command line")
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"command line: {override!r} is not an override; write section.key=value")
+        try:
+            value = parse_yaml(text)
+        except yaml.YAMLError:
+            raise UserError(f"command line: {key}: {text!r} is not a YAML value") from None
+        values |= _flat(_nested(key, value), "command line")
     return values
-
-
-def _override_tree(override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"command line: {override!r} is not an override; write section.key=value")
-    try:
-        value = parse_yaml(text)
-    except yaml.YAMLError:
-        raise UserError(f"command line: {key}: {text!r} is not a YAML value") from None
-    return _nested(key, value)
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

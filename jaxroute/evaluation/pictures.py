@@ -62,11 +62,7 @@ def qos_comparison(path: Path, results: dict[str, EpisodeValues]) -> None:
         panels[0].set_xlim(0, 1.4 * max(max(interval.high for interval in intervals), 1e-3))
         if compares:
             trained = results["trained"]["qos"]
-            leads = {
-                row: paired_difference(trained, results[name]["qos"])
-                for row, name in enumerate(names)
-                if name in others
-            }
+            leads = {names.index(name): paired_difference(trained, results[name]["qos"]) for name in others}
             panels[1].axvline(0, color=INK, linewidth=1)
             _intervals(panels[1], leads, TRAINED_COLOUR, "o", "{:+.3f} ± {:.3f}")
             panels[1].set(

@@ -97,14 +97,14 @@ def named_arrays(state: Any) -> dict[str, np.ndarray]:
 
     They are copies because on a CPU, NumPy views would share memory that JAX reuses when the state is donated.
     """
-    return {name: np.array(_data(leaf)) for name, leaf in _named_leaves(state).items()}
+    return {name: np.array(leaf) for name, leaf in _named_leaves(_without_keys(state)).items()}
 
 
 def load_state(folder: Path, example: Any, remedy: str) -> Any:
     """A pytree like `example` from its `named_arrays` in `folder`. Raises the errors of `load_arrays`."""
-    leaves = _named_leaves(example)
-    arrays = load_arrays(folder, {name: _shape(leaf) for name, leaf in leaves.items()}, remedy)
-    return jax.tree.unflatten(jax.tree.structure(example), [_like(arrays[name], leaf) for name, leaf in leaves.items()])
+    arrays = load_arrays(folder, _named_leaves(jax.eval_shape(_without_keys, example)), remedy)
+    leaves = [_like(arrays[name], leaf) for name, leaf in _named_leaves(example).items()]
+    return jax.tree.unflatten(jax.tree.structure(example), leaves)
 
 
 def remove_states(run: Path) -> None:
@@ -127,12 +127,8 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _data(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _shape(leaf: Any) -> Any:
-    return jax.eval_shape(_data, leaf)
+def _without_keys(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
 
 
 def _like(array: np.ndarray, leaf: Any) -> jax.Array:
