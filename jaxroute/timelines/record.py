@@ -39,7 +39,7 @@ class _Carried(struct.PyTreeNode):
     admitted: jax.Array
 
 
-Array = Any  # of NumPy, or traced
+Array = Any  # of NumPy in an episode, of JAX in the log of jumps
 
 
 class Pieces(NamedTuple):
@@ -51,7 +51,7 @@ class Pieces(NamedTuple):
     """
 
     expert: Array
-    start: Array  # float64, s since the episode's beginning
+    start: Array  # float64, s since the episode's beginning, as is the next
     end: Array
     iterations: Array
     prefill_tokens: Array  # np of each iteration
