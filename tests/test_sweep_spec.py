@@ -13,7 +13,7 @@ from jaxroute.commands import sweep
 from jaxroute.errors import UserError
 from jaxroute.sweeps.display import SweepDisplay
 from jaxroute.sweeps.plan import Batch, Row, make_batches, make_groups
-from jaxroute.sweeps.ranking import ranking, survivors
+from jaxroute.sweeps.results import ranking, survivors
 from jaxroute.sweeps.spec import load_spec
 from tests.sweeping import SPEC, write_spec
 

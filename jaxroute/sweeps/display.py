@@ -13,7 +13,7 @@ from rich.table import Table
 
 from jaxroute.runs.progress import SECONDS_BETWEEN_LINES
 from jaxroute.sweeps.plan import Batch
-from jaxroute.sweeps.ranking import ranking, survivor_count
+from jaxroute.sweeps.results import ranking, survivor_count
 from jaxroute.sweeps.spec import Spec
 
 BEST = 10  # trials in the table
@@ -80,11 +80,11 @@ def best_table(spec: Spec, rows: list[dict[str, Any]]) -> Table:
     for key in spec.keys:
         table.add_column(key.rpartition(".")[2], justify="right")
     for place in ranking(rows)[:BEST]:
-        interval = "" if place.half_width != place.half_width else f" ± {place.half_width:.4f}"
-        values = [_text(value) for value in spec.trials[place.trial].values.values()]
-        table.add_row(str(place.trial), f"{place.qos:.4f}{interval}", f"{place.frames:,}", *values)
+        values = map(short_text, spec.trials[place.trial].values.values())
+        table.add_row(str(place.trial), place.text, f"{place.frames:,}", *values)
     return table
 
 
-def _text(value: Any) -> str:
+def short_text(value: Any) -> str:
+    """A value of a configuration in a few characters."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
