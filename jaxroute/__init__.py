@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jaxroute.agent.router_network import ActorCritic
     from jaxroute.agent.trainer import make_trainer, policy_router
     from jaxroute.config.build import build_experiment
-    from jaxroute.sweeps.trials import train_trials
+    from jaxroute.sweeps.driver import train_trials
     from jaxroute.timelines.write import write_timeline
 
 __all__ = [
@@ -68,7 +68,7 @@ _IMPORTED_LATER = {
     "build_experiment": "jaxroute.config.build",
     "make_trainer": "jaxroute.agent.trainer",
     "policy_router": "jaxroute.agent.trainer",
-    "train_trials": "jaxroute.sweeps.trials",
+    "train_trials": "jaxroute.sweeps.driver",
     "write_timeline": "jaxroute.timelines.write",
 }
 

@@ -37,11 +37,7 @@ def parse_yaml(text: str) -> Any:
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file. Raises `UserError`, with the line, if it cannot be read."""
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; give the path of a YAML file") from None
+        return parse_yaml(_text(path, "YAML"))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}: line {line}: not YAML ({error.problem}); correct it") from None
@@ -52,15 +48,20 @@ def read_yaml(path: Path) -> Any:
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises `UserError`, with the line, if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a JSON file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; give the path of a JSON file") from None
+        return json.loads(_text(path, "JSON"))
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: line {error.lineno}: not JSON ({error.msg}); correct it, or give a file of the right kind"
         ) from None
+
+
+def _text(path: Path, kind: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a {kind} file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; give the path of a {kind} file") from None
 
 
 @contextmanager

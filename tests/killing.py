@@ -36,7 +36,7 @@ TRAINING = {
     "an old state half removed": Point("before", "jaxroute.runs.training_state:shutil.rmtree"),
     "all trained": Point("before", "jaxroute.commands.train:save_checkpoint"),
     "a checkpoint": Point("after", "jaxroute.commands.train:save_checkpoint"),
-    "a picture half written": Point("after", "jaxroute.evaluation.pictures:Figure.savefig"),
+    "a picture half written": Point("after", "jaxroute.drawing:Figure.savefig"),
     "finished but for the states": Point("before", "jaxroute.commands.train:remove_states"),
 }
 """Of `jaxroute train`, which keeps one state and saves one after each chunk, in an order in which each is met when the

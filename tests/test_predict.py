@@ -16,11 +16,9 @@ from matplotlib.figure import Figure
 
 from jaxroute.commands import predict
 from jaxroute.errors import UserError
-from jaxroute.predictor.buckets import BUCKETS, Buckets
 from jaxroute.predictor.features import FeatureMap, hashed_ngrams, sentence_encoder, surface
-from jaxroute.predictor.metrics import _spearman
-from jaxroute.predictor.model import Prediction, holdout_split, prompt_keys
-from jaxroute.predictor.report import predictions_picture
+from jaxroute.predictor.model import BUCKETS, Buckets, Prediction, holdout_split, prompt_keys
+from jaxroute.predictor.report import _spearman, predictions_picture
 from jaxroute.predictor.store import load_predictor
 from jaxroute.workload import load_mixinstruct
 

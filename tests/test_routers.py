@@ -11,8 +11,8 @@ import pytest
 
 import jaxroute
 from jaxroute.errors import UserError
-from jaxroute.evaluation import tuning
-from jaxroute.evaluation.tuning import tune
+from jaxroute.evaluation import episodes
+from jaxroute.evaluation.episodes import tune
 from jaxroute.routers import ROUTERS, make_router
 from tests.rollouts import CHEAP_COMPILE
 
@@ -181,8 +181,8 @@ def test_routers_are_values(name):
 def test_tuning_takes_the_best_of_the_grid_and_is_traced_once_for_all_rates(scenario, monkeypatch):
     """Where requests are rare load does not matter, and where they are many a weight of 0 is the worst there is."""
     env, params = scenario
-    cheap: Any = jax.jit(tuning._qos.__wrapped__, static_argnames=("name", "env"), compiler_options=CHEAP_COMPILE)
-    monkeypatch.setattr(tuning, "_qos", cheap)
+    cheap: Any = jax.jit(episodes._qos.__wrapped__, static_argnames=("name", "env"), compiler_options=CHEAP_COMPILE)
+    monkeypatch.setattr(episodes, "_qos", cheap)
     few = ROUTERS["score_minus_load"]._replace(grid=lambda experts: [{"weight": 0.0}, {"weight": 0.1}])
     monkeypatch.setitem(ROUTERS, "score_minus_load", few)
     found = []

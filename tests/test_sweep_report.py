@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxroute.sweeps.ranking import ranking
 from jaxroute.sweeps.report import curves_picture, effects_picture
+from jaxroute.sweeps.results import ranking
 from jaxroute.sweeps.spec import load_spec
 from tests.sweeping import write_spec
 

@@ -13,7 +13,7 @@ from jaxroute.commands import sweep
 from jaxroute.errors import UserError
 from jaxroute.sweeps.display import SweepDisplay
 from jaxroute.sweeps.plan import Batch, Row, make_batches, make_groups
-from jaxroute.sweeps.ranking import ranking, survivors
+from jaxroute.sweeps.results import ranking, survivors
 from jaxroute.sweeps.spec import load_spec
 from tests.sweeping import SPEC, write_spec
 
@@ -88,7 +88,7 @@ def test_traced_keys_share_a_program_and_static_ones_do_not(tmp_path):
         ({"config": "none.yaml"}, "none.yaml: cannot be read"),
         ({"config": 3}, "config: expected the path"),
         ({"seeds": 0}, "seeds: expected a whole number of 1 or more"),
-        ({"seeds": [1, 1]}, "seeds: each one once"),
+        ({"seeds": [1, 1]}, "or a list of seeds, each once, got [1, 1]"),
         ({"samples": 4}, "samples: every key has a grid"),
         ({"rungs": [600]}, "rungs: the last is training.frames"),
         ({"rungs": [300, 100]}, "rungs: expected frames in rising order"),

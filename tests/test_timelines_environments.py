@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute.timelines import record
+from jaxroute.evaluation import episodes
 from jaxroute.timelines.collect import DROPPED, MET, MISSED, REJECTED, Episode, collect
 
 LENGTH = 90
@@ -61,7 +61,7 @@ def compile_in_half_the_time():
 @pytest.fixture(autouse=True)
 def totals_as_metrics(monkeypatch):
     """An episode's `metrics` are then the environment's own totals, with the figures of every request."""
-    monkeypatch.setattr(record, "summarize", lambda totals, level: totals)
+    monkeypatch.setattr(episodes, "summarize", lambda totals, level: totals)
 
 
 def check(episode: Episode) -> None:

@@ -20,8 +20,7 @@ from jaxroute.commands.train import train
 from jaxroute.config.build import Experiment, build_experiment
 from jaxroute.config.loader import config_text, load_config, load_saved_config
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.evaluation.episodes import evaluate_routers
-from jaxroute.evaluation.tuning import tune
+from jaxroute.evaluation.episodes import evaluate_routers, tune
 from jaxroute.files import write_text
 from jaxroute.routers import make_router
 from jaxroute.routers.choice import Router

@@ -13,9 +13,8 @@ from jaxroute.config.loader import load_saved_config
 from jaxroute.config.schema import Config
 from jaxroute.console import print_notes, report_console
 from jaxroute.errors import UserError, command
-from jaxroute.evaluation.episodes import EpisodeValues, evaluate_routers
+from jaxroute.evaluation.episodes import EpisodeValues, evaluate_routers, tune
 from jaxroute.evaluation.tables import print_evaluation
-from jaxroute.evaluation.tuning import tune
 from jaxroute.routers import ROUTERS, make_router
 from jaxroute.runs.checkpoint import load_params
 

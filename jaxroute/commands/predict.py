@@ -7,7 +7,7 @@ text, and reports its errors on them. `apply` writes the predictions into a copy
 import argparse
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from jaxroute.console import print_notes, report_console
 from jaxroute.errors import UserError, command
 from jaxroute.files import write_text
 from jaxroute.predictor.features import sentence_encoder
-from jaxroute.predictor.metrics import held_out_metrics
 from jaxroute.predictor.model import Prediction, fit, holdout_split, prompt_keys
-from jaxroute.predictor.report import best_expert_line, metrics_table, predictions_picture
+from jaxroute.predictor.report import best_expert_line, held_out_metrics, metrics_table, predictions_picture
 from jaxroute.predictor.store import StoredPredictor, load_predictor, save_predictor
 from jaxroute.runs.run_folder import prepare_run_folder
 from jaxroute.workload import load_mixinstruct
@@ -72,7 +71,7 @@ def train(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.holdout < 1:
         raise UserError(f"--holdout {arguments.holdout}: must lie between 0 and 1, for example 0.2")
     table = load_mixinstruct(data, experts, arguments.score)
-    texts = [prompt_text(place, record) for place, record in _records(data)]
+    texts = [prompt_text(place, json_object(place, line)) for place, line in read_lines(data)]
     held_out = holdout_split(texts, arguments.holdout, arguments.seed)
     sizes = [len(np.unique(prompt_keys(_where(texts, part)))) for part in (~held_out, held_out)]
     if sizes[0] < FEWEST_TRAINING or sizes[1] < FEWEST_HELD_OUT:
@@ -168,10 +167,6 @@ def prompt_text(place: Place, record: dict[str, Any]) -> str:
     instruction = member(place, record, "instruction", str)
     inputs = member(place, record, "input", str) if "input" in record else ""
     return f"{instruction}\n\n{inputs}" if inputs.strip() else instruction
-
-
-def _records(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
-    return ((place, json_object(place, line)) for place, line in read_lines(path))
 
 
 def _candidates(place: Place, record: dict[str, Any], experts: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -14,10 +14,9 @@ from jaxroute.runs.stopping import Stop
 from jaxroute.sweeps.display import best_table
 from jaxroute.sweeps.driver import choose_sizes, execute_here, run_missing_batches
 from jaxroute.sweeps.plan import make_groups
-from jaxroute.sweeps.ranking import ranking
 from jaxroute.sweeps.ray_cluster import check_ray, execute_on_ray
 from jaxroute.sweeps.report import write_report
-from jaxroute.sweeps.results import SweepFolder
+from jaxroute.sweeps.results import SweepFolder, ranking
 from jaxroute.sweeps.spec import load_spec
 
 

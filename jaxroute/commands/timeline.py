@@ -9,7 +9,7 @@ from jaxroute.config.build import Experiment, build_experiment, build_network
 from jaxroute.config.loader import load_config, load_saved_config
 from jaxroute.console import print_notes, report_console
 from jaxroute.errors import UserError, command, require_known
-from jaxroute.evaluation.tuning import tune
+from jaxroute.evaluation.episodes import tune
 from jaxroute.routers import ROUTER_LABELS, ROUTERS, make_router
 from jaxroute.routers.choice import Router
 from jaxroute.runs.checkpoint import load_params

@@ -1,6 +1,6 @@
 """Reads YAML files and `key=value` overrides into a checked `Config`, and writes it as YAML."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from difflib import SequenceMatcher
 from operator import attrgetter
@@ -15,8 +15,15 @@ from jaxroute.errors import UserError, require_known
 from jaxroute.files import parse_yaml, read_yaml
 from jaxroute.routers import ROUTERS
 
-Tree = dict[str, Any]
+Values = dict[str, Any]  # "section.key" -> value
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML with tuples as lists."""
+
+
+_Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
 
 
 def config_folder() -> Path:
@@ -34,16 +41,12 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     Raises:
         UserError: a file cannot be read, a key is unknown, or a value has the wrong type or is out of range.
     """
-    tree = _read(config_folder() / "default.yaml")
-    if path is not None:
-        tree = _merged(tree, _read(path))
-    tree = _overridden(tree, overrides)
-    for part in (tree["environment"], *tree["workload"].values()):
-        if part["path"] is not None:
-            part["path"] = str(Path(part["path"]).expanduser().absolute())
-    config = _build(Config, tree, config_folder() / "default.yaml", "")
-    _cross_check(config)
-    return config
+    default = config_folder() / "default.yaml"
+    values = _read(default) | (_read(path) if path is not None else {}) | _overrides(overrides)
+    for key in ("environment.path", "workload.arrivals.path", "workload.requests.path"):
+        if values[key] is not None:
+            values[key] = str(Path(values[key]).expanduser().absolute())
+    return _build(values, default)
 
 
 def load_saved_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -52,27 +55,23 @@ def load_saved_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: as for `load_config`, or a key is missing.
     """
-    config = _build(Config, _overridden(_read(path), overrides), path, "")
-    _cross_check(config)
-    return config
+    return _build(_read(path) | _overrides(overrides), path)
 
 
 def change_config(config: Config, changes: Mapping[str, Any], source: str) -> Config:
     """`config` with new values of some keys, {"section.key": value}. A `UserError` begins with `source`."""
-    tree = _check_section(_plain(asdict(config)), Config, source, "")  # lists as tuples again
+    values = dotted_values(config)
     for key, value in changes.items():
-        tree = _merged(tree, _check_section(_nested(key, value), Config, source, ""))
-    changed = _build(Config, tree, Path(source), "")
+        values |= _flat(_nested(key, value), source)
     try:
-        _cross_check(changed)
+        return _build(values, source)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    return changed
 
 
 def config_text(config: Config) -> str:
     """The configuration with every key, as YAML; `load_config` reads it as an equal `Config`."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def nearest_keys(word: str, sections: bool = True) -> list[str]:
@@ -89,23 +88,18 @@ def nearest_keys(word: str, sections: bool = True) -> list[str]:
     return [name for name in names if similarity(name) > 0.7 * similarity(names[0])]
 
 
-def dotted_keys(section: Any = Config, prefix: str = "") -> list[str]:
+def dotted_keys() -> list[str]:
     """Every key of the configuration as `section.key`."""
-    keys = []
-    for name, kind in get_type_hints(section).items():
-        keys += dotted_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
-    return keys
+    return [key for key, _ in _kinds()]
 
 
-def continuous_keys(section: Any = Config, prefix: str = "") -> set[str]:
+def continuous_keys() -> set[str]:
     """The keys whose values are floats in a range. All of them are traced; most integers are static."""
-    keys = set()
-    for name, kind in get_type_hints(section, include_extras=True).items():
-        if is_dataclass(kind):
-            keys |= continuous_keys(kind, f"{prefix}{name}.")
-        elif float in (kind, *get_args(kind)) or any(float in get_args(part) for part in get_args(kind)):
-            keys.add(prefix + name)
-    return keys
+    return {
+        key
+        for key, kind in _kinds()
+        if float in (kind, *get_args(kind)) or any(float in get_args(part) for part in get_args(kind))
+    }
 
 
 def dotted_values(config: Config) -> dict[str, Any]:
@@ -113,64 +107,63 @@ def dotted_values(config: Config) -> dict[str, Any]:
     return {key: attrgetter(key)(config) for key in dotted_keys()}
 
 
-def _read(path: Path) -> Tree:
-    return _check_section(read_yaml(path), Config, str(path), "")
+def _kinds(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key as `section.key`, with its type."""
+    for name, kind in get_type_hints(section, include_extras=True).items():
+        if is_dataclass(kind):
+            yield from _kinds(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
 
 
-def _overridden(tree: Tree, overrides: Sequence[str]) -> Tree:
+def _read(path: Path) -> Values:
+    return _flat(read_yaml(path), str(path))
+
+
+def _overrides(overrides: Sequence[str]) -> Values:
+    values: Values = {}
     for override in overrides:
-        tree = _merged(tree, _check_section(_override_tree(override), Config, "command line", ""))
-    return tree
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"command line: {override!r} is not an override; write section.key=value")
+        try:
+            value = parse_yaml(text)
+        except yaml.YAMLError:
+            raise UserError(f"command line: {key}: {text!r} is not a YAML value") from None
+        values |= _flat(_nested(key, value), "command line")
+    return values
 
 
-def _override_tree(override: str) -> Tree:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"command line: {override!r} is not an override; write section.key=value")
-    try:
-        value = parse_yaml(text)
-    except yaml.YAMLError:
-        raise UserError(f"command line: {key}: {text!r} is not a YAML value") from None
-    return _nested(key, value)
-
-
-def _nested(key: str, value: Any) -> Tree:
+def _nested(key: str, value: Any) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
-def _merged(base: Tree, change: Tree) -> Tree:
-    merged = dict(base)
-    for key, value in change.items():
-        merged[key] = _merged(base[key], value) if isinstance(value, dict) and key in base else value
-    return merged
-
-
-def _check_section(tree: Any, section: type, source: str, prefix: str) -> Tree:
-    """`tree` with values converted to the schema's types. `source` and `prefix` (dotted) are for error messages."""
+def _flat(tree: Any, source: str, section: Any = Config, prefix: str = "") -> Values:
+    """The values of `tree` converted to the schema's types. `source` is for error messages."""
     if tree is None:  # a section with all of its keys commented out
         return {}
     if not isinstance(tree, dict):
         what = prefix.rstrip(".") or "a configuration"
         raise UserError(f"{source}: {what}: expected keys and values, got {tree!r}")
-    kinds = get_type_hints(section, include_extras=True)
-    checked = {}
+    kinds, values = get_type_hints(section, include_extras=True), {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in kinds:
             raise UserError(f"{source}: unknown key {key}; nearest: {', '.join(nearest_keys(key))}")
         if is_dataclass(kinds[name]):
-            checked[name] = _check_section(value, kinds[name], source, f"{key}.")
+            values |= _flat(value, source, kinds[name], f"{key}.")
         else:
-            checked[name] = _check_value(value, kinds[name], source, key)
-    return checked
+            values[key] = check_value(value, kinds[name], f"{source}: {key}")
+    return values
 
 
-def _check_value(value: Any, kind: Any, source: str, key: str) -> Any:
+def check_value(value: Any, kind: Any, source: str) -> Any:
+    """`value` converted to the type `kind` of a schema. A `UserError` begins with `source`."""
     converted, expected = _convert(value, kind)
     if expected:
-        raise UserError(f"{source}: {key}: expected {expected}, got {'nothing' if value is None else repr(value)}")
+        raise UserError(f"{source}: expected {expected}, got {'nothing' if value is None else repr(value)}")
     return converted
 
 
@@ -203,19 +196,21 @@ def _convert(value: Any, kind: Any) -> tuple[Any, str]:
     return (value, "") if isinstance(value, kind) else (None, TYPE_NAMES[kind])
 
 
-def _build(section: Any, tree: Tree, source: Path, prefix: str) -> Any:
-    values = {}
-    for name, kind in get_type_hints(section).items():
-        if name not in tree:
-            raise UserError(f"{source}: {prefix}{name}: missing; the file is cut short or of another version")
-        values[name] = _build(kind, tree[name], source, f"{prefix}{name}.") if is_dataclass(kind) else tree[name]
-    return section(**values)
+def _build(values: Values, source: str | Path) -> Config:
+    """The configuration with these values. Raises `UserError` if a key is missing or two contradict each other."""
 
+    def build(section: Any, prefix: str) -> Any:
+        arguments = {}
+        for name, kind in get_type_hints(section).items():
+            key = prefix + name
+            if not is_dataclass(kind) and key not in values:
+                raise UserError(f"{source}: {key}: missing; the file is cut short or of another version")
+            arguments[name] = build(kind, f"{key}.") if is_dataclass(kind) else values[key]
+        return section(**arguments)
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    config = build(Config, "")
+    _cross_check(config)
+    return config
 
 
 def _cross_check(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Runs routers on the same fresh episodes, as one compiled program."""
+"""Runs routers on the same fresh episodes, as one compiled program, and tunes their parameters on others."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import numpy as np
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.metrics import summarize
 from jaxroute.environment.state import EnvParams
+from jaxroute.routers import ROUTERS, Parameters, make_router
 from jaxroute.routers.choice import Router
 
 EpisodeValues = dict[
@@ -51,31 +52,73 @@ def as_pytree(router: Router) -> Router:
     return jax.tree_util.Partial(router) if jax.tree_util.all_leaves([router]) else router
 
 
-def act(policies: list[Router], which: jax.Array, *inputs: Any) -> jax.Array:
-    """The action, int32 [], of policy `which` (int32 []) on a router's `inputs`."""
-    # `switch` hashes its branches, and a pytree with traced leaves cannot be hashed.
-    return jax.lax.switch(which, [lambda *inputs, policy=policy: policy(*inputs) for policy in policies], *inputs)
-
-
 def run_episodes(
     env: RoutingEnvironment, policies: list[Router], which: jax.Array, keys: jax.Array, params: EnvParams
 ) -> dict[str, jax.Array]:
-    """Metrics of one episode per key. `which` has no batch axis, so `switch` runs only that policy."""
+    """Metrics of one episode per key."""
+    return follow_episodes(env, policies, which, keys, params)[0]
+
+
+def follow_episodes(
+    env: RoutingEnvironment,
+    policies: list[Router],
+    which: jax.Array,
+    keys: jax.Array,
+    params: EnvParams,
+    note: Callable[..., Any] = lambda request, action, elapsed: None,
+) -> tuple[dict[str, jax.Array], Any]:
+    """Metrics of one episode per key under policy `which` (int32 []), and [T, episodes] of what `note` returns.
+
+    `which` has no batch axis, so `switch` runs only that policy.
+    """
     env_keys, router_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     fold_in = jax.vmap(jax.random.fold_in, (0, None))
+    # `switch` hashes its branches, and a pytree with traced leaves cannot be hashed.
+    branches = [lambda *inputs, policy=policy: policy(*inputs) for policy in policies]
+    route = jax.vmap(partial(jax.lax.switch, which, branches), (0, 0, 0, None))
 
-    def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
-        observation, state = carry
-        route = jax.vmap(partial(act, policies, which), (0, 0, 0, None))
-        actions = route(fold_in(router_keys, index), observation, state, params)
-        observation, state, *_ = jax.vmap(env.step, (0, 0, 0, None))(fold_in(env_keys, index), state, actions, params)
-        return (observation, state), None
+    def step(carry: Any, index: jax.Array) -> tuple[Any, Any]:
+        observation, before = carry
+        actions = route(fold_in(router_keys, index), observation, before, params)
+        step_keys = fold_in(env_keys, index)
+        observation, state, _, _, _, info = jax.vmap(env.step, (0, 0, 0, None))(step_keys, before, actions, params)
+        return (observation, state), note(before.request, actions, info["elapsed"])
 
-    observation, state = jax.vmap(env.reset, (0, None))(fold_in(env_keys, env.episode_length), params)
+    start = jax.vmap(env.reset, (0, None))(fold_in(env_keys, env.episode_length), params)
     # The totals of an episode are complete after its last step, where the scan ends.
-    (_, state), _ = jax.lax.scan(step, (observation, state), jnp.arange(env.episode_length))
-    return jax.vmap(partial(summarize, level=env.metrics))(state.totals)
+    (_, state), notes = jax.lax.scan(step, start, jnp.arange(env.episode_length))
+    return jax.vmap(partial(summarize, level=env.metrics))(state.totals), notes
 
 
 # One function per process, so that calls with the same environment and routers compile it once.
 _program = jax.jit(run_episodes, static_argnums=0)
+
+
+_EPISODES, _LENGTH, _KEY = 4, 1000, 0x74756E65
+
+
+def tune(name: str, env: RoutingEnvironment, params: EnvParams) -> Parameters:
+    """The setting in the grid of the router `name` with the highest mean QoS in this scenario; empty without a grid.
+
+    `params` are traced, so another rate or limit needs no compilation. The episodes are shorter than those of the
+    evaluation, and their key differs from that of every evaluation seed.
+    """
+    settings = ROUTERS[name].grid
+    if settings is None:
+        return {}
+    grid = settings(env.num_experts)
+    env = dataclasses.replace(env, metrics="histogram", penalty="off", episode_length=min(_LENGTH, env.episode_length))
+    columns = {key: jnp.asarray([point[key] for point in grid]) for key in grid[0]}
+    return grid[int(np.argmax(_qos(name, env, columns, params)))]
+
+
+@partial(jax.jit, static_argnames=("name", "env"))
+def _qos(name: str, env: RoutingEnvironment, columns: dict[str, jax.Array], params: EnvParams) -> jax.Array:
+    """float [G]: mean QoS with each of G settings, on the same episodes."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), _KEY), _EPISODES)
+
+    def one(parameters: dict[str, jax.Array]) -> jax.Array:
+        router = make_router(name, env, **parameters)
+        return run_episodes(env, [router], jnp.int32(0), keys, params)["qos"].mean()
+
+    return jax.vmap(one)(columns)

@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from jaxroute.drawing import INK, OTHER_COLOUR, STYLE, TRAINED_COLOUR
+from jaxroute.drawing import INK, OTHER_COLOUR, TRAINED_COLOUR, picture
 from jaxroute.evaluation.episodes import EpisodeValues
 from jaxroute.evaluation.statistics import Interval, mean_interval, paired_difference
-from jaxroute.files import whole_file
 from jaxroute.routers import ROUTER_LABELS
 
 CURVES = (
@@ -28,8 +25,7 @@ def learning_curve(path: Path, records: Sequence[dict[str, Any]], results: dict[
     """Writes a PNG of the training `records` (rows of metrics.jsonl), and the best heuristic of `results` as a line."""
     frames = np.array([record["frames"] for record in records])
     heuristics = {name: float(values["qos"].mean()) for name, values in results.items() if name != "trained"}
-    with rc_context(STYLE):
-        figure = Figure(figsize=(10, 6.4), layout="constrained")
+    with picture(path, 10, 6.4) as figure:
         for axes, (key, title, unit) in zip(figure.subplots(2, 2, sharex=True).flat, CURVES, strict=True):
             values = np.array([np.nan if record[key] is None else record[key] for record in records])
             axes.plot(frames, values, color=TRAINED_COLOUR, linewidth=1.6, marker="o" if len(frames) < 20 else None)
@@ -48,8 +44,6 @@ def learning_curve(path: Path, records: Sequence[dict[str, Any]], results: dict[
                 axes.set_yscale("log")
         for axes in figure.axes[2:]:
             axes.set_xlabel("training frames (decisions)")
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=140)
 
 
 def qos_comparison(path: Path, results: dict[str, EpisodeValues]) -> None:
@@ -57,9 +51,8 @@ def qos_comparison(path: Path, results: dict[str, EpisodeValues]) -> None:
     names = sorted(results, key=lambda name: float(results[name]["qos"].mean()))
     others = [name for name in names if name != "trained"]
     episodes = len(results[names[0]]["qos"])
-    with rc_context(STYLE):
-        compares = "trained" in results and bool(others)
-        figure = Figure(figsize=(11 if compares else 6.5, 1.6 + 0.5 * len(names)), layout="constrained")
+    compares = "trained" in results and bool(others)
+    with picture(path, 11 if compares else 6.5, 1.6 + 0.5 * len(names)) as figure:
         panels = figure.subplots(1, 2 if compares else 1, squeeze=False, sharey=True)[0]
         intervals = [mean_interval(results[name]["qos"]) for name in names]
         colours = [TRAINED_COLOUR if name == "trained" else OTHER_COLOUR for name in names]
@@ -69,11 +62,7 @@ def qos_comparison(path: Path, results: dict[str, EpisodeValues]) -> None:
         panels[0].set_xlim(0, 1.4 * max(max(interval.high for interval in intervals), 1e-3))
         if compares:
             trained = results["trained"]["qos"]
-            leads = {
-                row: paired_difference(trained, results[name]["qos"])
-                for row, name in enumerate(names)
-                if name in others
-            }
+            leads = {names.index(name): paired_difference(trained, results[name]["qos"]) for name in others}
             panels[1].axvline(0, color=INK, linewidth=1)
             _intervals(panels[1], leads, TRAINED_COLOUR, "o", "{:+.3f} ± {:.3f}")
             panels[1].set(
@@ -83,8 +72,6 @@ def qos_comparison(path: Path, results: dict[str, EpisodeValues]) -> None:
         for axes in panels:
             axes.grid(axis="y", visible=False)
             axes.tick_params(axis="y", length=0)
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=140)
 
 
 def _intervals(axes: Axes, intervals: dict[int, Interval], colour: str, marker: str, form: str) -> None:

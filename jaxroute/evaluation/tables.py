@@ -56,13 +56,11 @@ def evaluation_table(results: dict[str, EpisodeValues]) -> Table:
     table.add_row("  ± (95 %)", *(f"{interval.half_width:.4f}" for interval in intervals))
     if "trained" in results and len(results) > 1:
         trained = results["trained"]["qos"]
-        leads = [paired_difference(trained, values["qos"]) for name, values in results.items() if name != "trained"]
-        place = list(results).index("trained")
-        for label, cells in (
-            ("lead of trained", [f"{lead.mean:+.4f}" for lead in leads]),
-            ("  ± (95 %, paired)", [f"{lead.half_width:.4f}" for lead in leads]),
-        ):
-            table.add_row(label, *cells[:place], "", *cells[place:])
+        leads = {name: paired_difference(trained, values["qos"]) for name, values in results.items()}
+        del leads["trained"]
+        table.add_row("lead of trained", *(f"{leads[name].mean:+.4f}" if name in leads else "" for name in results))
+        widths = (f"{leads[name].half_width:.4f}" if name in leads else "" for name in results)
+        table.add_row("  ± (95 %, paired)", *widths)
     table.add_section()
     for label, metric, factor, decimals in ROWS:
         table.add_row(label, *(_shown(_mean(values[metric]), factor, decimals) for values in results.values()))
@@ -77,13 +75,13 @@ def write_evaluation(path: Path, results: dict[str, EpisodeValues], seed: int, n
     routers = {}
     for name, values in results.items():
         routers[name] = {
-            "qos_interval_95": _half_width(mean_interval(values["qos"])),
+            "qos_interval_95": mean_interval(values["qos"]).half_width,
             "qos_per_episode": [float(qos) for qos in values["qos"]],
             **{metric: _mean(value) for metric, value in values.items()},
         }
         if "trained" in results and name != "trained":
             lead = paired_difference(results["trained"]["qos"], values["qos"])
-            routers[name]["lead_of_trained"] = {"mean": lead.mean, "interval_95": _half_width(lead)}
+            routers[name]["lead_of_trained"] = {"mean": lead.mean, "interval_95": lead.half_width}
     episodes = len(next(iter(results.values()))["qos"])
     evaluation = {"episodes": episodes, "seed": seed, "notes": list(notes), "routers": routers}
     write_text(path, json.dumps(evaluation, indent=2) + "\n")
@@ -95,10 +93,6 @@ def _mean(values: np.ndarray) -> float | list[Any] | None:
         return [_mean(column) for column in values.T]
     finite = values[np.isfinite(values)]
     return float(finite.mean(dtype=np.float64)) if len(finite) else None
-
-
-def _half_width(interval: Sequence[float]) -> float:
-    return interval[1]
 
 
 def _shown(value: float | list[Any] | None, factor: float, decimals: int) -> str:

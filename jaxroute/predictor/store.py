@@ -1,6 +1,5 @@
 """Stores a trained predictor in a folder: arrays in `model.npz`, all else in `model.json`, which is written last."""
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -15,9 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxroute.errors import UserError
 from jaxroute.files import whole_file, write_text
-from jaxroute.predictor.buckets import Buckets
 from jaxroute.predictor.features import FeatureMap
-from jaxroute.predictor.model import BucketClassifier, Predictor
+from jaxroute.predictor.model import BucketClassifier, Buckets, Predictor
 
 FORMAT = "jaxroute predictor 2"
 
@@ -37,21 +35,13 @@ class StoredPredictor:
 def save_predictor(folder: Path, stored: StoredPredictor) -> None:
     """Writes model.npz and model.json, which holds the checksum of the former."""
     predictor = stored.predictor
-    arrays = {
-        f"{part}/{name}": array
-        for part in ("features", "score", "log_tokens")
-        for name, array in vars(getattr(predictor, part)).items()
-    }
-    arrays |= flatten_dict({"params": predictor.params}, sep="/")
+    maps = {name: vars(getattr(predictor, name)) for name in ("features", "score", "log_tokens")}
+    arrays: Any = flatten_dict({**vars(predictor), **maps}, sep="/")
     with whole_file(folder / "model.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, trained_on=predictor.trained_on, **arrays)
-    about = {
-        "format": FORMAT,
-        **{
-            field.name: getattr(stored, field.name) for field in dataclasses.fields(stored) if field.name != "predictor"
-        },
-        "sha256": hashlib.sha256((folder / "model.npz").read_bytes()).hexdigest(),
-    }
+        np.savez(file, allow_pickle=False, **arrays)
+    digest = hashlib.sha256((folder / "model.npz").read_bytes()).hexdigest()
+    about = {"format": FORMAT, **vars(stored), "sha256": digest}
+    del about["predictor"]
     write_text(folder / "model.json", json.dumps(about, indent=2) + "\n")
 
 
@@ -77,15 +67,10 @@ def load_predictor(folder: Path) -> StoredPredictor:
         raise UserError(f"{folder / 'model.npz'}: cut short or altered; copy the folder again or train anew")
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            arrays: dict[str, Any] = unflatten_dict(dict(file), sep="/")
-        predictor = Predictor(
-            FeatureMap(**arrays["features"]),
-            Buckets(**arrays["score"]),
-            Buckets(**arrays["log_tokens"]),
-            arrays["params"],
-            arrays["trained_on"],
-        )
-        stored = StoredPredictor(predictor, **about)
+            parts: dict[str, Any] = unflatten_dict(dict(file), sep="/")
+        for name, kind in {"features": FeatureMap, "score": Buckets, "log_tokens": Buckets}.items():
+            parts[name] = kind(**parts[name])
+        stored = StoredPredictor(Predictor(**parts), **about)
         _check(stored)
     except (AttributeError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
         raise UserError(f"{folder}: model.json and model.npz do not fit together; train anew") from None

@@ -1,15 +1,14 @@
 """Destinations of metrics beside `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow (docs/logging.md)."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from tensorboardX import SummaryWriter
 
@@ -17,22 +16,16 @@ from jaxroute.errors import UserError
 from jaxroute.files import write_text
 
 
-class Sink(Protocol):
+class Sink(AbstractContextManager["Sink"]):
     """Receives the metrics of a run. Use it as a context manager; on an exception, the run is marked as failed.
 
     It is created from the run's folder, the configuration by dotted keys, and the number of frames that a resumed run
     has already done. Its creation raises `UserError` if its package or its server cannot be used.
     """
 
-    def __enter__(self) -> Any: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
+    @abstractmethod
     def write(self, scalars: dict[str, float], frames: int) -> None:
         """Logs finite numbers by name after `frames` frames, which increase from call to call."""
-        ...
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -42,7 +35,7 @@ def check_loggers(names: Sequence[str]) -> None:
             _package(name)
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """Writes event files into the folder `tensorboard` of the run."""
 
     def __init__(self, run: Path, config: dict[str, Any], frames: int):
@@ -52,12 +45,7 @@ class TensorBoardSink:
         suffix = f".{len(list(folder.glob('*'))):04d}"
         self._writer = SummaryWriter(str(folder), purge_step=frames + 1, flush_secs=1, filename_suffix=suffix)
 
-    def __enter__(self) -> TensorBoardSink:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._writer.close()
 
     def write(self, scalars: dict[str, float], frames: int) -> None:
@@ -66,7 +54,7 @@ class TensorBoardSink:
             self._writer.add_scalar(name, value, frames)
 
 
-class WandbSink:
+class WandbSink(Sink):
     """A run of Weights & Biases with the folder's name; its files are in the folder or in `WANDB_DIR`."""
 
     def __init__(self, run: Path, config: dict[str, Any], frames: int):
@@ -84,12 +72,7 @@ class WandbSink:
             raise _failed("wandb", error, "log in with `wandb login`, or set WANDB_MODE=offline") from None
         _save_id(run, "wandb", self._run.id)
 
-    def __enter__(self) -> WandbSink:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         self._run.finish(exit_code=int(kind is not None))
 
     def write(self, scalars: dict[str, float], frames: int) -> None:
@@ -99,7 +82,7 @@ class WandbSink:
             self._run.log(scalars, step=frames, commit=True)
 
 
-class MlflowSink:
+class MlflowSink(Sink):
     """A run of MLflow with the folder's name, at `MLFLOW_TRACKING_URI` or in a database in the folder.
 
     It uses a database because recent versions of MLflow refuse to write plain files, and a client because
@@ -124,12 +107,7 @@ class MlflowSink:
         except self._error as error:
             raise _failed("mlflow", error, "check MLFLOW_TRACKING_URI") from None
 
-    def __enter__(self) -> MlflowSink:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         status = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
         self._try(self._client.set_terminated, self._id, status)
 
@@ -170,15 +148,13 @@ SINKS: dict[str, Callable[[Path, dict[str, Any], int], Sink]] = {
 def _package(name: str) -> Any:
     try:
         package = importlib.import_module(name)
+        if package.__file__ is None:  # a folder of that name in the current directory, which wandb creates
+            raise ImportError(f"No module named '{name}'")
     except ImportError as error:
-        raise UserError(_missing(name, str(error))) from None
-    if package.__file__ is None:  # a folder of that name in the current directory, which wandb creates
-        raise UserError(_missing(name, f"No module named '{name}'"))
+        raise UserError(
+            f"training.loggers: {name}: cannot be imported ({error}); pip install 'jaxroute[{name}]', or leave it out"
+        ) from None
     return package
-
-
-def _missing(name: str, reason: str) -> str:
-    return f"training.loggers: {name}: cannot be imported ({reason}); pip install 'jaxroute[{name}]', or leave it out"
 
 
 def _failed(name: str, error: Exception, remedy: str) -> UserError:

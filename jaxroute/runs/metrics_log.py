@@ -1,20 +1,19 @@
 """Logs the metrics of a training to `metrics.jsonl` and to the loggers that the configuration names."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+import jax
 
 from jaxroute.files import write_text
 from jaxroute.runs.loggers import SINKS
 
 
-class MetricsLog:
+class MetricsLog(ExitStack):
     """Writes one line of `metrics.jsonl` per chunk of training, and sends the same metrics to loggers.
 
     Use it as a context manager. Each line is passed to the operating system at once, so a kill loses none.
@@ -29,28 +28,22 @@ class MetricsLog:
         `frames` is the number of frames that a resumed run has done. Later and damaged lines are removed.
         Raises `UserError` if a logger cannot be used.
         """
+        super().__init__()
         path = run / "metrics.jsonl"
         with ExitStack() as stack:
             self._sinks = [stack.enter_context(SINKS[name](run, config, frames)) for name in loggers]
             self.kept = _whole_records(path, frames)
             write_text(path, "".join(json.dumps(record) + "\n" for record in self.kept))
             self._lines = stack.enter_context(path.open("a", encoding="utf-8"))
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+            self.push(stack.pop_all())
 
     def write(self, record: dict[str, Any]) -> dict[str, Any]:
         """Logs `record`: "frames" and metrics with one level of nesting. Returns it with None instead of NaN."""
         record = _finite(record)
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
-        scalars = dict(pair for name, value in record.items() for pair in _scalars(name, value))
+        leaves = jax.tree.leaves_with_path(record)  # without None
+        scalars = {jax.tree_util.keystr(path, simple=True, separator="/"): value for path, value in leaves}
         for sink in self._sinks:
             sink.write(scalars, record["frames"])
         return record
@@ -75,11 +68,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return value if math.isfinite(value) else None
-
-
-def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
-    if isinstance(value, dict):
-        return [pair for key, item in value.items() for pair in _scalars(f"{name}/{key}", item)]
-    if isinstance(value, list):
-        return [pair for index, item in enumerate(value) for pair in _scalars(f"{name}/{index}", item)]
-    return [] if value is None else [(name, value)]

@@ -1,11 +1,9 @@
 """Training progress: a live bar on a terminal, elsewhere lines from time to time."""
 
-from __future__ import annotations
-
 import math
 import time
+from contextlib import ExitStack
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 SECONDS_BETWEEN_LINES = 15.0
 
 
-class TrainingProgress:
+class TrainingProgress(ExitStack):
     """Shows frames, rate, return, QoS and remaining time. Use it as a context manager; call `update` after each chunk.
 
     Until an episode has ended, it shows the reward per decision instead of the return.
@@ -22,23 +20,15 @@ class TrainingProgress:
 
     def __init__(self, console: Console, frames: int, done: int = 0):
         """`frames` is the total, of which an earlier process has done `done`."""
+        super().__init__()
         self._console, self._frames = console, frames
         columns = BarColumn(bar_width=10), TextColumn("{task.description}")
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._bar = self.enter_context(Progress(*columns, console=console, disable=not console.is_terminal))
         self._task = self._bar.add_task("compiling", total=frames)
         self._done, self._updated = done, time.monotonic()
         self._compiled = False
         self._printed = float("-inf")
         self._gain = ""
-
-    def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def update(self, frames: int, record: dict[str, Any]) -> None:
         """Reports `frames` frames in total; `record` has the metrics of the last chunk."""

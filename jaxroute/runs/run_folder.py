@@ -12,15 +12,19 @@ from jaxroute.errors import UserError
 PACKAGES = ("jaxroute", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jraph", "chex", "numpy")
 
 
-def prepare_run_folder(path: Path) -> None:
-    """Creates the folder `path`. Raises `UserError` if it cannot be written or is not empty."""
+def writable_folder(path: Path) -> list[Path]:
+    """Creates the folder `path`, and returns what is in it. Raises `UserError` if it cannot be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        occupied = any(path.iterdir())
         tempfile.TemporaryFile(dir=path).close()
+        return list(path.iterdir())
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); name another folder") from None
-    if occupied:
+
+
+def prepare_run_folder(path: Path) -> None:
+    """Creates the folder `path`. Raises `UserError` if it cannot be written or is not empty."""
+    if writable_folder(path):
         raise UserError(f"--out {path}: is not empty; name a new folder, or empty this one")
 
 

@@ -1,11 +1,9 @@
 """Turns SIGINT and SIGTERM into a flag that commands poll between chunks."""
 
-from __future__ import annotations
-
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 from jaxroute.errors import Interrupted
 
@@ -24,14 +22,12 @@ class Stop:
     def __bool__(self) -> bool:
         return self._number is not None
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._earlier = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._restore()
 
     def interrupted(self, message: str) -> Interrupted:

@@ -4,13 +4,11 @@ orbax's `CheckpointManager` would need more code: its callback comes before a st
 the state, so checksums need a separate handler; and it refuses to overwrite a damaged state.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -24,7 +22,7 @@ FOLDER = "training_state"
 REMEDY = "remove it to start from the beginning"
 
 
-class TrainingStates:
+class TrainingStates(ExitStack):
     """Saves states of a training under `run`, periodically and in the background, and keeps the newest ones.
 
     Use it as a context manager; it ends when the last state has been written.
@@ -32,18 +30,11 @@ class TrainingStates:
 
     def __init__(self, run: Path, seconds: float, kept: int):
         """`seconds` is the time between two states, `kept` the number of states that are kept."""
+        super().__init__()
         self._folder, self._seconds, self._kept = run / FOLDER, seconds, kept
         self._saved = time.monotonic()
-        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writer = self.enter_context(ThreadPoolExecutor(max_workers=1))
         self._writing: Future[None] | None = None
-
-    def __enter__(self) -> TrainingStates:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writer.shutdown()
 
     def offer(self, frames: int, state: Any) -> None:
         """Starts saving `state`, a pytree of arrays after `frames` frames, if it is due and no other state is being
@@ -106,14 +97,14 @@ def named_arrays(state: Any) -> dict[str, np.ndarray]:
 
     They are copies because on a CPU, NumPy views would share memory that JAX reuses when the state is donated.
     """
-    return {name: np.array(_data(leaf)) for name, leaf in _named_leaves(state).items()}
+    return {name: np.array(leaf) for name, leaf in _named_leaves(_without_keys(state)).items()}
 
 
 def load_state(folder: Path, example: Any, remedy: str) -> Any:
     """A pytree like `example` from its `named_arrays` in `folder`. Raises the errors of `load_arrays`."""
-    leaves = _named_leaves(example)
-    arrays = load_arrays(folder, {name: _shape(leaf) for name, leaf in leaves.items()}, remedy)
-    return jax.tree.unflatten(jax.tree.structure(example), [_like(arrays[name], leaf) for name, leaf in leaves.items()])
+    arrays = load_arrays(folder, _named_leaves(jax.eval_shape(_without_keys, example)), remedy)
+    leaves = [_like(arrays[name], leaf) for name, leaf in _named_leaves(example).items()]
+    return jax.tree.unflatten(jax.tree.structure(example), leaves)
 
 
 def remove_states(run: Path) -> None:
@@ -136,12 +127,8 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _data(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _shape(leaf: Any) -> Any:
-    return jax.eval_shape(_data, leaf)
+def _without_keys(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
 
 
 def _like(array: np.ndarray, leaf: Any) -> jax.Array:

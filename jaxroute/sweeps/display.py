@@ -1,10 +1,8 @@
 """Progress of a sweep: on a terminal a table of the best trials and a bar, elsewhere lines from time to time."""
 
-from __future__ import annotations
-
 import time
+from contextlib import ExitStack
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 from rich import box
@@ -15,16 +13,17 @@ from rich.table import Table
 
 from jaxroute.runs.progress import SECONDS_BETWEEN_LINES
 from jaxroute.sweeps.plan import Batch
-from jaxroute.sweeps.ranking import ranking, survivor_count
+from jaxroute.sweeps.results import ranking, survivor_count
 from jaxroute.sweeps.spec import Spec
 
 BEST = 10  # trials in the table
 
 
-class SweepDisplay:
+class SweepDisplay(ExitStack):
     """Use it as a context manager; call `chunk_done` and `finished` while batches run."""
 
     def __init__(self, console: Console, spec: Spec):
+        super().__init__()
         self._console, self._spec = console, spec
         trials, frames = len(spec.trials), 0
         self._total = 0.0  # estimated frames of all trainings; fewer are trained if too many trials diverge
@@ -36,19 +35,9 @@ class SweepDisplay:
         self._bar = Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), console=console)
         self._task = self._bar.add_task("compiling", total=self._total)
         self._rows: list[dict[str, Any]] = []
-        self._live = Live(self._bar, console=console, auto_refresh=False) if console.is_terminal else None
+        live = Live(self._bar, console=console, auto_refresh=False)
+        self._live = self.enter_context(live) if console.is_terminal else None
         self._started = self._printed = time.monotonic()
-
-    def __enter__(self) -> SweepDisplay:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.stop()
 
     def chunk_done(self, batch: Batch, share: float) -> None:
         """Reports that `share` of the training of the batch is done."""
@@ -91,11 +80,11 @@ def best_table(spec: Spec, rows: list[dict[str, Any]]) -> Table:
     for key in spec.keys:
         table.add_column(key.rpartition(".")[2], justify="right")
     for place in ranking(rows)[:BEST]:
-        interval = "" if place.half_width != place.half_width else f" ± {place.half_width:.4f}"
-        values = [_text(value) for value in spec.trials[place.trial].values.values()]
-        table.add_row(str(place.trial), f"{place.qos:.4f}{interval}", f"{place.frames:,}", *values)
+        values = map(short_text, spec.trials[place.trial].values.values())
+        table.add_row(str(place.trial), place.text, f"{place.frames:,}", *values)
     return table
 
 
-def _text(value: Any) -> str:
+def short_text(value: Any) -> str:
+    """A value of a configuration in a few characters."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,20 +1,23 @@
 """Runs a sweep: rung by rung and batch by batch, only the batches without results."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
+from jaxroute.config.loader import change_config
+from jaxroute.config.schema import Config
+from jaxroute.console import report_console
 from jaxroute.runs.stopping import Stop
 from jaxroute.sweeps.display import SweepDisplay
-from jaxroute.sweeps.plan import Batch, Group, make_batches
+from jaxroute.sweeps.plan import Batch, Group, make_batches, make_groups
 from jaxroute.sweeps.program import Program, trials_that_fit
-from jaxroute.sweeps.ranking import survivors
-from jaxroute.sweeps.results import SweepFolder
+from jaxroute.sweeps.results import SweepFolder, ranking, survivors
 from jaxroute.sweeps.runner import forget_batch, forget_rung, run_batch
-from jaxroute.sweeps.spec import Spec
+from jaxroute.sweeps.spec import Spec, Trial, check_keys
 
 Execute = Callable[[Sequence[Batch], SweepDisplay], Iterator[tuple[Batch, dict[str, Any]]]]
 """Runs batches of a rung, and yields each batch with its part of the results."""
@@ -58,15 +61,42 @@ def run_missing_batches(
 def execute_here(spec: Spec, groups: list[Group], sizes: dict[str, int], folder: SweepFolder, stop: Stop) -> Execute:
     """Runs batches one after another on the devices of this machine."""
 
-    key, program = None, None
+    @lru_cache(maxsize=1)  # one program at a time, because each uses memory
+    def program(group: int, size: int) -> Program:
+        return Program(groups[group], size, jax.local_devices()[: sizes["devices"]])
 
     def execute(batches: Sequence[Batch], display: SweepDisplay) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        nonlocal key, program
         for batch in batches:
-            # One program at a time, because each uses memory.
-            if program is None or key != (batch.group, batch.size):
-                key = batch.group, batch.size
-                program = Program(groups[batch.group], batch.size, jax.local_devices()[: sizes["devices"]])
-            yield batch, run_batch(spec, program, batch, folder.work, stop, partial(display.chunk_done, batch))
+            chunk_done = partial(display.chunk_done, batch)
+            yield batch, run_batch(spec, program(batch.group, batch.size), batch, folder.work, stop, chunk_done)
 
     return execute
+
+
+def train_trials(
+    config: Config, settings: Sequence[dict[str, Any]], out: Path, seeds: Sequence[int] = (0,)
+) -> list[float | None]:
+    """Trains `config` with each of the `settings` ({"section.key": value}) and each seed, all at the same time.
+
+    Returns for each setting the mean over the seeds of its policy's QoS per request on fresh episodes, or None where a
+    training diverged. What a sweep leaves is in the folder `out`; the same call goes on where it was stopped.
+
+    Raises:
+        UserError: a key or value that cannot be, or a folder that holds something else.
+    """
+    trials = []
+    for number, setting in enumerate(settings):
+        source = f"trial {number}"
+        values = check_keys(setting, source)
+        trials.append(Trial(number, values, change_config(config, values, source)))
+    frames = max(trial.config.training.frames for trial in trials)
+    spec = Spec(tuple(trials), tuple(seeds), rungs=(frames,), keep=1.0, text=repr((trials, seeds)))
+    groups, _ = make_groups(spec)
+    folder = SweepFolder(out, spec)
+    sizes = folder.sizes(lambda: choose_sizes(spec, groups, len(trials) * len(seeds), jax.local_devices()))
+    with Stop() as stop:
+        run_missing_batches(
+            spec, groups, folder, sizes, execute_here(spec, groups, sizes, folder, stop), report_console()
+        )
+    qos = {trial.trial: trial.qos for trial in ranking(folder.rows())}
+    return [qos.get(trial.number) for trial in trials]

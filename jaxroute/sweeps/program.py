@@ -82,31 +82,30 @@ class Program:
 
             return jax.vmap(one)((params, varied)) if vmapped else jax.lax.map(one, (params, varied))
 
-        self._rows, self._shared = PartitionSpec("trials"), PartitionSpec()
-        self._state_specs = jax.tree.map(
+        self._rows, self._shared = (NamedSharding(self._mesh, PartitionSpec(*names)) for names in (["trials"], []))
+        self._states = jax.tree.map(
             lambda axis: self._shared if axis is None else self._rows, self.state_axes, is_leaf=_is_none
         )
         inputs = self._rows, self._shared
-        self._init = self._compiled(init, (self._rows, *inputs), self._state_specs)
+        self._init = self._compiled(init, (self._rows, *inputs), self._states)
         self._train_chunk = self._compiled(
-            train_chunk, (self._state_specs, *inputs), (self._state_specs, self._rows), donate_argnums=0
+            train_chunk, (self._states, *inputs), (self._states, self._rows), donate_argnums=0
         )
         self._evaluate = self._compiled(evaluate, (self._rows, *inputs), self._rows)
 
     def inputs(self, rows: Sequence[Row]) -> tuple[list[jax.Array], list[jax.Array]]:
         """The varied inputs of a batch, each with a leading axis, and the shared inputs, on the devices."""
         varied, shared = self._group.stacked(self.filled(rows))
-        return jax.device_put(varied, self._sharding(self._rows)), jax.device_put(shared, self._sharding(self._shared))
+        return jax.device_put(varied, self._rows), jax.device_put(shared, self._shared)
 
     def init(self, rows: Sequence[Row], inputs: tuple[list[jax.Array], list[jax.Array]]) -> Any:
         """The initial states of trainings; leaves have a leading axis according to `state_axes`."""
         keys = jax.vmap(jax.random.key)(np.array([row.seed for row in self.filled(rows)], np.uint32))
-        return self._init(jax.device_put(keys, self._sharding(self._rows)), *inputs)
+        return self._init(keys, *inputs)
 
     def restored(self, states: Any) -> Any:
         """Moves states of `size` trainings to the devices."""
-        specs = jax.tree.broadcast(self._state_specs, states, is_leaf=lambda x: isinstance(x, PartitionSpec))
-        return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, self._sharding(spec)), states, specs)
+        return jax.device_put(states, self._states)
 
     def train_chunk(self, states: Any, inputs: tuple[list[jax.Array], list[jax.Array]]) -> Any:
         """Returns states after `frames_per_chunk` frames and `Trainer` metrics [size, ...]. Donates `states`."""
@@ -129,26 +128,19 @@ class Program:
         On a CPU, whose devices share one memory, it is the sum over devices, including the copies that are saved.
         """
         rows = [Row(next(iter(self._group.inputs)), 0)]
-        specs = jax.tree.broadcast(self._state_specs, self.state_shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
-        states = jax.tree.map(
-            lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding(spec)),
-            self.state_shapes,
-            specs,
-        )
-        memory = self._train_chunk.lower(states, *self.inputs(rows)).compile().memory_analysis()
+        memory = self._train_chunk.lower(self.state_shapes, *self.inputs(rows)).compile().memory_analysis()
         program = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         program -= memory.alias_size_in_bytes
         if self._mesh.devices[0].platform != "cpu":
             return program
         return program * self._mesh.size + 2 * _bytes(self.state_shapes)
 
-    def _compiled(self, function: Any, in_specs: Any, out_specs: Any, **options: Any) -> Any:
+    def _compiled(self, function: Any, inputs: Any, outputs: Any, **options: Any) -> Any:
+        """`function`, with the shardings of its inputs and outputs."""
+        specs, out_specs = jax.tree.map(lambda sharding: sharding.spec, (inputs, outputs))
         # The check of varying values would reject the loops inside, because they start from constants.
-        sharded = jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return jax.jit(sharded, **options)
-
-    def _sharding(self, spec: PartitionSpec) -> NamedSharding:
-        return NamedSharding(self._mesh, spec)
+        sharded = jax.shard_map(function, mesh=self._mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+        return jax.jit(sharded, in_shardings=inputs, **options)
 
     def filled(self, rows: Sequence[Row]) -> list[Row]:
         """Pads to `size` rows."""

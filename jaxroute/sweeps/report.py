@@ -1,22 +1,18 @@
 """The report of a sweep: best trials, the effect of each key, learning curves, and the best configuration."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from jaxroute.config.loader import config_text
-from jaxroute.drawing import OTHER_COLOUR, STYLE, TRAINED_COLOUR
-from jaxroute.files import whole_file, write_text
-from jaxroute.sweeps.display import BEST
-from jaxroute.sweeps.ranking import Ranked, SeedNoise, ranking, seed_noise
-from jaxroute.sweeps.results import SweepFolder
+from jaxroute.drawing import OTHER_COLOUR, TRAINED_COLOUR, picture
+from jaxroute.files import write_text
+from jaxroute.sweeps.display import BEST, short_text
+from jaxroute.sweeps.results import Ranked, SeedNoise, SweepFolder, ranking, seed_noise
 from jaxroute.sweeps.spec import Spec
 
 CURVES = 5  # number of learning curves
@@ -46,9 +42,8 @@ def _report(spec: Spec, path: Path, rows: list[dict[str, Any]], ranked: list[Ran
         "|---" * (3 + len(spec.keys)) + "|",
     ]
     for place in ranked[:BEST]:
-        interval = "" if math.isnan(place.half_width) else f" ± {place.half_width:.4f}"
         values = " | ".join(map(str, spec.trials[place.trial].values.values()))
-        lines.append(f"| {place.trial} | {place.qos:.4f}{interval} | {place.frames:,} | {values} |")
+        lines.append(f"| {place.trial} | {place.text} | {place.frames:,} | {values} |")
     if diverged:
         lines += ["", f"Diverged, and not ranked: trials {', '.join(map(str, diverged))}."]
     lines += [
@@ -72,8 +67,7 @@ def effects_picture(path: Path, spec: Spec, rows: list[dict[str, Any]]) -> None:
     noise = seed_noise(rows)
     columns = min(3, len(spec.keys))
     lines = -(-len(spec.keys) // columns)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
+    with picture(path, 4.2 * columns, 3.4 * lines) as figure:
         panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
         for axes in panels.flat[len(spec.keys) :]:
             axes.set_visible(False)
@@ -84,8 +78,6 @@ def effects_picture(path: Path, spec: Spec, rows: list[dict[str, Any]]) -> None:
         figure.suptitle(
             f"Effect of each key after {spec.rungs[0]:,} frames: trials (dots), mean and 95 % over seeds", fontsize=10
         )
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=140)
 
 
 def _effect(axes: Axes, key: str, rows: list[dict[str, Any]], noise: SeedNoise) -> None:
@@ -113,24 +105,16 @@ def curves_picture(
     path: Path, spec: Spec, best: Sequence[Ranked], curves: dict[tuple[int, int], list[tuple[int, float]]]
 ) -> None:
     """Writes a PNG of the training QoS of the best trials: mean and range over seeds."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.6), layout="constrained")
+    with picture(path, 8, 4.6) as figure:
         axes = figure.subplots()
         for colour, place in zip(COLOURS, best, strict=False):
             points = np.array([curves[place.trial, seed] for seed in spec.seeds])  # [seeds, chunks, 2]
             frames, qos = points[0, :, 0], points[:, :, 1]
-            values = ", ".join(
-                f"{key.rpartition('.')[2]}={_short(value)}" for key, value in spec.trials[place.trial].values.items()
-            )
+            settings = spec.trials[place.trial].values.items()
+            values = ", ".join(f"{key.rpartition('.')[2]}={short_text(value)}" for key, value in settings)
             axes.plot(frames, qos.mean(axis=0), color=colour, linewidth=1.6, label=f"{place.trial}: {values}")
             if len(qos) > 1:
                 axes.fill_between(frames, qos.min(axis=0), qos.max(axis=0), color=colour, alpha=0.15, linewidth=0)
         axes.set(title="Training of the best trials", xlabel="frames (decisions)", ylabel="QoS per request")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.legend(loc="lower right", fontsize=8)
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=140)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

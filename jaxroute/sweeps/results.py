@@ -1,4 +1,4 @@
-"""The results of a sweep: a folder with one file per finished batch, and the table computed from them."""
+"""The results of a sweep: a folder with one file per finished batch, the table computed from them, and its ranking."""
 
 import csv
 import hashlib
@@ -6,15 +6,17 @@ import importlib.util
 import io
 import json
 import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 from jaxroute.errors import UserError
+from jaxroute.evaluation.statistics import CONFIDENCE
 from jaxroute.files import whole_file, write_text
+from jaxroute.runs.run_folder import versions, writable_folder
 from jaxroute.sweeps.plan import Batch
 from jaxroute.sweeps.spec import Spec
 
@@ -33,6 +35,7 @@ EVALUATED = (  # metrics of `environment.metrics.summarize`, means over the epis
     "utilization",
     "qos_per_busy_second",
 )
+TRAINED = ("qos", "reward", "return", "entropy", "alpha")  # metrics of `Trainer`, means over the last tenth of a rung
 
 
 class SweepFolder:
@@ -46,15 +49,11 @@ class SweepFolder:
         """
         self.path, self._spec = path, spec
         self._parts, self.work = path / "parts", path / "work"
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path).close()
-        except OSError as error:
-            raise UserError(f"--out {path}: cannot be written ({error.strerror}); name another folder") from None
+        entries = writable_folder(path)
         digest = hashlib.sha256(spec.text.encode()).hexdigest()
         stamp = path / "sweep.json"
         if not stamp.is_file():
-            if any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
+            if not all(entry.name.startswith(".") for entry in entries):
                 raise UserError(f"--out {path}: holds something else; name a new folder, or empty this one")
             write_text(stamp, json.dumps({"spec": digest}) + "\n")
         elif _read_json(stamp) != {"spec": digest}:
@@ -72,10 +71,9 @@ class SweepFolder:
             write_text(path, json.dumps(choose(), indent=2) + "\n")
         return _read_json(path)
 
-    def finished(self, batch: Batch) -> dict[str, Any] | None:
-        """The result of a batch that `finish` wrote, or None."""
-        path = self._part(batch)
-        return _read_json(path) if path.is_file() else None
+    def finished(self, batch: Batch) -> bool:
+        """Whether `finish` has written the result of a batch."""
+        return self._part(batch).is_file()
 
     def finish(self, batch: Batch, part: dict[str, Any]) -> None:
         """Writes the results of a batch, and updates the table."""
@@ -93,10 +91,7 @@ class SweepFolder:
         for path in self._parts.glob("*.json"):
             part = _read_json(path)
             for row, curve in zip(part["rows"], part["curves"], strict=True):
-                points = [
-                    (frames, math.nan if qos is None else qos)
-                    for frames, qos in zip(part["frames"], curve, strict=True)
-                ]
+                points = zip(part["frames"], np.array(curve, float).tolist(), strict=True)
                 curves.setdefault((row["trial"], row["seed"]), []).extend(points)
         return {key: sorted(points) for key, points in curves.items()}
 
@@ -125,20 +120,20 @@ def make_part(
     frames: list[int],
     history: dict[str, np.ndarray],
     evaluation: dict[str, np.ndarray],
-    origin: dict[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
     """The results of a batch: rows of the table, and the learning curves.
 
     `frames` [C] are the frames after each chunk of the rung, `history` has metrics of `Trainer` [C, rows], `evaluation`
-    has metrics of fresh episodes [rows, episodes], and `origin` has further columns of each row.
+    has metrics of fresh episodes [rows, episodes], and `seconds` is the time of the batch.
     """
-    rows = []
+    rows, installed = [], versions()
     for index, (number, seed) in enumerate(batch.rows):
         trained = {name: values[:, index] for name, values in history.items()}
         # There is no loss before the first update.
         diverged = not np.isfinite(trained["mean_q"] + trained["critic_loss"])[trained["updates"] > 0].all()
         last = slice(-max(1, len(frames) // 10), None)
-        measured = {name: float(evaluation[name][index].mean()) for name in EVALUATED}
+        measured = {name: _number(evaluation[name][index].mean()) for name in EVALUATED}
         rows.append(
             {
                 "trial": number,
@@ -148,20 +143,14 @@ def make_part(
                 "group": batch.group,
                 **spec.trials[number].values,
                 "diverged": diverged,
-                **{name: None if diverged or not math.isfinite(value) else value for name, value in measured.items()},
-                **{
-                    f"train_{name}": _mean(trained[name][last])
-                    for name in ("qos", "reward", "return", "entropy", "alpha")
-                },
-                **origin,
+                **{name: None if diverged else value for name, value in measured.items()},
+                **{f"train_{name}": _number(trained[name][last].mean()) for name in TRAINED},
+                "seconds": seconds / len(batch.rows),
+                **{name: installed[name] for name in ("jaxroute", "jax", "python", "device")},
             }
         )
     curves = [[_number(qos) for qos in history["qos"][:, index]] for index in range(len(batch.rows))]
     return {"rows": rows, "frames": frames, "curves": curves}
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return _number(values.mean())
 
 
 def _number(value: Any) -> float | None:
@@ -177,3 +166,77 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{path}: cannot be read; remove it, and the same command runs that batch again") from None
+
+
+class Ranked(NamedTuple):
+    """The result of a trial after the last rung that it reached."""
+
+    trial: int
+    rung: int
+    frames: int
+    qos: float  # mean over seeds
+    half_width: float  # half of its 95 % interval (`SeedNoise`)
+
+    @property
+    def text(self) -> str:
+        """The QoS, with its interval if there is one."""
+        return f"{self.qos:.4f}" + ("" if math.isnan(self.half_width) else f" ± {self.half_width:.4f}")
+
+
+class SeedNoise(NamedTuple):
+    """The variation of QoS with the seed: the standard deviation within trials, pooled over the trials of a rung.
+
+    It is pooled because a trial has few seeds: from two seeds alone, the interval would exceed the range of QoS.
+    """
+
+    deviation: float
+    freedom: int  # degrees of freedom
+
+    def half_width(self, trainings: int) -> float:
+        """Half of the 95 % interval of a mean over `trainings`; NaN if every trial has one seed."""
+        if not self.freedom:
+            return math.nan
+        return float(stdtrit(self.freedom, (1 + CONFIDENCE) / 2) * self.deviation / math.sqrt(trainings))
+
+
+def seed_noise(rows: list[dict[str, Any]]) -> SeedNoise:
+    """Computes it from the rows of one rung, without diverged trainings."""
+    groups = [np.array(values) for values in _qos(rows).values()]
+    squares, freedom = sum(len(qos) * qos.var() for qos in groups), sum(len(qos) - 1 for qos in groups)
+    return SeedNoise(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
+
+
+def ranking(rows: list[dict[str, Any]]) -> list[Ranked]:
+    """Trials of the table `rows` from best to worst; later rungs are first, and diverged trials are left out."""
+    ranked: dict[int, Ranked] = {}
+    for rung in sorted({row["rung"] for row in rows}):
+        reached = [row for row in rows if row["rung"] == rung]
+        noise = seed_noise(reached)
+        for trial in {row["trial"] for row in reached}:
+            ranked.pop(trial, None)
+        for trial, qos in _qos(reached).items():
+            half_width = noise.half_width(len(qos))
+            ranked[trial] = Ranked(trial, rung, reached[0]["frames"], float(np.mean(qos)), half_width)
+    return sorted(ranked.values(), key=lambda trial: (-trial.rung, -trial.qos, trial.trial))
+
+
+def survivors(rows: list[dict[str, Any]], rung: int, keep: float) -> list[int]:
+    """The trials that continue after `rung`, in order: the best share `keep` of those that reached it, rounded up."""
+    reached = [row for row in rows if row["rung"] == rung]
+    count = survivor_count(len({row["trial"] for row in reached}), keep)
+    return sorted(trial.trial for trial in ranking(reached)[:count])
+
+
+def survivor_count(trials: int, keep: float) -> int:
+    """How many of the `trials` that reached a rung go on at most; fewer do where too many of them diverged."""
+    return math.ceil(keep * trials)
+
+
+def _qos(rows: list[dict[str, Any]]) -> dict[int, list[float]]:
+    """Trial -> QoS of its seeds, without trials that diverged with any seed."""
+    diverged = {row["trial"] for row in rows if row["diverged"]}
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        if row["trial"] not in diverged:
+            values.setdefault(row["trial"], []).append(row["qos"])
+    return values

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from jaxroute.runs.checkpoint import save_arrays
-from jaxroute.runs.run_folder import versions
 from jaxroute.runs.stopping import Stop
 from jaxroute.runs.training_state import TrainingStates, load_state, named_arrays, newest_state
 from jaxroute.sweeps.plan import Batch, Row
@@ -79,13 +78,8 @@ def run_batch(
         states = jax.device_get(states)
         for index, row in enumerate(batch.rows):
             save_arrays(_end(work, batch.rung, row), named_arrays(_one(program, states, index)))
-    installed = versions()
-    origin = {
-        "seconds": float(seconds()) / len(batch.rows),
-        **{name: installed[name] for name in ("jaxroute", "jax", "python", "device")},
-    }
     frames = [program.frames_per_chunk * (first + chunk + 1) for chunk in range(length)]
-    return make_part(spec, batch, frames, history, evaluation, origin)
+    return make_part(spec, batch, frames, history, evaluation, float(seconds()))
 
 
 def forget_batch(batch: Batch, work: Path) -> None:
@@ -109,22 +103,20 @@ def _first_states(program: Program, batch: Batch, inputs: Any, work: Path) -> An
     ends = [_end(work, batch.rung - 1, row) for row in program.filled(batch.rows)]
     remedy = "start the sweep in a new folder"
     trees = [load_state(end, example, remedy) for end in ends]
-    stacked = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *trees)
-    axes = _axes(program, stacked)
-    return program.restored(jax.tree.map(lambda axis, leaf: leaf if axis == 0 else leaf[0], axes, stacked))
+
+    def joined(axis: int | None, *parts: Any) -> Any:
+        return parts[0] if axis is None else jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *parts)
+
+    return program.restored(jax.tree.map(joined, program.state_axes, *trees, is_leaf=lambda axis: axis is None))
 
 
 def _one(program: Program, states: Any, index: int) -> Any:
     """The state of one training of a batch."""
-    return jax.tree.map(lambda axis, leaf: leaf[index] if axis == 0 else leaf, _axes(program, states), states)
 
+    def picked(axis: int | None, part: Any) -> Any:
+        return part if axis is None else jax.tree.map(lambda leaf: leaf[index], part)
 
-def _axes(program: Program, states: Any) -> Any:
-    """`state_axes` for each leaf; -1 where a leaf has no axis over trainings."""
-    axes = jax.tree.map(
-        lambda axis: -1 if axis is None else axis, program.state_axes, is_leaf=lambda axis: axis is None
-    )
-    return jax.tree.broadcast(axes, states)
+    return jax.tree.map(picked, program.state_axes, states, is_leaf=lambda axis: axis is None)
 
 
 def _end(work: Path, rung: int, row: Row) -> Path:

@@ -4,17 +4,32 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import yaml
 
-from jaxroute.config.loader import change_config, continuous_keys, dotted_keys, load_config, nearest_keys
-from jaxroute.config.schema import Config
+from jaxroute.config.loader import change_config, check_value, continuous_keys, dotted_keys, load_config, nearest_keys
+from jaxroute.config.schema import Config, Count, Range, Seed, Whole
 from jaxroute.errors import UserError
 from jaxroute.files import read_yaml
 
-KEYS = ("config", "fixed", "parameters", "samples", "sampling_seed", "seeds", "rungs", "keep")
+Seeds = Annotated[
+    tuple[Seed, ...], Range("a list of seeds, each once", lambda value: 0 < len(value) == len(set(value)))
+]
+Rungs = Annotated[
+    tuple[Count, ...],
+    Range("frames in rising order, such as [40000, 100000]", lambda rungs: sorted(set(rungs)) == list(rungs)),
+]
+Share = Annotated[float, Range("a number between 0 and 1, the share that continues", lambda keep: 0 < keep < 1)]
+OPTIONS = {  # key -> type and default
+    "samples": (Count, 1),
+    "sampling_seed": (Whole, 0),
+    "seeds": (Count | Seeds, [0]),
+    "rungs": (Rungs, []),
+    "keep": (Share, 0.5),
+}
+KEYS = ("config", "fixed", "parameters", *OPTIONS)
 VALUES, RANGES = ("grid", "choice"), ("uniform", "log_uniform")
 OWN_KEYS = {"training.seed": "the spec's seeds", "training.loggers": "each trial's metrics are in the results"}
 
@@ -55,6 +70,9 @@ def load_spec(path: Path) -> Spec:
     for key in tree:
         if key not in KEYS:
             raise UserError(f"{path}: unknown key {key}; a spec has {', '.join(KEYS)}")
+    samples, sampling_seed, seeds, rungs, keep = (
+        check_value(tree.get(key, default), kind, f"{path}: {key}") for key, (kind, default) in OPTIONS.items()
+    )
     given = tree.get("config")
     if given is not None and not isinstance(given, str):
         raise UserError(f"{path}: config: expected the path of a configuration from the spec's folder; got {given!r}")
@@ -68,10 +86,9 @@ def load_spec(path: Path) -> Spec:
             f"{path}: parameters: nothing is varied; give at least one key, such as agent.gamma: {{grid: [0.9, 0.95]}}"
         )
     kinds = {key: _kind(path, key, value) for key, value in parameters.items()}
-    samples = _count(tree.get("samples", 1), path, "samples")
     if samples > 1 and all(kind == "grid" for kind, _ in kinds.values()):
         raise UserError(f"{path}: samples: every key has a grid, so all samples would be equal; leave it out")
-    chance = np.random.default_rng(_count(tree.get("sampling_seed", 0), path, "sampling_seed", least=0))
+    chance = np.random.default_rng(sampling_seed)
     grids = [[(key, value) for value in values] for key, (kind, values) in kinds.items() if kind == "grid"]
     trials = []
     for point in itertools.product(*grids):
@@ -80,21 +97,12 @@ def load_spec(path: Path) -> Spec:
             values = {key: (dict(point) | drawn)[key] for key in parameters}
             trials.append(Trial(len(trials), values, change_config(base, values, f"{path}: parameters")))
 
-    rungs = tree.get("rungs", [])
-    if not isinstance(rungs, list):
-        raise UserError(f"{path}: rungs: expected frames in rising order, such as [40000, 100000]; got {rungs!r}")
-    rungs = [_count(rung, path, "rungs") for rung in rungs]
-    if sorted(set(rungs)) != rungs:
-        raise UserError(f"{path}: rungs: expected frames in rising order, each once; got {rungs}")
     frames = {trial.config.training.frames for trial in trials}
     if rungs and (len(frames) > 1 or rungs[-1] >= min(frames)):
         raise UserError(f"{path}: rungs: the last is training.frames, one for all trials; give only smaller ones")
-    keep = tree.get("keep", 0.5)
-    if not isinstance(keep, float) or not 0 < keep < 1:
-        raise UserError(f"{path}: keep: expected a number between 0 and 1, the share that continues; got {keep!r}")
     return Spec(
         trials=tuple(trials),
-        seeds=_seeds(tree.get("seeds", [0]), path),
+        seeds=tuple(range(seeds)) if isinstance(seeds, int) else seeds,  # 3 is [0, 1, 2]
         rungs=(*rungs, max(frames)),
         keep=keep,
         text=yaml.safe_dump([tree, [repr(trial.config) for trial in trials]], sort_keys=True),
@@ -144,19 +152,3 @@ def _draw(chance: np.random.Generator, kind: str, values: list[Any]) -> Any:
     if kind == "uniform":
         return float(chance.uniform(*values))
     return float(math.exp(chance.uniform(math.log(values[0]), math.log(values[1]))))
-
-
-def _count(value: Any, path: Path, key: str, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{path}: {key}: expected a whole number of {least} or more, got {value!r}")
-    return value
-
-
-def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
-    """A list of seeds, or their number: 3 is [0, 1, 2]."""
-    if isinstance(seeds, list) and seeds:
-        seeds = [_count(seed, path, "seeds", least=0) for seed in seeds]
-        if len(set(seeds)) < len(seeds):
-            raise UserError(f"{path}: seeds: each one once, got {seeds}")
-        return tuple(seeds)
-    return tuple(range(_count(seeds, path, "seeds")))

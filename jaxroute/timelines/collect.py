@@ -7,7 +7,7 @@ one iteration and the run of decodes after it, whose times have a closed form.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams
 from jaxroute.evaluation.episodes import as_pytree
 from jaxroute.routers.choice import Router
-from jaxroute.timelines.record import Log, Results, Routed, replay, run_episode
+from jaxroute.timelines.record import Log, Pieces, Results, Routed, replay, run_episode
 
 MET, MISSED, DROPPED, REJECTED = range(4)
 FATES = ("met", "missed", "dropped", "rejected")
@@ -40,29 +40,6 @@ class Requests(NamedTuple):
     prompt_tokens: np.ndarray  # int
     output_tokens: np.ndarray  # int, generated; 0 if not served
     score: np.ndarray  # float, of its expert's answer; 0 if dropped
-
-
-class Pieces(NamedTuple):
-    """Iterations of all engines, ordered by expert and time; every field is a NumPy array [P].
-
-    A piece is one iteration, or a run of `iterations` decodes of one batch. Iteration j of a run takes first + growth *
-    j seconds with a context of context + decodes * j tokens.
-    """
-
-    expert: np.ndarray
-    start: np.ndarray  # float64, s since the episode's beginning
-    end: np.ndarray  # float64
-    iterations: np.ndarray
-    prefill_tokens: np.ndarray  # np of each iteration
-    decodes: np.ndarray  # nd of each iteration
-    context: np.ndarray  # ctx of the first iteration
-    first: np.ndarray  # float64, s
-    growth: np.ndarray  # float64, s
-    blocks: np.ndarray  # KV blocks held in the first iteration
-    last_blocks: np.ndarray  # KV blocks held in the last iteration
-    running: np.ndarray  # number of running requests; the next: of waiting requests
-    waiting: np.ndarray
-    preempted: np.ndarray  # number of requests preempted at its start
 
 
 class Disturbed(NamedTuple):
@@ -159,44 +136,10 @@ def _requests(routed: Routed, results: Results, arrival: np.ndarray, num_experts
 
 
 def _pieces(log: Log, arrival: np.ndarray) -> Pieces:
-    """Converts jumps to pieces: an iteration each, and a run of decodes if there was one."""
-    rows, expert = np.nonzero(log.jumps.took_place[: log.count])
-    order = np.lexsort((rows, expert))
-    rows, expert = rows[order], expert[order]
-    jump: Any = jax.tree.map(lambda leaf: leaf[rows, expert], log.jumps)
-    start, middle, end = (arrival[jump.index] + time.astype(np.float64) for time in (jump.start, jump.middle, jump.end))
-    none = np.zeros_like(expert)
-    iteration = Pieces(
-        expert=expert,
-        start=start,
-        end=middle,
-        iterations=none + 1,
-        prefill_tokens=jump.prefill_tokens,
-        decodes=jump.decodes,
-        context=jump.context,
-        first=middle - start,
-        growth=none.astype(float),
-        blocks=jump.blocks,
-        last_blocks=jump.blocks,
-        running=jump.running,
-        waiting=jump.waiting,
-        preempted=jump.preempted,
-    )
-    run = Pieces(
-        expert=expert,
-        start=middle,
-        end=end,
-        iterations=jump.run,
-        prefill_tokens=none,
-        decodes=jump.run_decodes,
-        context=jump.run_context,
-        first=jump.run_first.astype(np.float64),
-        growth=jump.run_growth.astype(np.float64),
-        blocks=jump.run_blocks,
-        last_blocks=jump.run_last_blocks,
-        running=jump.run_decodes,
-        waiting=jump.waiting,
-        preempted=none,
-    )
-    both = Pieces(*(np.stack(fields, axis=1).reshape(-1) for fields in zip(iteration, run, strict=True)))
-    return Pieces(*(field[both.iterations > 0] for field in both))
+    """The pieces of the jumps by expert and time: an iteration each, and a run of decodes if there was one."""
+    jumps = jax.tree.map(lambda field: field[: log.count].T, log.jumps)
+    both = Pieces(*(np.stack(fields, axis=-1) for fields in zip(jumps.iteration, jumps.run, strict=True)))
+    happened = jumps.took_place[..., None] & (both.iterations > 0)  # [N, rows, 2]
+    decision = np.broadcast_to(arrival[jumps.index][..., None], happened.shape)[happened]
+    pieces = Pieces(*(field[happened] for field in both))
+    return pieces._replace(start=decision + pieces.start, end=decision + pieces.end)

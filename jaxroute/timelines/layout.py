@@ -4,7 +4,8 @@ import heapq
 
 import numpy as np
 
-from jaxroute.timelines.collect import Episode, Pieces, Requests
+from jaxroute.timelines.collect import Episode, Requests
+from jaxroute.timelines.record import Pieces
 
 BUSY = 1e-5
 """Maximum s between two iterations of a busy engine, due to the rounding of its clock."""

@@ -13,13 +13,17 @@ import numpy as np
 
 from jaxroute.drawing import INK
 from jaxroute.evaluation.tables import ROWS
-from jaxroute.timelines.collect import FATES, Episode, Pieces
+from jaxroute.timelines.collect import FATES, Episode, Requests
 from jaxroute.timelines.layout import iteration_kind, merged, of_expert, rows
 from jaxroute.timelines.picture import DISTURBED_COLOUR, FATE_COLOURS, RUNNING_COLOUR, WAITING_COLOUR
+from jaxroute.timelines.record import Pieces
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _KINDS = ("empty", "decode", "prefill", "mixed")  # the order of the template
 _UNIT = 1e4  # units per second, so that integers are enough
+_TIMES = ("arrival", "admitted", "first_token", "finish", "start", "end")
+_OF_REQUESTS = (*_TIMES[:4], "expert", "fate", "prompt_tokens", "output_tokens", "preemptions")
+_OF_PIECES = (*_TIMES[4:], "iterations", "prefill_tokens", "decodes", "running", "waiting")
 
 
 def page_text(episodes: Sequence[Episode], title: str, about: str, picture: bytes, trace: str) -> str:
@@ -70,17 +74,9 @@ def _episode(episode: Episode) -> dict[str, Any]:
     return {
         "label": episode.label,
         "qos": float(episode.metrics["qos"]),
-        "arrival": _times(requests.arrival),
-        "admitted": _times(requests.admitted),
-        "first": _times(requests.first_token),
-        "finish": _times(requests.finish),
-        "expert": requests.expert.tolist(),
-        "fate": requests.fate.tolist(),
+        **_columns(requests, _OF_REQUESTS),
         "row": np.max([rows(requests, expert) for expert in experts], axis=0).tolist(),
-        "prompt": requests.prompt_tokens.tolist(),
-        "output": requests.output_tokens.tolist(),
         "score": [round(score, 3) for score in requests.score.tolist()],
-        "preemptions": requests.preemptions.tolist(),
         "disturbed": [
             {"expert": part.expert, "span": _times(np.array([part.start, part.end])), "label": part.label}
             for part in episode.disturbed
@@ -94,16 +90,15 @@ def _episode(episode: Episode) -> dict[str, Any]:
 def _pieces(pieces: Pieces, usable_blocks: int) -> dict[str, Any]:
     kinds = map(iteration_kind, pieces.prefill_tokens.tolist(), pieces.decodes.tolist())
     return {
-        "start": _times(pieces.start),
-        "end": _times(pieces.end),
+        **_columns(pieces, _OF_PIECES),
         "kind": [_KINDS.index(kind) for kind in kinds],
-        "iterations": pieces.iterations.tolist(),
-        "prefill": pieces.prefill_tokens.tolist(),
-        "decodes": pieces.decodes.tolist(),
-        "running": pieces.running.tolist(),
-        "waiting": pieces.waiting.tolist(),
         "kv": np.rint(100 * pieces.blocks / usable_blocks).astype(int).tolist(),
     }
+
+
+def _columns(table: Requests | Pieces, names: Sequence[str]) -> dict[str, list[int]]:
+    fields = {name: getattr(table, name) for name in names}
+    return {name: _times(field) if name in _TIMES else field.tolist() for name, field in fields.items()}
 
 
 def _times(seconds: np.ndarray) -> list[int]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxroute.timelines.collect import DROPPED, FATES, REJECTED, Episode, Pieces
+from jaxroute.timelines.collect import DROPPED, FATES, REJECTED, Episode
 from jaxroute.timelines.layout import BUSY, iteration_kind, merged, of_expert, single
+from jaxroute.timelines.record import Pieces
 
 Event = dict[str, Any]
 

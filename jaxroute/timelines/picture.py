@@ -4,16 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from jaxroute.drawing import INK, OTHER_COLOUR, STYLE, TRAINED_COLOUR
-from jaxroute.files import whole_file
+from jaxroute.drawing import INK, OTHER_COLOUR, TRAINED_COLOUR, picture
 from jaxroute.timelines.collect import DROPPED, MET, MISSED, REJECTED, Disturbed, Episode
 from jaxroute.timelines.layout import queues, rows
 
@@ -36,12 +33,14 @@ def timeline_picture(path: Path, episodes: Sequence[Episode]) -> None:
     longest = max(int(np.sum(pair, axis=(0, 1)).max()) for pair in counts)
     turned_away = any((episode.requests.fate >= DROPPED).any() for episode in episodes)
     heights = [0.22] * turned_away + [1.0] * len(experts) + [1.1]
-    with rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(12 if len(episodes) > 1 else 8, 0.9 + 1.05 * sum(heights)), layout="constrained")
+    size = 12 if len(episodes) > 1 else 8, 0.9 + 1.05 * sum(heights)
+    with picture(path, *size, dpi=130, pil_kwargs={"optimize": True}) as figure:
         figure.get_layout_engine().set(h_pad=0.03, hspace=0.02, wspace=0.03)  # pyright: ignore
         panels = figure.subplots(
             len(heights), len(episodes), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
         )
+        for axes in panels.flat:
+            axes.grid(False)
         for column, (episode, lanes, pair) in enumerate(zip(episodes, packed, counts, strict=True)):
             axes = list(panels[:, column])
             axes[0].set_title(f"{episode.label}: QoS {float(episode.metrics['qos']):.3f}", fontsize=13, pad=16)
@@ -67,8 +66,6 @@ def timeline_picture(path: Path, episodes: Sequence[Episode]) -> None:
         if any(pair[1].any() for pair in counts):
             handles.append(Patch(color=WAITING_COLOUR, label="waiting"))
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=130, pil_kwargs={"optimize": True})
 
 
 def _draw_lane(axes: Axes, episode: Episode, row: np.ndarray, tallest: int) -> None:

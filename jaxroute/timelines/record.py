@@ -5,16 +5,15 @@ Both run the cluster with the functions of `simulator.cluster`, so the times are
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.environment.metrics import summarize
 from jaxroute.environment.state import EnvParams
-from jaxroute.evaluation.episodes import act
+from jaxroute.evaluation.episodes import follow_episodes
 from jaxroute.routers.choice import Router
 from jaxroute.simulator.advance import EngineWork, Jump, jump
 from jaxroute.simulator.cluster import AFTER_ALL, collect, route, run_until, shift_time
@@ -40,28 +39,40 @@ class _Carried(struct.PyTreeNode):
     admitted: jax.Array
 
 
+Array = Any  # of NumPy in an episode, of JAX in the log of jumps
+
+
+class Pieces(NamedTuple):
+    """Iterations of engines. In an episode, every field is a NumPy array [P], ordered by expert and time; in the log
+    of jumps, times are relative to the decision.
+
+    A piece is one iteration, or a run of `iterations` decodes of one batch. Iteration j of a run takes first + growth *
+    j seconds with a context of context + decodes * j tokens.
+    """
+
+    expert: Array
+    start: Array  # float64, s since the episode's beginning, as is the next
+    end: Array
+    iterations: Array
+    prefill_tokens: Array  # np of each iteration
+    decodes: Array  # nd of each iteration
+    context: Array  # ctx of the first iteration
+    first: Array  # s
+    growth: Array  # s
+    blocks: Array  # KV blocks held in the first iteration
+    last_blocks: Array  # KV blocks held in the last iteration
+    running: Array  # number of running requests; the next: of waiting requests
+    waiting: Array
+    preempted: Array  # number of requests preempted at its start
+
+
 class JumpRow(struct.PyTreeNode):
-    """One iteration of each engine and the run of decodes after it; every field [N], times relative to the decision."""
+    """One iteration of each engine and the run of decodes after it; every field [N]."""
 
     took_place: jax.Array  # bool
     index: jax.Array  # int32, of the decision before it; T: after the last decision
-    start: jax.Array  # float, s, as are the next two
-    middle: jax.Array
-    end: jax.Array
-    prefill_tokens: jax.Array  # int32, of the iteration, as are the next six
-    decodes: jax.Array
-    context: jax.Array
-    blocks: jax.Array
-    running: jax.Array
-    waiting: jax.Array
-    preempted: jax.Array
-    run: jax.Array  # int32, iterations of the run of decodes
-    run_decodes: jax.Array  # int32, nd of each iteration of the run
-    run_context: jax.Array  # int32, ctx of the first iteration of the run
-    run_first: jax.Array  # float, s, duration of the first iteration of the run
-    run_growth: jax.Array  # float, s, difference of the durations of consecutive iterations
-    run_blocks: jax.Array  # int32, in the first iteration of the run
-    run_last_blocks: jax.Array  # int32, in the last iteration of the run
+    iteration: Pieces
+    run: Pieces  # of no iterations if none came after it
 
 
 class Log(struct.PyTreeNode):
@@ -86,21 +97,9 @@ class Results(struct.PyTreeNode):
 def run_episode(
     env: RoutingEnvironment, policies: list[Router], which: jax.Array, key: jax.Array, params: EnvParams
 ) -> tuple[Routed, dict[str, jax.Array]]:
-    """The decisions and metrics of an episode under policy `which` (int32 []), with the keys of
-    `evaluation.episodes.run_episodes`.
-    """
-    env_key, router_key = jax.random.split(key)
-
-    def step(carry: Any, index: jax.Array) -> tuple[Any, Routed]:
-        observation, state = carry
-        action = act(policies, which, jax.random.fold_in(router_key, index), observation, state, params)
-        request, step_key = state.request, jax.random.fold_in(env_key, index)
-        observation, state, _, _, _, info = env.step(step_key, state, action, params)
-        return (observation, state), Routed(request, action, info["elapsed"])
-
-    start = env.reset(jax.random.fold_in(env_key, env.episode_length), params)
-    (_, state), routed = jax.lax.scan(step, start, jnp.arange(env.episode_length))
-    return routed, summarize(state.totals, env.metrics)
+    """The decisions and metrics of the episode of `key` (`evaluation.episodes`) under policy `which` (int32 [])."""
+    metrics, routed = follow_episodes(env, policies, which, key[None], params, note=Routed)
+    return jax.tree.map(lambda leaf: leaf[:, 0], routed), jax.tree.map(lambda leaf: leaf[0], metrics)
 
 
 def replay(env: RoutingEnvironment, routed: Routed, params: EnvParams) -> tuple[Log, Results]:
@@ -173,17 +172,16 @@ def _run(
     engines, carried, finished = collect(engines, carried.replace(admitted=admitted), params.engines)
     state, left = finished.engines, finished.payload
     at = jnp.where(finished.served, left.index, results.tokens.shape[0])
-    put = lambda old, new: old.at[at].set(new, mode="drop")  # noqa: E731
     latency = state.finish_time - left.arrival
-    results = Results(
-        latency=put(results.latency, latency),
-        first_token=put(results.first_token, state.first_token_time - left.arrival),
-        admitted=put(results.admitted, left.admitted - left.arrival),
-        tokens=put(results.tokens, state.generated),
-        preemptions=put(results.preemptions, state.preemptions),
-        met=put(results.met, latency / jnp.maximum(state.generated, 1) < params.latency_limit),
+    new = Results(
+        latency=latency,
+        first_token=state.first_token_time - left.arrival,
+        admitted=left.admitted - left.arrival,
+        tokens=state.generated,
+        preemptions=state.preemptions,
+        met=latency / jnp.maximum(state.generated, 1) < params.latency_limit,
     )
-    return engines, carried, log, results
+    return engines, carried, log, jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), results, new)
 
 
 def _row(done: Jump, index: jax.Array, params: EngineParams) -> JumpRow:
@@ -194,24 +192,34 @@ def _row(done: Jump, index: jax.Array, params: EngineParams) -> JumpRow:
     batch, context = total(decoding), total(jnp.where(decoding, middle.computed, 0))
     first, growth = decode_run(params.latency, batch, context.astype(middle.clock.dtype))
     blocks = lambda tokens: total(jnp.where(decoding, rules(params).held_blocks(tokens, params), 0))  # noqa: E731
-    return JumpRow(
-        took_place=done.runs,
-        index=jnp.full_like(batch, index),
+    iteration = Pieces(
+        expert=jnp.arange(len(batch)),
         start=done.before.clock,
-        middle=middle.clock,
-        end=after.clock,
+        end=middle.clock,
+        iterations=jnp.ones_like(batch),
         prefill_tokens=output.prefill_tokens,
         decodes=output.decodes,
         context=output.context_tokens,
+        first=middle.clock - done.before.clock,
+        growth=jnp.zeros_like(growth),
         blocks=output.used_blocks,
+        last_blocks=output.used_blocks,
         running=total(done.before.unfinished() & runs),
         waiting=total(unfinished & ~runs),
         preempted=total(output.preempted),
-        run=done.work_after.iterations - done.work_middle.iterations,
-        run_decodes=batch,
-        run_context=context + batch,
-        run_first=first,
-        run_growth=growth,
-        run_blocks=blocks(middle.computed + 1),
-        run_last_blocks=blocks(after.computed),
     )
+    run = iteration._replace(
+        start=middle.clock,
+        end=after.clock,
+        iterations=done.work_after.iterations - done.work_middle.iterations,
+        prefill_tokens=jnp.zeros_like(batch),
+        decodes=batch,
+        context=context + batch,
+        first=first,
+        growth=growth,
+        blocks=blocks(middle.computed + 1),
+        last_blocks=blocks(after.computed),
+        running=batch,
+        preempted=jnp.zeros_like(batch),
+    )
+    return JumpRow(done.runs, jnp.full_like(batch, index), iteration, run)
