@@ -207,6 +207,8 @@ def _build(section: Any, tree: Tree, source: Path, prefix: str) -> Any:
     values = {}
     for name, kind in get_type_hints(section).items():
         if name not in tree:
+            if name in section.__dict__:  # a default: the key is younger than the file may be
+                continue
             raise UserError(f"{source}: {prefix}{name}: missing; the file is cut short or of another version")
         values[name] = _build(kind, tree[name], source, f"{prefix}{name}.") if is_dataclass(kind) else tree[name]
     return section(**values)
@@ -223,7 +225,7 @@ def _cross_check(config: Config) -> None:
     arrivals, requests, training = config.workload.arrivals, config.workload.requests, config.training
     if arrivals.kind == "trace" and arrivals.path is None:
         raise UserError(
-            "workload.arrivals.path: missing; add workload.arrivals.path=TRACE (Azure CSV or Mooncake JSONL)"
+            "workload.arrivals.path: missing; add workload.arrivals.path=TRACE (a format of docs/formats.md)"
         )
     if arrivals.kind == "piecewise" and (not arrivals.rates or len(arrivals.rates) != len(arrivals.durations)):
         raise UserError("workload.arrivals.rates: expected as many as workload.arrivals.durations, at least one")
