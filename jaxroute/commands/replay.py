@@ -87,15 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{f'{ignored} ignored, ' * (ignored > 0)}{summary['iterations']} iterations, "
         f"{summary['preemptions']} preemptions, {summary['end_time']:.6g} s -> {out}"
     )
-    stuck = {
-        int(name): reasons.get(int(name), "waits behind one that can never be served")
-        for name, request in requests.items()
-        if request["finish_time"] is None
-    }
+    outputs = dict(zip(requests, (request["output_len"] for request in spec["requests"]), strict=True))
+    stuck, short = {}, {}
+    for name, request in requests.items():
+        if request["finish_time"] is None or request.get("ignored_iter") is not None:
+            stuck[int(name)] = reasons.get(int(name), "waits behind one that can never be served")
+        elif request["emitted"] < outputs[name]:
+            short[int(name)] = f"(after {request['emitted']:,} of {outputs[name]:,} tokens)"
     if written["status"] == "max_iterations":
         print("stopped at max_iterations; a larger one in config lets it go on")
     elif stuck:
         print(f"not finished: {_named(stuck)}; --leave-out-unservable runs the others without them")
+    if short:
+        print(f"ended early by max_model_len: {_named(short)}")
     return 0
 
 
