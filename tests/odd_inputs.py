@@ -158,7 +158,8 @@ def other_unit(example: Example, rng: np.random.Generator) -> Odd:
     clock = example.name in ("LLMServingSim", "guidellm")
     if clock and not small:
         return Odd("other unit", _write(example, rows), None)  # beyond the year 5138
-    return Odd("other unit", _write(example, rows), scaled, ANY, "" if not small else "requests/s; if its times")
+    said = "requests/s; were they sent at once" if small else "one request every"
+    return Odd("other unit", _write(example, rows), scaled, "", said)
 
 
 def column_more(example: Example, rng: np.random.Generator) -> Odd:

@@ -144,7 +144,8 @@ def row_records(content: Content, columns: Columns, time_unit: str | None, timed
             content.tally.changed.append(f"times in {time_unit}, as time_unit says (the format has {columns.unit})")
         columns = columns._replace(unit=time_unit)
     needed = columns.needed
-    if timed:
+    if timed:  # a log may count from any instant
+        columns = columns._replace(earliest=-math.inf)
         needed += tuple(name for name in (columns.first, columns.last) if name is not None)
         missing = [name for name in needed if name not in content.keys]
         if missing:
@@ -183,7 +184,7 @@ def _with_tokens(record: Record, columns: Columns, engine: tuple[str, Any] | Non
 
     `engine`: name and value of the arrival on the engine's clock, if it is recorded.
     """
-    parse, place = _time_parser(columns._replace(earliest=-math.inf)), record.place
+    parse, place = _time_parser(columns), record.place
     label, start = columns.time, record.time
     if engine is not None:
         label, start = engine[0], parse(place, f"'{engine[0]}'", engine[1])

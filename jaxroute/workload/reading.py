@@ -82,11 +82,9 @@ def make_reading(
     rate = (used - 1) / span if span else None
     unlikely = list(tally.warnings)
     if rate is not None and rate > FASTEST:
-        unlikely.append(f"{rate:,.0f} requests/s; if its times are not in the unit assumed, name theirs with time_unit")
+        unlikely.append(f"{rate:,.0f} requests/s; were they sent at once, or are times in another unit (time_unit)?")
     if rate is not None and used > 2 and rate < SLOWEST:
-        unlikely.append(
-            f"one request every {1 / rate:,.0f} s; if its times are not in the unit assumed, name theirs with time_unit"
-        )
+        unlikely.append(f"one request every {1 / rate:,.0f} s; are its times in another unit (time_unit)?")
     median = float(np.median(outputs))
     if median <= 1:
         unlikely.append("the median answer has one token; check how the output tokens were counted")
