@@ -74,11 +74,11 @@ def test_result_of_vllms_benchmark(tmp_path):
     path = tmp_path / "r.json"
     path.write_text(json.dumps(benchmark_result()))
     log = load_log(path)
-    assert len(log) == 23 and log.notes == ("1 requests that failed were left out",)
+    assert len(log) == 23 and log.reading is not None and log.reading.left_out == {"failed": 1}
     assert log.arrival[0] == 0 and (np.diff(log.arrival) > 0).all()
     assert np.allclose(log.measured["e2e"], 0.2)
     for changes, problem in (
-        ({"itls": None}, "no list itls; run vLLM's benchmark with --save-result --save-detailed"),
+        ({"itls": None}, "no list itls; save the details of each request .vLLM: --save-result --save-detailed"),
         ({"start_times": None}, "no list start_times"),
         ({"ttfts": [0.1]}, "ttfts has 1 entries, input_lens 24"),
     ):
@@ -98,15 +98,15 @@ def changed(index, **values):
     [
         (
             [{k: v for k, v in row.items() if k != "finish_time"} for row in ROWS],
-            "line 1: no column finish_time or last_token_s",
+            "line 1: no column 'finish_time', a time of tokens",
         ),
-        (changed(5, arrival_time=0.1), "line 6: arrival_time 0.1 is before the line above's 2; sort by arrival"),
-        (changed(5, first_token_time=2.4), "line 6: first_token_time 2.4 is before arrival_time 2.5"),
-        (changed(5, finish_time=2.55), "line 6: finish_time 2.55 is before first_token_time 2.6"),
-        (changed(5, output_len=0), "line 6: output_len must be a whole number of tokens from 1"),
-        (changed(5, arrival_time="soon"), "line 6: arrival_time must be a finite number"),
+        (changed(5, arrival_time=0.1), "line 6: its time lies before that of the row above; sort the rows by time"),
+        (changed(5, first_token_time=2.4), "line 6: 'first_token_time' 2.4 is before 'arrival_time' 2.5"),
+        (changed(5, finish_time=2.55), "line 6: 'finish_time' 2.55 is before 'first_token_time' 2.6"),
+        (changed(5, output_len=0), "line 6: 'output_len' must be a whole number of tokens from 1"),
+        (changed(5, arrival_time="soon"), "line 6: 'arrival_time' must be a finite number"),
         (ROWS[:19], "too few requests to calibrate on, 19; give 20 or more"),
-        ([], "there is no request in it"),
+        ([], "the file is empty"),
     ],
 )
 def test_bad_logs_are_one_line_and_leave_nothing_behind(tmp_path, capsys, rows, problem):

@@ -28,8 +28,10 @@ def test_csv_equals_json(tmp_path):
     lines = ["\ufeffarrival_time,prompt_len,output_len", *(",".join(map(str, r.values())) for r in requests)]
     code, got = run(tmp_path, "\n".join(lines), "requests.csv")
     assert code == 0
-    assert got == replay({"config": {}, "requests": requests})
     assert got is not None and got["status"] == "ok"
+    (read,) = got.pop("read")
+    assert (read["format"], read["used"], read["span"]) == ("jaxroute", 3, 1.5)
+    assert got == replay({"config": {}, "requests": requests})
 
 
 def test_requests_keep_their_position_as_id_when_not_sorted(tmp_path):
@@ -78,8 +80,12 @@ def spec(config: dict | None = None, engine: str = "V1", **request) -> str:
 @pytest.mark.parametrize(
     ("text", "name", "says"),
     [
-        ("", "spec.json", "line 1: not JSON"),
-        ("[]", "spec.json", "requests"),
+        ("", "spec.json", "the file is empty"),
+        ('{"requests": [}', "spec.json", "line 1: not JSON"),
+        ("{\n\n'requests': []\n}", "spec.json", "line 3: not JSON"),
+        ("[]", "spec.json", "not a JSON object but []"),
+        ('{"requests": {}}', "spec.json", "key requests: a list of requests is missing"),
+        ('{"config": {}, "requests": []}\n{}', "spec.json", "holds 2 JSON objects"),
         ('{"requests": []}', "spec.json", "there is no request"),
         (spec(arrival_time=-1), "spec.json", "requests[0]: arrival_time"),
         (spec(arrival_time=float("nan")), "spec.json", "requests[0]: arrival_time"),
@@ -101,7 +107,7 @@ def spec(config: dict | None = None, engine: str = "V1", **request) -> str:
         (spec({"latency": [0.1]}), "spec.json", "latency"),
         (spec({"enable_chunked_prefill": 1}), "spec.json", "true or false"),
         ("", "requests.csv", "requests.csv: the file is empty"),
-        ("arrival_time,prompt_len\n0,1\n", "requests.csv", "requests.csv, line 1: no column 'output_len'"),
+        ("arrival_time,prompt_len\n0,1\n", "requests.csv", "requests.csv, line 1: no column 'output_len' of jaxroute"),
         ("arrival_time,prompt_len,output_len\n0,1,x\n", "requests.csv", "requests.csv, line 2: 'output_len'"),
         ("arrival_time,prompt_len,output_len\n", "requests.csv", "has a header but no rows"),
         ("arrival_time,prompt_len,output_len\nnan,1,1\n", "requests.csv", "requests.csv, line 2: 'arrival_time'"),
@@ -121,4 +127,5 @@ def test_missing_file_and_unwritable_out(tmp_path, capsys):
     assert main([str(good), "--out", str(tmp_path)]) == 2
     assert main([str(good), "--out", str(tmp_path / "no" / "out.json")]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and all("cannot be" in line for line in lines)
+    assert len(lines) == 3 and "no such file" in lines[0]
+    assert all("cannot be written" in line for line in lines[1:])

@@ -70,12 +70,20 @@ def test_own_csv_in_any_column_order(tmp_path: Path):
     assert trace.times.dtype == np.float64 and trace.prompt_tokens.dtype == trace.output_tokens.dtype == np.int32
 
 
-def test_mooncake_ticks_are_spread_evenly(tmp_path: Path):
-    text = mooncake((3000, 1, 1), (3000, 2, 1), (3000, 3, 1), (6000, 4, 1), (15000, 5, 1), (15000, 6, 1), (17999, 7, 1))
-    trace = load_trace(written(tmp_path, "mooncake.jsonl", text))
-    np.testing.assert_allclose(trace.times, [0, 1, 2, 3, 12, 13.4995, 14.999])
-    lone = load_trace(written(tmp_path, "mooncake", mooncake((0, 1, 1), (0, 1, 1))))
-    np.testing.assert_allclose(lone.times, [0, 1.5])
+def test_ticks_are_spread_only_if_asked_for(tmp_path: Path):
+    rows = [(3000, 1, 9), (3000, 2, 9), (3000, 3, 9), (6000, 4, 9), (6000, 5, 9), (15000, 6, 9)]
+    path = written(tmp_path, "mooncake.jsonl", mooncake(*rows))
+    with pytest.warns(
+        UserWarning, match="multiples of 3 s, with 2 requests each at once: bursts, or rounded .*spread_ticks"
+    ):
+        trace = load_trace(path)
+    assert trace.times.tolist() == [0, 0, 0, 3, 3, 12]
+    spread = load_trace(path, spread_ticks=True)
+    np.testing.assert_allclose(spread.times, [0, 1, 2, 3, 4.5, 12])
+    assert spread.reading is not None and "times spread over ticks of 3 s" in spread.reading.changed
+    for odd in ([*rows, (17999, 7, 9)], rows[:3], rows[::3]):
+        with pytest.raises(UserError, match="spread_ticks needs times that are multiples of one step"):
+            load_trace(written(tmp_path, "odd", mooncake(*odd)), spread_ticks=True)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +95,13 @@ def test_mooncake_ticks_are_spread_evenly(tmp_path: Path):
     ],
 )
 def test_real_traces(name: str, rows: int, rate: float, prompt: float, output: float):
-    trace = load_trace(real(name))
+    trace = load_trace(real(name), spread_ticks="mooncake" in name)
     assert len(trace.times) == len(trace.prompt_tokens) == len(trace.output_tokens) == rows
     # Spreading puts the last arrival of Mooncake up to a tick, 0.1 % of the duration, later.
     assert rows / trace.times[-1] == pytest.approx(rate, rel=1e-3)
     assert trace.prompt_tokens.mean() == pytest.approx(prompt, abs=0.05)
     assert trace.output_tokens.mean() == pytest.approx(output, abs=0.05)
+    assert trace.reading is not None and trace.reading.used == trace.reading.rows == rows
     assert trace.times[0] == 0 and (np.diff(trace.times) >= 0).all()
 
 
@@ -101,8 +110,16 @@ BAD_TRACES = {
     "only blank lines": ("a.csv", "\n\n", "file is empty"),
     "header only": ("a.csv", AZURE, "header but no rows"),
     "unknown columns": ("a.csv", "x,y\n1,2\n", "line 1: .*'x', 'y'.*arrival_time.*TIMESTAMP"),
-    "missing column": ("a.csv", "TIMESTAMP,ContextTokens\n", "line 1: no column 'GeneratedTokens'.*'ContextTokens'"),
-    "missing own column": ("a.csv", "arrival_time,output_len\n0,1\n", "line 1: no column 'prompt_len'; the file has"),
+    "missing column": (
+        "a.csv",
+        "TIMESTAMP,ContextTokens\n",
+        "line 1: no column 'GeneratedTokens' of Azure LLM; the file has",
+    ),
+    "missing own column": (
+        "a.csv",
+        "arrival_time,output_len\n0,1\n",
+        "line 1: no column 'prompt_len' of jaxroute; the file has",
+    ),
     "short row": ("a.csv", OWN + "0,1,1\n1,1\n", "line 3: has 2 cells where the header has 3"),
     "negative time": ("a.csv", OWN + "-1,1,1\n", "line 2: 'arrival_time'.*0 or more, is '-1'"),
     "time not a number": ("a.csv", OWN + "nan,1,1\n", "line 2: 'arrival_time' must be a finite number"),
@@ -127,9 +144,12 @@ BAD_TRACES = {
     "not JSON": ("a.jsonl", mooncake((0, 1, 1)) + "{oops\n", "line 2: not JSON.*one JSON object a line"),
     "huge JSON number": ("a.jsonl", '{"timestamp": ' + "9" * 5000 + "}", "line 1: not JSON"),
     "deep JSON": ("a.jsonl", "[" * 200_000, "line 1: not JSON"),
-    "CSV named JSONL": ("a.jsonl", OWN + "0,1,1\n", "line 1: not JSON"),
     "JSON list": ("a.jsonl", "[1, 2]\n", "line 1: not a JSON object but \\[1, 2\\]"),
-    "missing key": ("a.jsonl", '{"timestamp": 0, "input_length": 3}', "line 1: no 'output_length'; it has 'timestamp'"),
+    "missing key": (
+        "a.jsonl",
+        '{"timestamp": 0, "input_length": 3}',
+        "line 1: no 'output_length' of Mooncake; it has 'timestamp'",
+    ),
     "JSON NaN": ("a.jsonl", mooncake((float("nan"), 1, 1)), "line 1: 'timestamp'.*is nan"),
     "JSON negative time": ("a.jsonl", mooncake((-3, 1, 1)), "line 1: 'timestamp'.*is -3"),
     "JSON null time": ("a.jsonl", mooncake((None, 1, 1)), "line 1: 'timestamp'.*is None"),

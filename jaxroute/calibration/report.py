@@ -81,7 +81,7 @@ def error_rows(judged: dict[str, Any]) -> list[list[str]]:
         entry = judged[name]
         for key in STATISTICS:
             real, ours = entry["measured"][key] * scale, entry["simulated"][key] * scale
-            rows.append([f"{LABELS[name]}, {key}, {unit}", f"{real:.4g}", f"{ours:.4g}", _percent(entry["error"][key])])
+            rows.append([f"{LABELS[name]}, {key}, {unit}", f"{real:.4g}", f"{ours:.4g}", _error(entry, key)])
         rows.append([f"{LABELS[name]}, median of requests' errors", "", "", _percent(entry["median_error"], False)])
     whole = judged["makespan"]
     rows.append(["makespan, s", f"{whole['measured']:.4g}", f"{whole['simulated']:.4g}", _percent(whole["error"])])
@@ -95,8 +95,13 @@ PARAMETER_HEAD = ["parameter", "value", "95 % interval", ""]
 
 def split_row(name: str, judged: dict[str, Any]) -> list[str]:
     """A row under `SPLIT_HEAD`: the errors on one part of the log."""
-    means = [_percent(judged[metric]["error"]["mean"]) if metric in judged else "-" for metric in METRICS]
+    means = [_error(judged[metric], "mean") if metric in judged else "-" for metric in METRICS]
     return [name, *means, _percent(judged["e2e"]["median_error"], False), _percent(judged["makespan"]["error"])]
+
+
+def _error(entry: dict[str, Any], key: str) -> str:
+    """The relative error of a statistic; there is none where 0 was measured."""
+    return _percent(entry["error"][key]) if entry["measured"][key] else "-"
 
 
 def _percent(value: float, signed: bool = True) -> str:

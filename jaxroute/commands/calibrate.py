@@ -1,7 +1,7 @@
 """`jaxroute calibrate LOG`: estimates the engine of a real server from its request log.
 
-LOG is JSONL or CSV with the arrivals, lengths, first- and last-token times of requests, or a result of vLLM's serving
-benchmark. The resulting profile can be used for an expert of any environment, and by `jaxroute replay`.
+LOG has the arrivals, lengths, first- and last-token times of requests, as a server or a benchmark tool recorded them
+(docs/formats.md). The resulting profile can be used for an expert of any environment, and by `jaxroute replay`.
 """
 
 import argparse
@@ -26,11 +26,13 @@ from jaxroute.calibration.progress import SearchProgress
 from jaxroute.calibration.search import Fit, Simulator, search
 from jaxroute.calibration.space import LATENCY, OVERHEAD, PREFIX_HITS, Space, max_model_len, peak_running, search_space
 from jaxroute.calibration.uncertainty import IDENTIFIED, ParameterInterval, intervals
+from jaxroute.commands.reading import add_reading_options, print_readings
 from jaxroute.errors import UserError, command
 from jaxroute.files import write_text
 from jaxroute.runs.devices import use_all_cores
 from jaxroute.simulator.gpus import GPUS
 from jaxroute.simulator.roofline import MODELS, known_in, roofline_by_name
+from jaxroute.workload.reading import collect_readings
 
 LANES = 64
 """Number of candidates at once on each device."""
@@ -104,6 +106,7 @@ def profile_text(
         "source": {
             "log": log.path.name,
             "requests": len(log),
+            **({} if log.reading is None else {"read": {**log.reading.facts(), "file": log.path.name}}),
             "engine": Path(options.source).name,
             "model": options.model,
             "gpu": options.gpu,
@@ -153,11 +156,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="jaxroute calibrate",
         description="Estimate the engine of a real server from its request log, and the accuracy of the estimate.",
-        epilog="Beside PROFILE.yaml it writes PROFILE.png and PROFILE.html. Formats: docs/calibration.md.",
+        epilog="Beside PROFILE.yaml it writes PROFILE.png and PROFILE.html. Formats: docs/formats.md.",
     )
     parser.add_argument(
-        "log", type=Path, help="requests: .jsonl, .csv, or .json of vLLM's benchmark with --save-detailed"
+        "log", type=Path, help="requests with times of tokens: JSONL, CSV, or the result of a benchmark tool"
     )
+    add_reading_options(parser)
     parser.add_argument(
         "--engine", type=Path, help="YAML of engine options, or *_config.json; null or missing ones are estimated"
     )
@@ -178,14 +182,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out.suffix.lower() not in (".yaml", ".yml"):
         raise UserError(f"--out {out}: a profile ends in .yaml")
     _writable(out, "--out")
-    log, options = load_log(arguments.log), load_options(arguments.engine)
+    with collect_readings():
+        log = load_log(arguments.log, time_unit=arguments.time_unit, run=arguments.run)
+    options = load_options(arguments.engine)
     check_fits(log, options)
     use_all_cores()
     console = Console(stderr=True)
-    for note in log.notes:
-        console.print(f"note: {note}", highlight=False)
-
     space = search_space(log, options)
+    if log.reading is not None:
+        print_readings([log.reading])
     simulator = Simulator(space, log, LANES * jax.device_count())
     parts = splits(log)
     fits: list[Fit] = []

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxroute.commands.reading import print_readings
 from jaxroute.console import print_notes, report_console
 from jaxroute.errors import UserError, command
 from jaxroute.files import write_text
@@ -23,6 +24,7 @@ from jaxroute.predictor.store import StoredPredictor, load_predictor, save_predi
 from jaxroute.runs.run_folder import prepare_run_folder
 from jaxroute.workload import load_mixinstruct
 from jaxroute.workload.files import Place, json_object, member, read_lines
+from jaxroute.workload.reading import collect_readings
 
 FEWEST_TRAINING, FEWEST_HELD_OUT = 40, 5  # different prompts
 
@@ -70,7 +72,8 @@ def train(arguments: argparse.Namespace) -> int:
         raise UserError(f"--experts: {', '.join(sorted(twice))} named twice; name each once")
     if not 0 < arguments.holdout < 1:
         raise UserError(f"--holdout {arguments.holdout}: must lie between 0 and 1, for example 0.2")
-    table = load_mixinstruct(data, experts, arguments.score)
+    with collect_readings() as readings:
+        table = load_mixinstruct(data, experts, arguments.score)
     texts = [prompt_text(place, json_object(place, line)) for place, line in read_lines(data)]
     held_out = holdout_split(texts, arguments.holdout, arguments.seed)
     sizes = [len(np.unique(prompt_keys(_where(texts, part)))) for part in (~held_out, held_out)]
@@ -83,8 +86,7 @@ def train(arguments: argparse.Namespace) -> int:
     prepare_run_folder(arguments.out)
 
     console = report_console()
-    if table.tokens_estimated:
-        print_notes(console, [f"{data}: no token counts; they are estimated from the number of words"])
+    print_readings(readings)
     known, truth = ((table.score[rows], table.output_tokens[rows]) for rows in (~held_out, held_out))
     predictor = fit(_where(texts, ~held_out), *known, arguments.seed, encoder)
     prediction = predictor(_where(texts, held_out), encoder)
@@ -94,6 +96,7 @@ def train(arguments: argparse.Namespace) -> int:
     prompts = {"training": int((~held_out).sum()), "held_out": int(held_out.sum())}
     about = {
         "data": str(data),
+        "read": readings[0].facts(),
         "experts": experts,
         "score": arguments.score,
         "seed": arguments.seed,

@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_run_folder(run)
         write_text(run / VERSIONS, json.dumps({"seed": config.training.seed, **versions()}, indent=2) + "\n")
         write_text(run / "config.yaml", config_text(config))
+        if experiment.readings:
+            facts = [reading.facts() for reading in experiment.readings]
+            write_text(run / "data.json", json.dumps(facts, indent=2) + "\n")
     print_notes(console, experiment.notes)
     console.print(f"training on {jax.devices()[0].device_kind}, run in {run}", highlight=False)
     started = time.monotonic()

@@ -28,6 +28,7 @@ from jaxroute.workload import (
     load_trace,
 )
 from jaxroute.workload.arrivals import Arrivals
+from jaxroute.workload.reading import Reading, collect_readings
 from jaxroute.workload.table import Trace
 
 
@@ -43,14 +44,24 @@ class Experiment(NamedTuple):
     training_params: EnvParams  # leaves that differ between training environments have an additional leading axis
     params_axes: EnvParams  # axes of training_params: 0 for such a leaf, else None
     experts: tuple[str, ...]  # names
+    readings: list[Reading]  # facts of the files that were read; `notes` has their lines
 
 
 def build_experiment(config: Config) -> Experiment:
     """Reads the data that the configuration names. Raises `UserError` for an unknown name or unusable data."""
+    with collect_readings() as readings:
+        experiment = _build(config)
+    lines = [f"read {line}" if not line.startswith("warning: ") else line for one in readings for line in one.lines()]
+    return experiment._replace(notes=[*lines, *experiment.notes], readings=readings)
+
+
+def _build(config: Config) -> Experiment:
     environment, training = config.environment, config.training
     # `make` takes all by the same names but what is traced, which is set below.
     own = ("id", "latency_limit", "penalty_weight")
     options = {key: value for key, value in vars(environment).items() if key not in own and value is not None}
+    if config.workload.arrivals.kind is None:  # the scenario reads the trace, if there is one
+        options |= _reading_options(config.workload.arrivals)
     try:
         env, params = make(environment.id, **options)
     except UserError as error:
@@ -80,7 +91,7 @@ def build_experiment(config: Config) -> Experiment:
     varied, axes = _training_params(params, training)
     network = build_network(config.network)
     agent["decay_updates"] = -(-training.frames // training.num_envs) * training.updates_per_step
-    return Experiment(env, params, network, Hyperparameters(**agent), sac, notes, varied, axes, experts)
+    return Experiment(env, params, network, Hyperparameters(**agent), sac, notes, varied, axes, experts, [])
 
 
 def build_trainer(experiment: Experiment) -> Trainer:
@@ -131,7 +142,9 @@ def _training_params(params: EnvParams, training: TrainingConfig) -> tuple[EnvPa
 def _workload(config: WorkloadConfig, own: Workload, experts: tuple[str, ...]) -> tuple[Workload, list[str]]:
     """The workload and notes on it; `own` is the workload of the scenario."""
     arrivals, requests, notes = config.arrivals, config.requests, []
-    trace = load_trace(arrivals.path) if arrivals.kind == "trace" and arrivals.path else None
+    trace = None
+    if arrivals.kind == "trace" and arrivals.path:
+        trace = load_trace(arrivals.path, **_reading_options(arrivals))
     when = _arrivals(arrivals, own.arrivals, trace)
     if requests.kind == "jsonl" and requests.path:
         names = requests.experts or ()
@@ -143,13 +156,6 @@ def _workload(config: WorkloadConfig, own: Workload, experts: tuple[str, ...]) -
         table = load_mixinstruct(
             requests.path, names, requests.score, requests.max_prompt_tokens, requests.max_output_tokens
         )
-        if table.predictions_made:
-            notes.append(
-                f"{requests.path}: no pred_output_tokens or pred_score; predictions are the true values with the "
-                "frozen generator's errors"
-            )
-        if table.tokens_estimated:
-            notes.append(f"{requests.path}: no token counts; they are estimated from the number of words")
         what = TableRequests.create(table)
     elif requests.kind == "trace" and trace is not None:
         if isinstance(own.requests, TableRequests):
@@ -161,6 +167,11 @@ def _workload(config: WorkloadConfig, own: Workload, experts: tuple[str, ...]) -
     else:
         what = own.requests
     return Workload.create(when, what, requests.true_lengths), notes
+
+
+def _reading_options(config: ArrivalsConfig) -> dict[str, Any]:
+    """Options of `load_trace` that are set."""
+    return {key: getattr(config, key) for key in ("spread_ticks", "time_unit", "run") if getattr(config, key)}
 
 
 def _arrivals(config: ArrivalsConfig, own: Arrivals, trace: Trace | None) -> Arrivals:

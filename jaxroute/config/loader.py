@@ -50,7 +50,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
 
 
 def load_saved_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that `config_text` wrote to `path`. It must have every key; no key gets a default.
+    """The configuration that `config_text` wrote to `path`. It must have every key that has no default in the schema.
 
     Raises:
         UserError: as for `load_config`, or a key is missing.
@@ -204,6 +204,8 @@ def _build(values: Values, source: str | Path) -> Config:
         for name, kind in get_type_hints(section).items():
             key = prefix + name
             if not is_dataclass(kind) and key not in values:
+                if name in section.__dict__:  # a default: the key is younger than the file may be
+                    continue
                 raise UserError(f"{source}: {key}: missing; the file is cut short or of another version")
             arguments[name] = build(kind, f"{key}.") if is_dataclass(kind) else values[key]
         return section(**arguments)
@@ -218,7 +220,7 @@ def _cross_check(config: Config) -> None:
     arrivals, requests, training = config.workload.arrivals, config.workload.requests, config.training
     if arrivals.kind == "trace" and arrivals.path is None:
         raise UserError(
-            "workload.arrivals.path: missing; add workload.arrivals.path=TRACE (Azure CSV or Mooncake JSONL)"
+            "workload.arrivals.path: missing; add workload.arrivals.path=TRACE (a format of docs/formats.md)"
         )
     if arrivals.kind == "piecewise" and (not arrivals.rates or len(arrivals.rates) != len(arrivals.durations)):
         raise UserError("workload.arrivals.rates: expected as many as workload.arrivals.durations, at least one")

@@ -70,11 +70,14 @@ class ArrivalsConfig:
 
     kind: Literal["poisson", "trace", "piecewise"] | None  # None: the scenario's arrivals
     rate: Positive | None  # poisson: requests per second; None: the scenario's
-    path: str | None  # trace: CSV (Azure 2023) or JSONL (Mooncake)
+    path: str | None  # trace: recorded requests, docs/formats.md
     rate_scale: Positive | None  # trace: 2 halves every gap; None: 1, or the scenario's
     start: NonNegative | None  # trace: seconds to skip; None: each episode starts at a random row
     durations: tuple[Positive, ...]  # piecewise: seconds of each piece
     rates: tuple[NonNegative, ...]  # piecewise: requests per second of each piece
+    spread_ticks: bool = False  # trace: spread requests of equal times over their tick
+    time_unit: Literal["s", "ms", "us", "ns"] | None = None  # trace: unit of its times; None: the format's
+    run: Count | None = None  # trace: which of several results in the file, from 1 on
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,19 @@ def _needs(path: str | Path | None, name: str, what: str) -> Path:
 
 
 def _azure(
-    path: str | Path | None = None, rate_scale: float = 0.6, **options: Any
+    path: str | Path | None = None,
+    rate_scale: float = 0.6,
+    spread_ticks: bool = False,
+    time_unit: str | None = None,
+    run: int | None = None,
+    **options: Any,
 ) -> tuple[RoutingEnvironment, EnvParams]:
-    """A recorded trace. With `rate_scale` 0.6, the conversation trace has 3.2 instead of 5.4 requests/s."""
-    trace = load_trace(_needs(path, "azure", "a recorded trace (Azure 2023 CSV, Mooncake JSONL)"))
+    """A recorded trace. With `rate_scale` 0.6, the conversation trace has 3.2 instead of 5.4 requests/s.
+
+    `spread_ticks`, `time_unit` and `run` are those of `jaxroute.workload.load_trace`.
+    """
+    file = _needs(path, "azure", "recorded requests (docs/formats.md)")
+    trace = load_trace(file, spread_ticks=spread_ticks, time_unit=time_unit, run=run)
     try:
         arrivals = TraceArrivals.create(trace.times, rate_scale, start=None)
     except UserError as error:

@@ -1,8 +1,7 @@
 """Runs one engine on a list of requests from a file, and returns the results as JSON.
 
 SPEC is a JSON file in the format of the recorded vLLM schedules (`config`, `requests` and, if it is not V1, `engine`),
-or a CSV of requests in order of time with the columns `arrival_time,prompt_len,output_len` (or Azure's, see
-`workload.trace.load_trace`). A CSV runs on the default engine.
+or recorded requests in another format of docs/formats.md, which run on the default engine.
 """
 
 import math
@@ -15,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.errors import UserError, require_known
-from jaxroute.files import read_json
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import LARGE, EngineParams
 from jaxroute.simulator.engine_config import engine_from_config
 from jaxroute.simulator.recorded import Recording, ReplayOutcome, replay_by_jumps
 from jaxroute.workload import load_trace
+from jaxroute.workload.content import open_content
 from jaxroute.workload.files import MOST_TOKENS
+from jaxroute.workload.formats import recognise
 
 ENGINES = {"V1": "vllm_v1", "V0": "vllm_v0", "orca": "orca"}
 """Disciplines by their names in a file's `engine`."""
@@ -30,23 +30,30 @@ RUN_DEFAULTS = {"max_iterations": 1_000_000, "stall_iterations": 3}
 """Options of a run in addition to the engine's (`engine_config.DEFAULTS`)."""
 
 
-def load_spec(path: Path) -> dict[str, Any]:
-    """Reads SPEC (JSON, or CSV by its suffix) into a dictionary with `config` and `requests`. Raises `UserError`."""
-    if path.suffix.lower() == ".csv":
-        return {"config": {}, "requests": _csv_requests(path)}
-    spec = read_json(path)
-    if not isinstance(spec, dict) or not isinstance(spec.get("requests"), list):
+def load_spec(
+    path: Path, *, spread_ticks: bool = False, time_unit: str | None = None, run: int | None = None
+) -> dict[str, Any]:
+    """Reads SPEC into a dictionary with `config` and `requests`; the options are those of `load_trace`.
+
+    Raises `UserError`.
+    """
+    content = open_content(path)
+    if content.kind != "json" or recognise(content) is not None or not {"requests", "config"} & set(content.keys):
+        trace = load_trace(path, spread_ticks=spread_ticks, time_unit=time_unit, run=run)
+        times = (trace.first_time + trace.times).tolist()
+        rows = zip(times, trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
+        keys = ("arrival_time", "prompt_len", "output_len")
+        return {"config": {}, "requests": [dict(zip(keys, row, strict=True)) for row in rows]}
+    if spread_ticks or time_unit is not None or run is not None:
+        raise UserError(f"{path}: spread_ticks, time_unit and run are for recorded requests; leave them out")
+    spec, *more = (record for _, record in content.objects())
+    if more:
+        raise UserError(f"{path}: holds {1 + len(more)} JSON objects; a spec is one, with config and requests")
+    if not isinstance(spec.get("requests"), list):
         raise UserError(f"{path}: key requests: a list of requests is missing")
     if not isinstance(spec.setdefault("config", {}), dict):
         raise UserError(f"{path}: key config: must be a mapping of engine options")
     return spec
-
-
-def _csv_requests(path: Path) -> list[dict[str, float]]:
-    trace = load_trace(path)
-    times = (trace.first_time + trace.times).tolist()
-    columns = zip(times, trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
-    return [{"arrival_time": time, "prompt_len": prompt, "output_len": output} for time, prompt, output in columns]
 
 
 def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EngineParams, Recording, np.ndarray, np.ndarray]:
@@ -90,6 +97,25 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
         stall_iterations=jnp.int32(run["stall_iterations"]),
     )
     return engine, recording, ids, times
+
+
+def never_served(spec: Mapping[str, Any], where: str = "spec") -> dict[int, str]:
+    """The requests (positions in the list) that the engine can never finish, each with the reason."""
+    engine, recording, ids, _ = engine_and_recording(spec, where)
+    prompts, outputs = np.asarray(recording.prompt_tokens), np.asarray(recording.output_tokens)
+    served = np.asarray(rules(engine).can_serve(recording.prompt_tokens, recording.output_tokens, engine))
+    longest, blocks, size = (int(value) for value in (engine.max_model_len, engine.usable_blocks, engine.block_size))
+    found = {}
+    for at in np.flatnonzero(~served):
+        prompt, output = int(prompts[at]), int(outputs[at])
+        if prompt >= longest:
+            why = f"({prompt:,} prompt tokens) exceeds max_model_len {longest:,}"
+        elif -(-min(prompt + output, longest) // size) > blocks:
+            why = f"({prompt:,} + {output:,} tokens) exceeds the KV cache of {blocks:,} blocks of {size}"
+        else:
+            why = f"({prompt:,} + {output:,} tokens) exceeds what one iteration or the KV cache can take"
+        found[int(ids[at])] = why
+    return dict(sorted(found.items()))
 
 
 def _check_request(request: Any, kind: str, where: str) -> None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxroute.workload.reading import Reading
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -13,6 +15,7 @@ class Trace:
     prompt_tokens: np.ndarray  # int32 [T], at least 1
     output_tokens: np.ndarray  # int32 [T], at least 1
     first_time: float  # seconds, the first arrival on the clock of the file
+    reading: Reading | None = None  # what was read
 
 
 @dataclass(frozen=True)
@@ -25,4 +28,5 @@ class RequestTable:
     predicted_output_tokens: np.ndarray  # int32 [T, N], at least 1
     predicted_score: np.ndarray  # float64 [T, N]
     predictions_made: bool  # some predictions were missing; they are true values with the frozen generator's errors
-    tokens_estimated: bool  # some token counts were missing; they are estimated from the number of words
+    tokens_estimated: bool  # some token counts were missing; they are estimated from the texts
+    reading: Reading | None = None  # what was read

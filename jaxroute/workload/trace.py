@@ -1,136 +1,197 @@
-"""Reads recorded request traces: Azure LLM 2023 CSV, Mooncake JSONL, and jaxroute's CSV."""
+"""Reads recorded requests of any known format: `load_trace` their arrivals and lengths, `read_requests` also times."""
 
-import re
-from collections.abc import Iterator
-from datetime import datetime
-from itertools import chain
+from array import array
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxroute.errors import UserError
-from jaxroute.workload.files import Place, json_object, names, number, read_lines, shown, tokens
+from jaxroute.errors import UserError, require_known
+from jaxroute.workload.content import Content, open_content
+from jaxroute.workload.formats import UNITS, Format, recognise, row_records, unknown
+from jaxroute.workload.reading import Reading, make_reading, tick_of
+from jaxroute.workload.record import Record, Time
 from jaxroute.workload.table import Trace
 
-AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-MOONCAKE = ("timestamp", "input_length", "output_length")  # timestamp in ms
-OWN = ("arrival_time", "prompt_len", "output_len")  # arrival_time in seconds
-LONE_TICK = 3.0  # seconds per Mooncake tick if the file has only one; the published traces have ticks of 3 s
 
-_TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)?", re.ASCII)
+@dataclass(frozen=True)
+class Recorded:
+    """R recorded requests in order of arrival. Times are float64 [R], seconds since the first arrival."""
+
+    times: np.ndarray
+    prompt_tokens: np.ndarray  # int32 [R]
+    output_tokens: np.ndarray  # int32 [R]
+    first_token: np.ndarray  # nan where it was not asked for
+    finish: np.ndarray
+    identities: list[Any]  # as the file has them, or None; empty if times were not asked for
+    shared_tokens: np.ndarray | None  # int32 [R], leading tokens that an earlier prompt shares
+    first_time: float  # seconds, the first arrival on the clock of the file
+    reading: Reading
 
 
-def load_trace(path: str | Path) -> Trace:
-    """Reads a trace. Its columns determine the format:
+def load_trace(
+    path: str | Path, *, spread_ticks: bool = False, time_unit: str | None = None, run: int | None = None
+) -> Trace:
+    """Reads the arrivals and lengths of requests from a file of any format in docs/formats.md, recognised by content.
 
-    - Azure LLM 2023 (github.com/Azure/AzurePublicDataset): CSV with TIMESTAMP (date and time; UTC unless it has an
-      offset; any number of decimals), ContextTokens, GeneratedTokens.
-    - Mooncake (github.com/kvcache-ai/Mooncake): one JSON object per line with timestamp (ms), input_length,
-      output_length. Its timestamps are ticks of 3 seconds; the requests of a tick are spread evenly over it, beginning
-      at its start. A tick lasts until the next timestamp, but not longer than the median step of the file.
-    - jaxroute: CSV with arrival_time (seconds), prompt_len, output_len.
+    Times stay as they are, ties too. Raises `UserError`, with file and line, for what cannot be meant.
 
-    Other columns are ignored. Rows must be ordered by time. Raises `UserError` for any other content.
+    Args:
+        path: The file, plain or gzip.
+        spread_ticks: Spread requests of equal times evenly over their tick, beginning at its start. The different times
+            must be multiples of one step, as the 3 s of Mooncake's published traces.
+        time_unit: Unit of the times (s, ms, us, ns) if it is not the format's.
+        run: Which of several results in the file, from 1 on.
+    """
+    found = read_requests(path, spread_ticks=spread_ticks, time_unit=time_unit, run=run)
+    return Trace(found.times, found.prompt_tokens, found.output_tokens, found.first_time, found.reading)
+
+
+def read_requests(
+    path: str | Path,
+    *,
+    timed: bool = False,
+    spread_ticks: bool = False,
+    time_unit: str | None = None,
+    run: int | None = None,
+) -> Recorded:
+    """As `load_trace`; with `timed` also the times of first and last tokens, which then set the clock if it differs.
+
+    Requests whose times of tokens cannot be used are left out. Raises `UserError` if these are all, or the format has
+    no such times.
     """
     path = Path(path)
-    lines = read_lines(path)
-    first = next(lines, None)
-    if first is None:
-        raise UserError(f"{path}: the file is empty; a trace needs a row for each request")
-    mooncake = path.suffix in (".jsonl", ".json") or (path.suffix != ".csv" and first[1].startswith("{"))
-    rows = _mooncake_rows(first, lines) if mooncake else _csv_rows(first, lines)
-
-    whole, fraction, prompts, outputs = [], [], [], []
-    last = (0, 0.0)
-    for place, time, prompt, output in rows:
-        if whole and time < last:
-            raise place.error("its time lies before that of the row above; sort the rows by time")
-        last = time
-        whole.append(time[0])
-        fraction.append(time[1])
-        prompts.append(prompt)
-        outputs.append(output)
-    if not whole:
-        raise UserError(f"{path}: has a header but no rows; a trace needs a row for each request")
-
-    # Whole seconds are subtracted as integers: as floats, seconds since 1970 would lose digits of the fraction.
-    times = np.subtract(whole, whole[0]) + np.subtract(fraction, fraction[0])
-    return Trace(
-        times=_spread(times) if mooncake else times,
-        prompt_tokens=np.asarray(prompts, np.int32),
-        output_tokens=np.asarray(outputs, np.int32),
-        first_time=whole[0] + fraction[0],
-    )
+    if time_unit is not None:
+        require_known(time_unit, UNITS, "time_unit", f"{path}: ")
+    content = open_content(path)
+    form = recognise(content)
+    if form is None:
+        raise unknown(content)
+    columns = _Columns(path, content, form, timed)
+    if form.columns is not None:
+        if run is not None:
+            raise UserError(f"{path}: run is {run}, but {form.name} files hold one list of requests; leave run out")
+        if timed and form.columns.first is None:
+            raise UserError(f"{path}: {form.name} has no times of tokens; give a log with the times of each request")
+        records = row_records(content, form.columns, time_unit, timed)
+    else:
+        if time_unit is not None:
+            raise UserError(f"{path}: time_unit is for columns of times; {form.name} has its own, leave it out")
+        assert form.records is not None
+        records = form.records(content, run)
+    for record in records:
+        columns.add(record)
+    return columns.finish(spread_ticks)
 
 
-_Row = tuple[Place, tuple[int, float], int, int]  # place, (whole seconds, fraction), prompt tokens, output tokens
+class _Columns:
+    """The records as columns, with times since the first record."""
 
+    def __init__(self, path: Path, content: Content, form: Format, timed: bool):
+        self.path, self.form, self.tally, self.timed = path, form, content.tally, timed
+        self.origin: Time | None = None  # of the clock of `start`, or of the arrivals
+        self.last: Time = (0, 0.0)
+        self.times, self.first, self.end = array("d"), array("d"), array("d")
+        self.prompts, self.outputs, self.shared = array("i"), array("i"), array("i")
+        self.identities: list[Any] = []
+        self.seen: dict[Any, int] = {}
+        self.timed_answers, self.untimed_answers = 0, 0
 
-def _mooncake_rows(first: tuple[Place, str], rest: Iterator[tuple[Place, str]]) -> Iterator[_Row]:
-    for place, line in chain([first], rest):
-        record = json_object(place, line)
-        missing = [key for key in MOONCAKE if key not in record]
-        if missing:
-            raise place.error(f"no {names(missing)}; it has {names(record)}")
-        time, prompt, output = (record[key] for key in MOONCAKE)
-        milliseconds = number(place, "'timestamp'", time, low=0.0)
-        yield place, (0, milliseconds / 1000), *_lengths(place, MOONCAKE, prompt, output)
+    def add(self, record: Record) -> None:
+        """Adds a record, or leaves it out."""
+        place, time, prompt, output, start, first, end, identity, shared, untimed = record
+        if self.form.ordered:
+            if self.times and time < self.last:
+                raise place.error("its time lies before that of the row above; sort the rows by time")
+            self.last = time
+        if identity is not None and identity != "":
+            self._note_identity(record)
+        if self.timed:
+            if start is None or first is None or end is None or untimed:
+                untimed = untimed or "without times of tokens"
+            elif first <= start:
+                untimed = "with the first token at the time of arrival"
+            elif output > 1 and end <= first:
+                untimed = "with several tokens at one time"
+            if untimed:
+                self.tally.left_out[untimed] += 1
+                self.untimed_answers += output > 1
+                return
+            self.timed_answers += output > 1
+            assert start is not None and first is not None and end is not None
+            time = start
+            origin = self.origin = self.origin or start
+            self.first.append((first[0] - origin[0]) + (first[1] - origin[1]))
+            self.end.append((end[0] - origin[0]) + (end[1] - origin[1]))
+        origin = self.origin = self.origin or time
+        self.times.append((time[0] - origin[0]) + (time[1] - origin[1]))
+        self.prompts.append(prompt)
+        self.outputs.append(output)
+        if shared is not None:
+            self.shared.append(shared)
+        if self.timed:
+            self.identities.append(identity)
 
+    def _note_identity(self, record: Record) -> None:
+        identity, place = record.identity, record.place
+        if isinstance(identity, dict | list):
+            raise place.error(f"its request id must be a name or a number, is {identity!r:.40}; correct it")
+        if identity in self.seen:
+            before = f"{place.unit} {self.seen[identity]}"
+            raise place.error(f"has the request id {identity!r:.40} of {before}; drop one of them")
+        self.seen[identity] = place.line
 
-def _csv_rows(first: tuple[Place, str], rest: Iterator[tuple[Place, str]]) -> Iterator[_Row]:
-    header, line = first
-    columns = _cells(line)
-    # The format with the most common columns, so that the message names the missing ones.
-    layout = max((AZURE, OWN), key=lambda keys: len(set(keys) & set(columns)))
-    missing = [key for key in layout if key not in columns]
-    if len(missing) == len(layout):
-        raise header.error(
-            f"not a trace's columns: {names(columns)}; a CSV needs {', '.join(OWN)} or {', '.join(AZURE)}"
-        )
-    if missing:
-        raise header.error(f"no column {names(missing)}; the file has {names(columns)}")
-    time_at, prompt_at, output_at = (columns.index(key) for key in layout)
-    for place, line in rest:
-        cells = _cells(line)
-        if len(cells) != len(columns):
-            raise place.error(
-                f"has {len(cells)} cells where the header has {len(columns)}; complete the row or drop it"
+    def finish(self, spread_ticks: bool) -> Recorded:
+        """All columns in order of arrival."""
+        path, tally = self.path, self.tally
+        if self.untimed_answers and not self.timed_answers:
+            reason = tally.left_out.most_common(1)[0][0]
+            raise UserError(
+                f"{path}: no inter-token latencies, {self.untimed_answers} requests {reason}: it was not streamed, or "
+                "first tokens have no time, so TTFT and time per token cannot be told; record it again, streamed"
             )
-        if layout is AZURE:
-            time = _date(place, cells[time_at])
-        else:
-            time = (0, number(place, "'arrival_time'", cells[time_at], low=0.0))
-        yield place, time, *_lengths(place, layout, cells[prompt_at], cells[output_at])
+        if not self.times or self.origin is None:
+            why = ", ".join(f"{count} {reason}" for reason, count in tally.left_out.items())
+            raise UserError(
+                f"{path}: has no request that can be used ({why})"
+                if tally.rows
+                else f"{path}: has a header but no rows; a trace needs a row for each request"
+            )
+        times = np.asarray(self.times)
+        order = np.arange(len(times)) if self.form.ordered and not self.timed else np.argsort(times, kind="stable")
+        if (np.diff(order) < 0).any():
+            tally.changed.append("sorted by arrival")
+        begin = float(times[order[0]])
+        times = times[order] - begin
+        prompts, outputs = (np.asarray(column, np.int32)[order] for column in (self.prompts, self.outputs))
+        step = tick_of(times) if spread_ticks else None
+        if spread_ticks:
+            if step is None:
+                raise UserError(
+                    f"{path}: spread_ticks needs times that are multiples of one step, with two or more requests each; "
+                    "leave it out"
+                )
+            times = _spread(times, step)
+            tally.changed.append(f"times spread over ticks of {step:g} s")
+        never = np.full(len(times), np.nan)
+        first, end = (np.asarray(column)[order] - begin if self.timed else never for column in (self.first, self.end))
+        return Recorded(
+            times,
+            prompts,
+            outputs,
+            first,
+            end,
+            [self.identities[index] for index in order] if self.timed else [],
+            np.asarray(self.shared, np.int32)[order] if len(self.shared) == len(times) else None,
+            self.origin[0] + self.origin[1] + begin,
+            make_reading(path, self.form.name, tally, times, prompts, outputs),
+        )
 
 
-def _lengths(place: Place, layout: tuple[str, str, str], prompt: Any, output: Any) -> tuple[int, int]:
-    return tokens(place, f"'{layout[1]}'", prompt), tokens(place, f"'{layout[2]}'", output)
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip().strip('"') for cell in line.split(",")]
-
-
-def _date(place: Place, text: str) -> tuple[int, float]:
-    """Seconds since 1970: whole part and fraction. Python's parser reads six decimals, and Azure writes seven."""
-    match = _TIMESTAMP.fullmatch(text)
-    try:
-        if match is None:
-            raise ValueError
-        moment = datetime.fromisoformat(match[1] + (match[3] or "+00:00"))
-    except ValueError:
-        raise place.error(
-            f"'TIMESTAMP' must be a date and time like 2023-11-16 18:17:03.97996, is {shown(text)}; correct or drop it"
-        ) from None
-    return int(moment.timestamp()), float(match[2] or 0)
-
-
-def _spread(times: np.ndarray) -> np.ndarray:
-    """Spreads requests of equal times evenly over their tick."""
-    ticks, tick_of, sizes = np.unique(times, return_inverse=True, return_counts=True)
-    steps = np.diff(ticks)
-    usual = np.median(steps) if len(steps) else LONE_TICK  # a longer step contains ticks without requests
-    lengths = np.minimum(np.append(steps, usual), usual)
-    place_in_tick = np.arange(len(times)) - (np.cumsum(sizes) - sizes)[tick_of]
-    return times + (lengths / sizes)[tick_of] * place_in_tick
+def _spread(times: np.ndarray, step: float) -> np.ndarray:
+    """Spreads requests of equal times evenly over their tick: `step` seconds, or less if the next tick comes before."""
+    ticks, tick_at, sizes = np.unique(times, return_inverse=True, return_counts=True)
+    lengths = np.minimum(np.append(np.diff(ticks), step), step)
+    place_in_tick = np.arange(len(times)) - (np.cumsum(sizes) - sizes)[tick_at]
+    return times + (lengths / sizes)[tick_at] * place_in_tick
