@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
 
 from jaxroute import adapters
-from tests.adapting import EPISODE, small
+from tests.adapting import ACTIONS, EPISODE, Calls, call_at_random, small
 from tests.rollouts import CHEAP_COMPILE
 
 pytest.importorskip("gymnax", reason="gymnax is not in the extra dev; make compat tests it")
@@ -73,6 +75,62 @@ def test_steps_are_the_environments_own(adapted):
     np.testing.assert_array_equal(info["truncated"], at_end)
     np.testing.assert_array_equal(info["final_observation"], wanted[-1]["final_observation"])
     assert (observation != info["final_observation"]).any(axis=1).tolist() == at_end.tolist()
+
+
+def test_random_calls_are_answered_as_by_the_environment_in_each_row(adapted):
+    env, params = adapted
+    own, own_params = small()
+    compiled = {"compiler_options": CHEAP_COMPILE}
+    steps = jax.jit(jax.vmap(env.step, (0, 0, 0, None)), **compiled), jax.jit(own.step, **compiled)
+    resets = jax.jit(jax.vmap(env.reset, (0, None)), **compiled), jax.jit(own.reset, **compiled)
+    observes = jax.jit(jax.vmap(env.get_obs, (0, None)), **compiled), jax.jit(own.observe, **compiled)
+
+    def rows(call):
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get([call(index) for index in range(2)]))
+
+    class OfGymnax(Calls):
+        def __init__(self):
+            super().__init__()
+            self.ours, self.theirs = {}, {}
+
+        @rule(seed=st.integers(0, 2**32 - 1), raw=st.booleans())
+        def reset(self, seed, raw):
+            keys = jax.random.split(jax.random.PRNGKey(seed) if raw else jax.random.key(seed))
+            ours = resets[0](keys, params)
+            self.keep(ours, rows(lambda index: resets[1](keys[index], own_params)))
+
+        def keep(self, ours, theirs):
+            self.ours, self.theirs = {"state": ours[1]}, {"state": theirs[1]}
+            answers = iter((jax.device_get(theirs), jax.device_get(ours)))
+            self.both(lambda _: dict(enumerate(map(vars_of, next(answers)))))
+
+        @precondition(lambda self: self.ours)
+        @rule(seed=st.integers(0, 2**32 - 1), actions=ACTIONS)
+        def step(self, seed, actions):
+            keys = jax.random.split(jax.random.key(seed))
+            *ours, _ = steps[0](keys, self.ours["state"], actions, params)
+
+            def one(index):
+                state = jax.tree.map(lambda leaf: leaf[index], self.theirs["state"])
+                values = steps[1](keys[index], state, actions[index], own_params)[:5]
+                return values if len(ours) == 5 else (*values[:3], values[3] | values[4])
+
+            self.keep(ours, rows(one))
+
+        @precondition(lambda self: self.ours)
+        @rule()
+        def get_obs(self):
+            theirs = rows(lambda i: observes[1](jax.tree.map(lambda leaf: leaf[i], self.theirs["state"]), own_params))
+            answers = iter((theirs, jax.device_get(observes[0](self.ours["state"], params))))
+            self.both(lambda _: next(answers))
+
+    call_at_random(OfGymnax)
+
+
+def vars_of(tree):
+    """A pytree as a dict of its leaves, copied."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.array(leaf) for path, leaf in paths}
 
 
 @pytest.mark.parametrize(("five", "count"), [(True, 5), (False, 6)])

@@ -3,46 +3,83 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
 
 from jaxroute import adapters
-from tests.adapting import EPISODE, cheap, equal, small  # noqa: F401  a fixture
+from tests.adapting import ACTIONS, EPISODE, Calls, call_at_random, cheap, equal, small  # noqa: F401  a fixture
 
 pytest.importorskip("stable_baselines3", reason="stable-baselines3 is not in the extra dev; make compat tests it")
 from stable_baselines3 import DQN, PPO  # noqa: E402
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor  # noqa: E402
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor  # noqa: E402
 
 ROWS = 2
 
 
-@pytest.mark.parametrize("obs", ["flat", "graph"])
-def test_steps_are_those_of_gymnasiums_vector_environment(obs):
-    vec, vector = (make(*small(obs), ROWS) for make in (adapters.to_stable_baselines3, adapters.to_gymnasium_vector))
-    assert isinstance(vec, VecEnv) and vec.observation_space == vector.single_observation_space
-    assert vec.seed(5) == [5, 6]
-    equal(vec.reset(), vector.reset(seed=5)[0])
-    assert vec.reset_infos[1]["action_mask"].shape == (4,)
-    for step in range(1, 2 * EPISODE + 2):
-        actions = np.array([step % 3, 0])
-        observation, reward, done, infos = vec.step(actions)
-        *wanted, terminated, truncated, info = vector.step(actions)
-        equal(observation, wanted[0])
-        equal(reward, wanted[1])
-        assert done.tolist() == [step % EPISODE == 0] * ROWS
-        for row, own in enumerate(infos):
-            np.testing.assert_array_equal(own["action_mask"], info["action_mask"][row])
-            assert own["TimeLimit.truncated"] == truncated[row] and not terminated[row]
-            assert ("terminal_observation" in own) == done[row]
-            if done[row]:
-                equal(own["terminal_observation"], info["final_obs"][row])
-                assert own["metrics"]["qos"] == info["final_info"]["metrics"]["qos"][row]
-                assert own["qos"] == info["final_info"]["qos"][row]
-        if step == EPISODE + 1:
-            one, other = (copied.step(actions)[0] for copied in (copy.deepcopy(vec), pickle.loads(pickle.dumps(vec))))
-            equal(one, other)
+def dummy(obs):
+    """Stable-Baselines3's vector environment over single ones, and ours."""
+    oracle = DummyVecEnv([lambda: adapters.to_gymnasium(*small(obs))] * ROWS)
+    return oracle, adapters.to_stable_baselines3(*small(obs), ROWS)
+
+
+def step(vec, actions):
+    """What a step returns, and then the masks of the observations, which are also in our infos."""
+    observation, reward, done, infos = vec.step(actions)
+    for info, ended, after in zip(infos, done, vec.reset_infos, strict=True):
+        info["action_mask"] = after["action_mask"] if ended else info["action_mask"]
+    return observation, reward, done, infos, copy.deepcopy(vec.reset_infos)
+
+
+def test_a_graph_is_a_dict():
+    oracle, vec = dummy("graph")
+    assert isinstance(vec, VecEnv) and vec.observation_space == oracle.observation_space
+    assert vec.action_space == oracle.action_space and vec.seed(5) == oracle.seed(5) == [5, 6]
+    equal(vec.reset(), dict(oracle.reset()))
+    for _ in range(EPISODE):
+        answers = [step(each, np.array([1, 0])) for each in (vec, oracle)]
+        equal(answers[0], answers[1])
+    assert answers[0][2].all() and {"terminal_observation", "metrics"} <= answers[0][3][1].keys()
+
+
+def test_random_calls_are_answered_as_stable_baselines3_answers_them():
+    class OfStableBaselines3(Calls):
+        def __init__(self):
+            super().__init__()
+            self.theirs, self.ours = dummy("flat")
+            self.seeded = self.started = False
+
+        @rule(seed=st.none() | st.integers(0, 2**40), of_numpy=st.integers(0, 9))
+        def seed(self, seed, of_numpy):
+            def call(vec):
+                np.random.seed(of_numpy)  # seeds of None are drawn by it
+                return vec.seed(seed)
+
+            self.seeded = self.both(call)
+
+        @precondition(lambda self: self.seeded)  # seeds are the operating system's without
+        @rule()
+        def reset(self):
+            self.started = self.both(lambda vec: (vec.reset(), copy.deepcopy(vec.reset_infos)))
+            assert self.started
+
+        @rule(seed=st.sampled_from([np.int64(3), -1]))
+        def reset_in_vain(self, seed):
+            assert not self.both(lambda vec: (vec.seed(seed), vec.reset()))
+            self.both(lambda vec: vec.seed(1))
+            self.seeded = True
+
+        @rule(options=st.sampled_from([None, {}, {"nothing": 1}, [{"nothing": 1}, {}]]))
+        def set_options(self, options):
+            self.both(lambda vec: vec.set_options(options))
+
+        @rule(actions=ACTIONS)
+        def step(self, actions):
+            assert self.both(lambda vec: step(vec, actions)) == self.started
+
+    call_at_random(OfStableBaselines3)
 
 
 def test_attributes_and_methods():

@@ -176,3 +176,13 @@ def test_splits_and_loads(tmp_path):
     assert by_parity.fitted[:4].tolist() == [True, False, True, False]
     assert by_time.fitted.sum() == 12
     assert [split.name for split in by_load] == ["lower loads fitted, higher loads judged"]
+
+
+@pytest.mark.parametrize(("line", "searched"), [("", True), ("null", True), ("true", True), ("false", False)])
+def test_shared_prefixes_are_used_unless_the_server_has_no_cache(tmp_path, line, searched):
+    path = tmp_path / "engine.yaml"
+    path.write_text("max_num_seqs: 64\n" + (f"enable_prefix_caching: {line}\n" if line else ""))
+    log = load_log(jsonl(tmp_path / "log.jsonl", [{**row, "shared_prefix_tokens": 1} for row in ROWS]))
+    assert ("prefix_hits" in search_space(log, load_options(path)).names) == searched
+    without = load_log(jsonl(tmp_path / "without.jsonl", ROWS))
+    assert "prefix_hits" not in search_space(without, load_options(path)).names

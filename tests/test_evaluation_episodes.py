@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,3 +157,24 @@ def test_heuristics_never_drop_and_full_slots_show_as_rejections(results):
         assert (values[name]["drop_rate"] == 0).all()
     assert values["bert_router"]["full_rejection_rate"].max() > 0
     assert values["round_robin"]["qos"].shape == (3,) and values["round_robin"]["expert_share"].shape == (3, 3)
+
+
+@dataclass(frozen=True)
+class OwnState(jaxroute.Wrapper):
+    def reset(self, key, params):
+        observation, state = self.env.reset(key, params)
+        return observation, {"inner": state}
+
+
+def test_wrapped_environments_are_evaluated_or_refused_in_a_line(scenario):
+    env, params, _, _ = scenario
+    env = dataclasses.replace(env, episode_length=4)
+    routers: Any = {"round_robin": make_router("round_robin", env)}
+    values = [
+        evaluate_routers(each, params, routers, episodes=1, seed=1)["round_robin"]["qos"]
+        for each in (env, jaxroute.FiveValues(jaxroute.Wrapper(env)))
+    ]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-6)
+    for other, problem in ((OwnState(env), "the state of OwnState is a dict"), (object(), "not on object")):
+        with pytest.raises(jaxroute.UserError, match=problem):
+            evaluate_routers(other, params, routers, episodes=1, seed=1)

@@ -103,6 +103,7 @@ def spec(config: dict | None = None, engine: str = "V1", **request) -> str:
         (spec({"enable_chunked_prefill": True}, engine="V0"), "spec.json", "unknown engine option 'enable_chunked_"),
         (spec({"async_output_proc": 1}, engine="V0"), "spec.json", "async_output_proc must be true or false"),
         (spec({"watermark": 0.01}), "spec.json", "unknown engine option 'watermark'"),
+        (spec({"enable_prefix_caching": True}), "spec.json", "config: enable_prefix_caching must be false, as prefix"),
         (spec({"block_size": 0}), "spec.json", "block_size"),
         (spec({"latency": [0.1]}), "spec.json", "latency"),
         (spec({"enable_chunked_prefill": 1}), "spec.json", "true or false"),

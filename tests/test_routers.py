@@ -168,6 +168,17 @@ def test_unknown_parameters_have_the_nearest(scenario):
         jaxroute.make_router("latency_based", scenario[0], bufer=0.1)
 
 
+def test_values_of_parameters_are_checked(scenario):
+    env = scenario[0]
+    for wrong in (EXPERTS, -1, 1.0, True, None, "0", jnp.int32(EXPERTS), np.array([0])):
+        with pytest.raises(UserError, match="router routellm: strong must be the number of an expert, 0 to"):
+            make_router("routellm", env, strong=wrong)
+    for wrong in (float("nan"), -np.inf, "0.1", None, True, [0.1], jnp.float32(np.nan)):
+        with pytest.raises(UserError, match="router latency_based: buffer must be a finite number"):
+            make_router("latency_based", env, buffer=wrong)
+    make_router("routellm", env, strong=np.int64(1), weak=jnp.int32(0), threshold=np.float32(0.1))
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers_are_values(name):
     """Made twice, for environments made twice, they are equal, and one program serves both."""

@@ -1,5 +1,6 @@
 """Steps several environments in one program, for libraries without JAX: inputs and outputs are NumPy arrays."""
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 
 from jaxroute.environment.metrics import EpisodeTotals, Level, summarize
 from jaxroute.environment.spaces import Dict, observation_space
+from jaxroute.errors import UserError
 
 Info = dict[str, Any]
 """Name -> [B, ...]: "action_mask" (int8 [B, N + 1], as in gymnasium); after a step "qos", "penalty", "elapsed"."""
@@ -34,28 +36,44 @@ class HostBatch:
     """
 
     def __init__(self, env: Any, params: Any, num_envs: int) -> None:
+        _processes.add(os.getpid())
         self.env, self.params, self.num_envs = env, params, num_envs
-        self._state: Any = None
+        self._observation = self._state = None
+        self._seeds, self._steps = np.zeros((2, num_envs), np.uint32)
 
     @property
     def started(self) -> bool:
         """Whether `reset` has been called."""
         return self._state is not None
 
-    def reset(self, seeds: Sequence[int]) -> tuple[Any, Info]:
-        """(observation, info) of new episodes; `seeds` are taken modulo 2^32."""
-        self._seeds = np.asarray([seed % 2**32 for seed in seeds], np.uint32)
-        self._steps = 0
-        (observation, info), self._state = _reset(self.env, self._seeds, self.params)
-        return _numpy(observation), _numpy(info)
+    def reset(self, seeds: Sequence[int], rows: np.ndarray | None = None) -> tuple[Any, Info]:
+        """(observation, info) of new episodes; `seeds` are taken modulo 2^32. `rows` (bool [B]): only these begin one,
+        and only their info has a meaning."""
+        _check_process()
+        new = np.asarray([seed % 2**32 for seed in seeds], np.uint32), np.zeros(self.num_envs, np.uint32)
+        (observation, info), state = _reset(self.env, new[0], self.params)
+        new = (*new, observation, state)
+        if rows is not None and not rows.all():
+            old = (self._seeds, self._steps, self._observation, self._state)
+            choose = lambda one, other: np.where(rows.reshape(-1, *[1] * (one.ndim - 1)), one, other)  # noqa: E731
+            new = jax.tree.map(choose, new, old)
+        self._seeds, self._steps, self._observation, self._state = new
+        return _numpy(self._observation), _numpy(info)
 
     def step(self, actions: Any) -> Step:
         """Steps all environments; `actions` are integers [B]."""
-        self._steps += 1
-        actions = np.asarray(actions, np.int32).reshape(self.num_envs)
-        seen, final, totals, self._state = _step(
-            self.env, self._seeds, np.uint32(self._steps), self._state, actions, self.params
+        _check_process()
+        actions = np.asarray(actions)
+        if actions.size != self.num_envs or actions.dtype.kind not in "iu":
+            got = f"{actions.dtype}{list(actions.shape)}"
+            raise ValueError(f"actions must be a whole number for each of {self.num_envs} environments, not {got}")
+        # Numbers outside of int32 would become other actions.
+        actions = actions.astype(np.int64).clip(-1, self.env.num_actions).astype(np.int32)
+        steps = self._steps + np.uint32(1)
+        seen, final, totals, state = _step(
+            self.env, self._seeds, steps, self._state, actions.reshape(self.num_envs), self.params
         )
+        self._steps, self._observation, self._state = steps, seen[0], state
         observation, info, reward, terminated, truncated = _numpy(seen)
         final_observation = final_info = None
         if (terminated | truncated).any():
@@ -67,13 +85,13 @@ class HostBatch:
 
 @partial(jax.jit, static_argnums=0)
 def _reset(env: Any, seeds: jax.Array, params: Any) -> tuple[Any, Any]:
-    observation, state = jax.vmap(env.reset, (0, None))(_keys(seeds, jnp.uint32(0)), params)
+    observation, state = jax.vmap(env.reset, (0, None))(_keys(seeds, jnp.zeros_like(seeds)), params)
     return _seen(env, observation), state
 
 
 @partial(jax.jit, static_argnums=0)
-def _step(env: Any, seeds: jax.Array, count: jax.Array, state: Any, actions: jax.Array, params: Any) -> Any:
-    values = jax.vmap(env.step, (0, 0, 0, None))(_keys(seeds, count), state, actions, params)
+def _step(env: Any, seeds: jax.Array, counts: jax.Array, state: Any, actions: jax.Array, params: Any) -> Any:
+    values = jax.vmap(env.step, (0, 0, 0, None))(_keys(seeds, counts), state, actions, params)
     observation, state, reward, terminated, truncated, info = values
     own = {name: info[name] for name in ("qos", "penalty", "elapsed")}
     observation, shown = _seen(env, observation)
@@ -82,10 +100,10 @@ def _step(env: Any, seeds: jax.Array, count: jax.Array, state: Any, actions: jax
     return seen, (final, {**final_shown, **own}), info["episode"], state
 
 
-def _keys(seeds: jax.Array, count: jax.Array) -> jax.Array:
+def _keys(seeds: jax.Array, counts: jax.Array) -> jax.Array:
     """Keys: 0 of a reset, n of the n-th step after it. All are made by `fold_in` of the seed's key, since `split` and
     `fold_in` of one key may give equal keys."""
-    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), count))(seeds)
+    return jax.vmap(lambda seed, count: jax.random.fold_in(jax.random.key(seed), count))(seeds, counts)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -105,6 +123,25 @@ def _seen(env: Any, observation: Any) -> tuple[Any, dict[str, jax.Array]]:
         parts = observation if isinstance(observation, Mapping) else vars(observation)
         observation = {name: part.astype(jnp.int8) if part.dtype == bool else part for name, part in parts.items()}
     return observation, {} if mask is None else {"action_mask": mask.astype(jnp.int8)}
+
+
+_processes: set[int] = set()
+"""Processes that made a batch: this one, and those that it is a fork of."""
+
+
+def _check_process() -> None:
+    """Raises where JAX would wait forever, as the threads of its process do not exist in a fork. In the constructor it
+    would be too early: gymnasium's worker reports only errors of `reset` and `step`."""
+    if _processes - {os.getpid()}:
+        raise UserError(
+            "this process is a fork of one that used JAX, which hangs in forks; start it with the method 'spawn', as "
+            "AsyncVectorEnv(..., context='spawn') or SubprocVecEnv(..., start_method='spawn') does"
+        )
+
+
+def row(tree: Any, index: int) -> Any:
+    """What one environment has of arrays [B, ...]: arrays, and Python's numbers where nothing else is left."""
+    return jax.tree.map(lambda leaf: leaf[index] if leaf.ndim > 1 else leaf[index].item(), tree)
 
 
 def _numpy(tree: Any) -> Any:

@@ -4,33 +4,31 @@
 # The library is not installed when types are checked.
 from typing import Any
 
-import jax
+import gymnasium
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
-from jaxroute.adapters.gymnasium import gymnasium_space
-from jaxroute.adapters.host import HostBatch
+from jaxroute.adapters.gymnasium import Seeds, gymnasium_space
+from jaxroute.adapters.host import HostBatch, row
 
 
 class StableBaselines3VecEnv(VecEnv):
-    """`num_envs` environments in one program; a reset without `seed` draws seeds from the operating system.
+    """`num_envs` environments in one program, with the seeds of `DummyVecEnv` over as many `GymnasiumEnv`.
 
     infos[i] has "action_mask" (int8 [N + 1]), "qos", "penalty", "elapsed" and "TimeLimit.truncated"; at the end of an
     episode also "terminal_observation" and "metrics". "action_mask" always belongs to the returned observation.
     """
 
     def __init__(self, env: Any, params: Any, num_envs: int) -> None:
-        self._batch = HostBatch(env, params, num_envs)
+        self._batch, self._generators = HostBatch(env, params, num_envs), Seeds(num_envs)
         self._masks: Any = None
         super().__init__(num_envs, gymnasium_space(env.observation_space()), gymnasium_space(env.action_space()))
 
     def reset(self) -> Any:
         """The first observations [num_envs, ...], or a dict of them."""
-        drawn = np.random.SeedSequence().generate_state(self.num_envs).tolist()
-        seeds = [own if seed is None else seed for seed, own in zip(self._seeds, drawn, strict=True)]
+        observation, info = self._batch.reset(self._generators.draw(self._seeds, np.ones(self.num_envs, bool)))
         self._reset_seeds()
         self._reset_options()
-        observation, info = self._batch.reset(seeds)
         self.reset_infos = self._rows(info)
         return observation
 
@@ -43,6 +41,8 @@ class StableBaselines3VecEnv(VecEnv):
 
         Where an episode is done, the observation is the next episode's.
         """
+        if not self._batch.started:
+            raise gymnasium.error.ResetNeeded("call reset before step")
         step = self._batch.step(self._actions)
         infos = self._rows(step.info | {"TimeLimit.truncated": step.truncated & ~step.terminated})
         done = step.terminated | step.truncated
@@ -51,8 +51,11 @@ class StableBaselines3VecEnv(VecEnv):
             if "metrics" in step.final_info:
                 last["metrics"] = step.final_info["metrics"]
             for index in np.flatnonzero(done):
-                infos[index] |= jax.tree.map(lambda leaf, index=index: leaf[index], last)
-        return step.observation, step.reward, done, infos
+                infos[index] |= row(last, index)
+                self.reset_infos[index] = {
+                    name: infos[index][name] for name in ("action_mask",) if name in infos[index]
+                }
+        return step.observation, step.reward.astype(np.float32), done, infos
 
     def close(self) -> None:
         """Does nothing, as there is nothing to close."""
@@ -79,8 +82,7 @@ class StableBaselines3VecEnv(VecEnv):
     def _rows(self, info: dict[str, Any]) -> list[dict[str, Any]]:
         """One dict per environment. Also stores the action masks."""
         self._masks = info.get("action_mask")
-        columns = [value if value.ndim > 1 else value.tolist() for value in info.values()]
-        return [dict(zip(info, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [row(info, index) for index in range(self.num_envs)]
 
     def _attribute(self, name: str, index: int) -> Any:
         if name == "render_mode":

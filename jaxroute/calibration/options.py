@@ -16,7 +16,7 @@ SEARCHED = ("num_gpu_blocks", "max_num_seqs", "max_num_batched_tokens", "max_mod
 _SERVER = {
     "data_parallel_size": 1,
     "tensor_parallel_size": 1,
-    "enable_prefix_caching": False,
+    "enable_prefix_caching": True,
     "model": None,
     "gpu": None,
 }
@@ -32,7 +32,7 @@ class ServerOptions:
     engine: dict[str, Any] = field(default_factory=dict)
     data_parallel_size: int = 1
     tensor_parallel_size: int = 1
-    enable_prefix_caching: bool = False
+    enable_prefix_caching: bool = True
     model: str | None = None
     gpu: str | None = None
 

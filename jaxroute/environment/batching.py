@@ -5,6 +5,7 @@ environments], so that every operation runs along whole rows of environments, an
 decides whether a part of the step can be skipped. On CPUs this is several times faster than a vmapped program.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,32 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
+
+
+def in_own_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, traced with JAX's default promotion of ranks and dtypes, whatever modes its caller has set."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*args, **options)
+
+    return run
+
+
+def _with_automatic_sharding(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of leaves [B, ...], inside of which XLA chooses shardings even if B is sharded explicitly."""
+
+    def run(*args: Any) -> Any:
+        for leaf in jax.tree.leaves(args):
+            sharding = jax.typeof(leaf).sharding
+            if sharding.spec and sharding.spec[0] is not None and AxisType.Explicit in sharding.mesh.axis_types:
+                out = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+                return auto_axes(function, out_sharding=out)(*args)
+        return function(*args)
+
+    return run
 
 
 def over_batch(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,6 +48,8 @@ def over_batch(function: Callable[..., Any]) -> Callable[..., Any]:
     [1, ...] if they are the same for all environments. It returns leaves [B, ...]. The function that `over_batch`
     returns takes and returns leaves without that axis.
     """
+
+    function = in_own_modes(_with_automatic_sharding(function))
 
     @custom_vmap
     def batched(*args: Any) -> Any:
@@ -72,4 +101,6 @@ def batch_first(tree: Any) -> Any:
 
 def keep_batch_last(leaf: jax.Array) -> jax.Array:
     """`leaf` [B, ...], stored in memory as [..., B], so that code with environments last need not copy it."""
+    if leaf.shape[0] == 1:  # both are the same; and `jax.export` refuses constraints
+        return leaf
     return with_layout_constraint(leaf, Layout(major_to_minor=(*range(1, leaf.ndim), 0)))

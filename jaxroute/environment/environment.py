@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxroute.environment.batching import batch_first, batch_last, keep_batch_last, over_batch
+from jaxroute.environment.batching import batch_first, batch_last, in_own_modes, keep_batch_last, over_batch
 from jaxroute.environment.metrics import empty_totals, totals_first, totals_last
 from jaxroute.environment.settings import Settings
 from jaxroute.environment.spaces import Discrete, Space, observation_space
@@ -38,6 +38,7 @@ class RoutingEnvironment(Settings):
         del params
         return observation_space(self)
 
+    @in_own_modes
     def reset(self, key: jax.Array, params: EnvParams) -> tuple[Observation, EnvState]:
         """(observation, state) of a new episode at its first arrival, with idle experts."""
         key_start, key_request = jax.random.split(key)
@@ -56,8 +57,10 @@ class RoutingEnvironment(Settings):
             recent_latency=jnp.zeros(self.num_experts, float),
             totals=empty_totals(self.num_experts, self.metrics, self.episode_length),
         )
-        return self.observe(state, params), state
+        # Each leaf is a buffer of its own, as in results of compiled programs, so that the state can be donated.
+        return self.observe(state, params), jax.tree.map(jnp.copy, state)
 
+    @in_own_modes
     def step(
         self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
     ) -> tuple[Observation, EnvState, jax.Array, jax.Array, jax.Array, dict[str, Any]]:
@@ -88,6 +91,7 @@ class RoutingEnvironment(Settings):
             state, jnp.asarray(action, jnp.int32), arrival, first, params.replace(workload=None)
         )
 
+    @in_own_modes
     def observe(self, state: EnvState, params: EnvParams) -> Observation:
         """The observation of a state, equal to the one that `reset` or `step` returned with it."""
         return over_batch(self._observe)(state.replace(totals=None), params.replace(workload=None))

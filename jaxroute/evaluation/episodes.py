@@ -11,7 +11,9 @@ import numpy as np
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.metrics import summarize
-from jaxroute.environment.state import EnvParams
+from jaxroute.environment.state import EnvParams, EnvState
+from jaxroute.environment.wrappers import Wrapper
+from jaxroute.errors import UserError
 from jaxroute.routers import ROUTERS, Parameters, make_router
 from jaxroute.routers.choice import Router
 
@@ -21,7 +23,7 @@ EpisodeValues = dict[
 
 
 def evaluate_routers(
-    env: RoutingEnvironment,
+    env: RoutingEnvironment | Wrapper,
     params: EnvParams,
     routers: dict[str, Router],
     episodes: int,
@@ -31,10 +33,11 @@ def evaluate_routers(
     """Router name -> exact metrics of `episodes` whole episodes. `done` is called with the result of each router.
 
     Episode e has the same requests for every router and in every call with the same `seed`: the requests depend only on
-    the environment's keys, and routers use other keys.
+    the environment's keys, and routers use other keys. `env` may be in wrappers that keep the state as it is, such as
+    `FiveValues`; other environments raise `UserError`.
     """
     # The penalty is part only of the reward, which is not reported.
-    env = dataclasses.replace(env, metrics="exact", penalty="off")
+    env = _replaced(env, metrics="exact", penalty="off")
     policies = [as_pytree(router) for router in routers.values()]
     keys = jax.random.split(jax.random.key(seed), episodes)
     results = {}
@@ -42,6 +45,15 @@ def evaluate_routers(
         results[name] = jax.device_get(_program(env, policies, jnp.int32(index), keys, params))
         done(name, results[name])
     return results
+
+
+def _replaced(env: Any, **settings: Any) -> Any:
+    """`env` with other settings of the `RoutingEnvironment` that it is, or that is inside of it."""
+    if isinstance(env, RoutingEnvironment):
+        return dataclasses.replace(env, **settings)
+    if isinstance(env, Wrapper):
+        return dataclasses.replace(env, env=_replaced(env.env, **settings))
+    raise UserError(f"routers are evaluated on a RoutingEnvironment or a Wrapper of one, not on {type(env).__name__}")
 
 
 def as_pytree(router: Router) -> Router:
@@ -81,12 +93,17 @@ def follow_episodes(
         observation, before = carry
         actions = route(fold_in(router_keys, index), observation, before, params)
         step_keys = fold_in(env_keys, index)
-        observation, state, _, _, _, info = jax.vmap(env.step, (0, 0, 0, None))(step_keys, before, actions, params)
+        observation, state, *_, info = jax.vmap(env.step, (0, 0, 0, None))(step_keys, before, actions, params)
         return (observation, state), note(before.request, actions, info["elapsed"])
 
-    start = jax.vmap(env.reset, (0, None))(fold_in(env_keys, env.episode_length), params)
+    observation, state = jax.vmap(env.reset, (0, None))(fold_in(env_keys, env.episode_length), params)
+    if not isinstance(state, EnvState):
+        raise UserError(
+            f"the state of {type(env).__name__} is a {type(state).__name__}, which routers cannot read; use the "
+            "environment inside"
+        )
     # The totals of an episode are complete after its last step, where the scan ends.
-    (_, state), notes = jax.lax.scan(step, start, jnp.arange(env.episode_length))
+    (_, state), notes = jax.lax.scan(step, (observation, state), jnp.arange(env.episode_length))
     return jax.vmap(partial(summarize, level=env.metrics))(state.totals), notes
 
 

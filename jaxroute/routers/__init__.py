@@ -6,9 +6,11 @@ from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.core import Tracer
 
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.errors import require_known
+from jaxroute.errors import UserError, require_known
 from jaxroute.routers import paper, planning, serving
 from jaxroute.routers.choice import RuleRouter
 
@@ -68,10 +70,22 @@ def make_router(name: str, env: RoutingEnvironment, **parameters: Any) -> RuleRo
     """The router of this name for `env`. `parameters` override the defaults of its rule, and may be traced.
 
     Raises:
-        UserError: no router has this name, or the router has no such parameter.
+        UserError: no router has this name, the router has no such parameter, or a value cannot be one of it.
     """
     rule = ROUTERS[require_known(name, ROUTERS, "router")].rule
-    own = [key for key, value in inspect.signature(rule).parameters.items() if value.kind is value.KEYWORD_ONLY]
-    for key in parameters:
+    own = {key: value for key, value in inspect.signature(rule).parameters.items() if value.kind is value.KEYWORD_ONLY}
+    for key, value in parameters.items():
         require_known(key, own, f"parameter of the router {name}")
+        if not isinstance(value, Tracer):
+            _check_value(f"{name}: {key}", value, env.num_experts if isinstance(own[key].default, int) else None)
     return RuleRouter(rule, env, parameters)
+
+
+def _check_value(what: str, value: Any, num_experts: int | None) -> None:
+    """Raises `UserError` unless `value` is the number of one of `num_experts` experts; or, if it is None, finite."""
+    array = np.asarray(value)
+    numeric = array.ndim == 0 and array.dtype.kind in ("iu" if num_experts else "iuf")
+    if numeric and (0 <= array < num_experts if num_experts else np.isfinite(array)):
+        return
+    wanted = f"the number of an expert, 0 to {num_experts - 1}" if num_experts else "a finite number"
+    raise UserError(f"router {what} must be {wanted}, not {value!r}")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxroute.environment.batching import in_own_modes
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.observation import action_mask
 from jaxroute.environment.state import EnvParams, EnvState
@@ -22,6 +23,7 @@ class RuleRouter(struct.PyTreeNode):
     env: RoutingEnvironment = struct.field(pytree_node=False)
     parameters: dict[str, Any]  # parameters of the rule, by name, traced
 
+    @in_own_modes
     def __call__(self, key: jax.Array, observation: Any, state: EnvState, params: EnvParams) -> jax.Array:
         """The action, int32 []."""
         return self.rule(self.env, key, observation, state, params, **self.parameters)

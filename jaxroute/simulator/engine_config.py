@@ -31,6 +31,7 @@ _NOT_IN_V0 = ("enable_chunked_prefill", "reserve_full_isl", "long_prefill_token_
 # Recorded schedules have the key unchecked_budget, and the tests' random cases reach small budgets by it.
 _ONLY_IN_V0 = {"num_gpu_blocks": 10000, "watermark": 0.01, "async_output_proc": True, "unchecked_budget": False}
 
+_PREFIX_CACHING = "enable_prefix_caching"
 _SMALLEST = {"long_prefill_token_threshold": 0, "max_model_len": 2}
 
 
@@ -57,7 +58,9 @@ def engine_from_config(
     defaults, null_blocks = defaults_of(discipline), DISCIPLINES[discipline].null_blocks
     least = {**_SMALLEST, "num_gpu_blocks": null_blocks + 1}
     for key in config:
-        require_known(key, [*defaults, *also_known], "engine option", f"{where}: ")
+        require_known(key, [*defaults, _PREFIX_CACHING, *also_known], "engine option", f"{where}: ")
+    if config.get(_PREFIX_CACHING, False) is not False:
+        raise UserError(f"{where}: {_PREFIX_CACHING} must be false, as prefix caching is not simulated yet")
     values = {**DEFAULTS, **defaults, **{key: value for key, value in config.items() if key in defaults}}
     if values["max_num_batched_tokens"] is None:
         longest = values["max_model_len"]
