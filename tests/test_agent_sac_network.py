@@ -47,6 +47,7 @@ class ScoreEnvironment:
         return observation, following, state[action], jnp.zeros((), bool), jnp.zeros((), bool), info
 
 
+@pytest.mark.slow
 def test_learns_to_route_by_score() -> None:
     env, network = ScoreEnvironment(), RouterNetwork(hidden=16, heads=2, layers=1, mlp=(16,))
     hyper = hyperparameters(actor_learning_rate=1e-2, critic_learning_rate=1e-2, tau=0.05, gamma=0.0, warmup_frames=512)

@@ -68,6 +68,7 @@ def test_decisions(entry, tmp_path, capsys):
     assert "median" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training(tmp_path):
     path = tmp_path / "out.json"
     tiny = [*TINY_AGENT, "training.num_envs=2", "training.buffer_capacity=8"]
@@ -78,6 +79,7 @@ def test_training(tmp_path):
     assert row["critic_loss"] is not None, "no chunk learned"
 
 
+@pytest.mark.slow
 def test_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr(encoder, "QUEUE_NODES", ("all",))
     monkeypatch.setattr(encoder, "SETTLED_STEPS", 2)

@@ -58,6 +58,7 @@ def test_a_training_name_stands_for_one_training():
                         assert runs.setdefault(run.folder, run) == run
 
 
+@pytest.mark.slow
 def test_jobs_are_done_once_and_reported(tmp_path, monkeypatch, figures):
     settings = tuple(tiny_setting(rate) for rate in (1, 2))
     assert "last QoS" in jobs.run_training(tmp_path, RUN, {})

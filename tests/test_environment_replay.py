@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxroute
 from jaxroute.simulator.replay import replay
@@ -16,6 +17,7 @@ from tests.rollouts import CHEAP_COMPILE, configs_of, oracle, rollout, with_engi
 REQUESTS, EXPERT = 150, 1
 
 
+@pytest.mark.slow
 def test_routing_a_trace_to_one_expert_is_its_replay():
     rng = np.random.default_rng(2)
     times = np.concatenate([[0.0], np.cumsum(rng.exponential(1.1, REQUESTS))])

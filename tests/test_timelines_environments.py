@@ -93,6 +93,7 @@ def check(episode: Episode) -> None:
     assert episode.end == pytest.approx(float(totals.elapsed), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", jaxroute.environments())
 def test_every_request_fares_in_the_timeline_as_in_the_environment(name, tmp_path):
     env, params = jaxroute.make(
