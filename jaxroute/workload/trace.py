@@ -35,14 +35,11 @@ def load_trace(
 ) -> Trace:
     """Reads the arrivals and lengths of requests from a file of any format in docs/formats.md, recognised by content.
 
-    Times stay as they are, ties too. Raises `UserError`, with file and line, for what cannot be meant.
-
-    Args:
-        path: The file, plain or gzip.
-        spread_ticks: Spread requests of equal times evenly over their tick, beginning at its start. The different times
-            must be multiples of one step, as the 3 s of Mooncake's published traces.
-        time_unit: Unit of the times (s, ms, us, ns) if it is not the format's.
-        run: Which of several results in the file, from 1 on.
+    Times stay as they are, ties too, unless `spread_ticks` spreads requests of equal times evenly over their tick,
+    beginning at its start; the different times must then be multiples of one step, as the 3 s of Mooncake's published
+    traces. `path` is a file, plain or gzip. `time_unit` is the unit of the times (s, ms, us, ns) if it is not the
+    format's. `run` selects one of several results in the file, from 1 on. Raises `UserError`, with file and line, for
+    what cannot be meant.
     """
     found = read_requests(path, spread_ticks=spread_ticks, time_unit=time_unit, run=run)
     return Trace(found.times, found.prompt_tokens, found.output_tokens, found.first_time, found.reading)
