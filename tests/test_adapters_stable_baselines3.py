@@ -29,7 +29,7 @@ def step(vec, actions):
     """What a step returns, and then the masks of the observations, which are also in our infos."""
     observation, reward, done, infos = vec.step(actions)
     for info, ended, after in zip(infos, done, vec.reset_infos, strict=True):
-        info["action_mask"] = after["action_mask"] if ended else info["action_mask"]
+        info["action_mask"] = (after if ended else info)["action_mask"].copy()
     return observation, reward, done, infos, copy.deepcopy(vec.reset_infos)
 
 
