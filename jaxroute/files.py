@@ -79,3 +79,13 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def cache_folder(name: str = "") -> Path | None:
+    """The folder `name` in the user's cache folder of this package, created; None if it cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxroute" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +9,6 @@ import pytest
 
 import jaxroute
 from jaxroute.errors import UserError
-from jaxroute.evaluation import episodes
-from jaxroute.evaluation.episodes import tune
 from jaxroute.routers import ROUTERS, make_router
 from tests.rollouts import CHEAP_COMPILE
 
@@ -21,6 +17,7 @@ NUMBERS = {
     "latency_based": {"buffer": 0.5},
     "routellm": {"threshold": 0.05, "strong": 2, "weak": 0},
     "score_minus_load": {"weight": 0.04},
+    "index_rule": {"load_weight": 0.04, "length_weight": 0.1, "threshold": 0.5, "cap": 5},
 }
 RULES = [name for name in ROUTERS if name not in ("lookahead", "clairvoyant")]
 
@@ -56,7 +53,10 @@ def states(scenario):
     return state.replace(
         engines=engines,
         queued=state.queued.replace(predicted_tokens=rng.integers(1, 60, slots).astype(np.int32)),
-        request=state.request.replace(predicted_score=rng.uniform(0.5, 0.9, each).astype(np.float32)),
+        request=state.request.replace(
+            predicted_score=rng.uniform(0.5, 0.9, each).astype(np.float32),
+            predicted_output_tokens=rng.integers(1, 200, each).astype(np.int32),
+        ),
         recent_latency=latency,
         step=rng.integers(0, 60, STATES).astype(np.int32),
     )
@@ -109,6 +109,11 @@ def possible(name: str, state, params) -> set[int]:
     if name == "routellm":
         order = (2, 0, 1) if score[2] - score[0] >= np.float32(0.05) else (0, 2, 1)
         return {next(e for e in order if e in among)}
+    if name == "index_rule":
+        tokens = state.request.predicted_output_tokens
+        value = {e: score[e] - 0.04 * total[e] - 0.1 * tokens[e] / 100 for e in among if total[e] < 5}
+        best = max(value, key=lambda e: value[e], default=EXPERTS)
+        return {best if best < EXPERTS and value[best] > 0.5 else EXPERTS}
     assert name == "score_minus_load"
     return {least(np.float32(0.04) * total.astype(np.float32) - score)}
 
@@ -187,27 +192,3 @@ def test_routers_are_values(name):
     assert jax.tree.structure(one) == jax.tree.structure(other)
     assert hash(jax.tree.structure(one)) == hash(jax.tree.structure(other))
     assert one != make_router(name, jaxroute.make("paper-3", slots=7)[0])
-
-
-def test_tuning_takes_the_best_of_the_grid_and_is_traced_once_for_all_rates(scenario, monkeypatch):
-    """Where requests are rare load does not matter, and where they are many a weight of 0 is the worst there is."""
-    env, params = scenario
-    cheap: Any = jax.jit(episodes._qos.__wrapped__, static_argnames=("name", "env"), compiler_options=CHEAP_COMPILE)
-    monkeypatch.setattr(episodes, "_qos", cheap)
-    few = ROUTERS["score_minus_load"]._replace(grid=lambda experts: [{"weight": 0.0}, {"weight": 0.1}])
-    monkeypatch.setitem(ROUTERS, "score_minus_load", few)
-    found = []
-    for rate in (0.05, 4.0):
-        arrivals = params.workload.arrivals.replace(rate=jnp.float32(rate))
-        found.append(tune("score_minus_load", env, params.replace(workload=params.workload.replace(arrivals=arrivals))))
-    assert found == [{"weight": 0.0}, {"weight": 0.1}]
-    assert cheap._cache_size() == 1
-
-
-@pytest.mark.parametrize("name", [name for name, spec in ROUTERS.items() if spec.grid])
-def test_grids_hold_numbers_of_the_router(scenario, name):
-    grid = ROUTERS[name].grid(3)
-    assert len(grid) > 5
-    make_router(name, scenario[0], **grid[0])
-    if name == "routellm":
-        assert {(point["strong"], point["weak"]) for point in grid} == {(0, 1), (0, 2), (1, 2)}

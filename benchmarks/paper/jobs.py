@@ -20,7 +20,8 @@ from jaxroute.commands.train import train
 from jaxroute.config.build import Experiment, build_experiment
 from jaxroute.config.loader import config_text, load_config, load_saved_config
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.evaluation.episodes import evaluate_routers, tune
+from jaxroute.evaluation.episodes import evaluate_routers
+from jaxroute.evaluation.tuning import tune_routers
 from jaxroute.files import write_text
 from jaxroute.routers import make_router
 from jaxroute.routers.choice import Router
@@ -94,9 +95,9 @@ def run_evaluation(out: Path, job: Setting, prepared: dict[str, str]) -> str:
         _question["now"] = job.question
     experiment = _experiment(tuple(overrides), job.episode_length)
     routers: dict[str, Router] = {}
-    for name in job.routers:
-        numbers = tune(name, experiment.env, experiment.params)
-        routers[name] = jax.tree_util.Partial(_route(name, experiment.env), jax.tree.map(np.asarray, numbers))
+    for name, tuning in tune_routers(experiment.env, experiment.params, job.routers).items():
+        numbers = jax.tree.map(np.asarray, tuning.parameters)
+        routers[name] = jax.tree_util.Partial(_route(name, experiment.env), numbers)
     evaluate = partial(evaluate_routers, experiment.env, experiment.params, episodes=job.episodes, seed=EVALUATION_SEED)
     values = evaluate(routers)
     for label, folders in runs.items():

@@ -14,6 +14,7 @@ from jaxroute.calibration.candidates import LogRequests, simulate
 from jaxroute.calibration.linear import information, linear
 from jaxroute.calibration.logs import ServerLog
 from jaxroute.calibration.space import OVERHEAD, Space, peak_running, servers_at
+from jaxroute.cma_es import Search
 from jaxroute.errors import UserError
 from jaxroute.simulator.engine import EngineParams
 
@@ -170,13 +171,9 @@ def search(
 ) -> Fit:
     """The best point for the requests `among`, found before `deadline` (`time.monotonic`).
 
-    The search is CMA-ES around the best of a generation over the whole space, followed by `_refined`. `report` receives
-    the number of generations, their maximum, and the loss.
+    The search is `cma_es.Search` around the best of a generation over the whole space, followed by `_refined`. `report`
+    receives the number of generations, their maximum, and the loss.
     """
-    try:
-        from evosax.algorithms import CMA_ES
-    except ImportError:
-        raise UserError("calibration needs evosax; install it with: pip install 'jaxroute[calibrate]'") from None
     space, (low, high) = simulator.space, simulator.space.bounds
     start, spread = space.start, space.spread
 
@@ -196,20 +193,13 @@ def search(
         raise UserError(
             "no candidate finishes the log in 1.5 times its duration; check that the engine's options are right"
         )
-    strategy = CMA_ES(population_size=simulator.lanes, solution=jnp.zeros(len(start)))
-    params = strategy.default_params
-    key = jax.random.key(seed)
-    state = strategy.init(key, jnp.zeros(len(start)), params)
-    origin, history = best, [best_loss]
-    scale = 0.5 * spread
+    strategy, history = Search(best, 0.5 * spread, simulator.lanes, seed), [best_loss]
     for generation in range(1, generations + 1):
         if time.monotonic() > deadline:
             break
-        key, ask, tell = jax.random.split(key, 3)
-        steps, state = strategy.ask(ask, state, params)
-        points = origin + scale * np.asarray(steps, np.float64)
+        points = strategy.ask()
         values = judged(points)
-        state, _ = strategy.tell(tell, steps, jnp.asarray(values), state, params)
+        strategy.tell(values)
         if values.min() < best_loss:
             best, best_loss = np.clip(points[values.argmin()], low, high), float(values.min())
         history.append(best_loss)

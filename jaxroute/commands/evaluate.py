@@ -13,8 +13,9 @@ from jaxroute.config.loader import load_saved_config
 from jaxroute.config.schema import Config
 from jaxroute.console import print_notes, report_console
 from jaxroute.errors import UserError, command
-from jaxroute.evaluation.episodes import EpisodeValues, evaluate_routers, tune
+from jaxroute.evaluation.episodes import EpisodeValues, evaluate_routers
 from jaxroute.evaluation.tables import print_evaluation
+from jaxroute.evaluation.tuning import Tuning, tune_routers
 from jaxroute.routers import ROUTERS, make_router
 from jaxroute.runs.checkpoint import load_params
 
@@ -51,18 +52,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(config: Config, experiment: Experiment, params: Any, console: Console) -> dict[str, EpisodeValues]:
     """Metrics of the routers in `evaluation.routers`, in that order; `params` are the variables of the trained network.
 
-    Tunable routers are tuned to the scenario first. Prints one line per evaluated router, and the tuned parameters.
+    Tunable routers are tuned to the scenario first, each with as many decisions as the training. Prints one line per
+    evaluated router, and the tuned parameters.
     """
     env, env_params, evaluation = experiment.env, experiment.params, config.evaluation
-    routers = {}
-    for name in evaluation.routers:
-        if name == "trained":
-            routers[name] = policy_router(experiment.network, params)
-            continue
-        numbers = tune(name, env, env_params)
-        if numbers:
-            console.print(f"tuned {name}:", *(f"{key}={value}" for key, value in numbers.items()), highlight=False)
-        routers[name] = make_router(name, env, **numbers)
+
+    def tuned(name: str, tuning: Tuning) -> None:
+        if tuning.parameters:
+            numbers = ", ".join(f"{key}={value:.4g}" for key, value in tuning.parameters.items())
+            spent = "kept" if tuning.kept else f"{tuning.decisions:,} decisions, {tuning.seconds:.0f} s"
+            console.print(f"tuned {name}: {numbers} ({spent})", highlight=False)
+
+    rules = [name for name in evaluation.routers if name != "trained"]
+    tunings = tune_routers(env, env_params, rules, decisions=config.training.frames, done=tuned)
+    routers = {
+        name: policy_router(experiment.network, params)
+        if name == "trained"
+        else make_router(name, env, **tunings[name].parameters)
+        for name in evaluation.routers
+    }
 
     def done(name: str, values: EpisodeValues) -> None:
         console.print(f"evaluated {name}: QoS {values['qos'].mean():.4f}", highlight=False)

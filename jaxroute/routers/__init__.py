@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from itertools import combinations, product
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import jax
@@ -18,26 +18,27 @@ Parameters = dict[str, float | int]
 """Parameters of a rule, by name."""
 
 
+class Range(NamedTuple):
+    """The values of a parameter that tuning tries, from `low` to `high`; `log`: evenly in their logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
 class RouterSpec(NamedTuple):
     """A named router, with everything that commands, tables, pictures and tuning need."""
 
     rule: Callable[..., jax.Array]  # its docstring has the rule and its source
     label: str  # in tables and pictures
-    grid: Callable[[int], list[Parameters]] | None = None  # settings that tuning compares, for N experts
+    ranges: dict[str, Range] = {}  # of the parameters that tuning searches
+    choices: Callable[[int], list[Parameters]] = lambda num_experts: [{}]  # of N experts, tried too
 
 
-def _pairs_and_thresholds(num_experts: int) -> list[Parameters]:
+def _pairs(num_experts: int) -> list[Parameters]:
     # One order per pair is enough: exchanging the two experts only changes the sign of the margin.
     pairs = list(combinations(range(num_experts), 2)) or [(0, 0)]
-    thresholds = (-0.2, -0.1, -0.05, -0.025, 0.0, 0.025, 0.05, 0.1, 0.2)
-    return [
-        {"threshold": threshold, "strong": strong, "weak": weak}
-        for (strong, weak), threshold in product(pairs, thresholds)
-    ]
-
-
-def _values(name: str, *values: float) -> Callable[[int], list[Parameters]]:
-    return lambda num_experts: [{name: value} for value in values]
+    return [{"strong": strong, "weak": weak} for strong, weak in pairs]
 
 
 ROUTERS = {
@@ -47,16 +48,20 @@ ROUTERS = {
     "random": RouterSpec(serving.random, "Random"),
     "least_work": RouterSpec(serving.least_work, "Least Work"),
     "power_of_two": RouterSpec(serving.power_of_two, "Power of Two"),
-    "latency_based": RouterSpec(
-        serving.latency_based, "LiteLLM latency", _values("buffer", 0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
-    ),
+    "latency_based": RouterSpec(serving.latency_based, "LiteLLM latency", {"buffer": Range(0, 2)}),
     "vllm_data_parallel": RouterSpec(serving.vllm_data_parallel, "vLLM data parallel"),
     "llm_d": RouterSpec(serving.llm_d, "llm-d"),
-    "routellm": RouterSpec(serving.routellm, "RouteLLM", _pairs_and_thresholds),
-    "score_minus_load": RouterSpec(
-        serving.score_minus_load,
-        "Score - Load",
-        _values("weight", 0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.13, 0.2, 0.5),
+    "routellm": RouterSpec(serving.routellm, "RouteLLM", {"threshold": Range(-0.2, 0.2)}, _pairs),
+    "score_minus_load": RouterSpec(serving.score_minus_load, "Score - Load", {"weight": Range(1e-4, 0.5, log=True)}),
+    "index_rule": RouterSpec(
+        serving.index_rule,
+        "Index rule",
+        {
+            "load_weight": Range(1e-4, 0.3, log=True),
+            "length_weight": Range(-0.2, 0.3),
+            "threshold": Range(-1, 0.9),
+            "cap": Range(1, 300, log=True),
+        },
     ),
     "lookahead": RouterSpec(planning.lookahead, "Lookahead"),
     "clairvoyant": RouterSpec(planning.clairvoyant, "Clairvoyant"),

@@ -145,3 +145,30 @@ def score_minus_load(
     """
     cost = weight * env.queue_lengths(state) - state.request.predicted_score
     return smallest(cost, candidates(env, state, params))
+
+
+def index_rule(
+    env: RoutingEnvironment,
+    key: jax.Array,
+    observation: Any,
+    state: EnvState,
+    params: EnvParams,
+    *,
+    load_weight: float | jax.Array = 0.05,
+    length_weight: float | jax.Array = 0.0,
+    threshold: float | jax.Array = -1.0,
+    cap: float | jax.Array = 1000.0,
+) -> jax.Array:
+    """The expert with the highest value among those with fewer than `cap` requests; drops if no value is enough.
+
+    The value of an expert is its predicted score - `load_weight` * its requests, running and waiting -
+    `length_weight` * the predicted output tokens of the arriving request there / 100. The request is dropped if no
+    expert is below the cap, or if the highest value is not above `threshold`. All four numbers are tuned. Where
+    requests may not be dropped (`env.drop`), cap and threshold have no effect.
+    """
+    request, load, among = state.request, env.queue_lengths(state), candidates(env, state, params)
+    value = request.predicted_score - load_weight * load - length_weight * request.predicted_output_tokens / 100
+    enough = among & (load < cap) & (value > threshold)
+    if not env.drop:
+        return smallest(-value, among)
+    return jnp.where(enough.any(), smallest(-value, enough), env.num_experts).astype(jnp.int32)

@@ -1,9 +1,8 @@
 """JAX's persistent compilation cache, so that commands compile a program only once."""
 
-import os
-from pathlib import Path
-
 import jax
+
+from jaxroute.files import cache_folder
 
 
 def keep_compiled_programs() -> None:
@@ -13,10 +12,6 @@ def keep_compiled_programs() -> None:
     """
     if jax.config.values["jax_compilation_cache_dir"]:
         return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxroute"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if os.access(folder, os.W_OK):
+    folder = cache_folder()
+    if folder is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
