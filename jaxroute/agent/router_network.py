@@ -98,13 +98,18 @@ class RouterNetwork(ActorCritic):
 
 
 class ActionValues(nn.Module):
-    """One value for each action, float32 [..., copies, N + 1], from `copies` independent sets of weights."""
+    """One value for each action, float32 [..., copies, N + 1], from `copies` independent sets of weights.
+
+    A value is a linear function of the expert's features, which starts at 0 (see `with_linear_policy`), plus that of a
+    perceptron.
+    """
 
     mlp: tuple[int, ...]
     copies: int
 
     def setup(self):
         """The experts share one perceptron; dropping has its own."""
+        self.linear = Linear(self.copies)
         self.of_expert = MLP(self.mlp, self.copies)
         self.of_drop = MLP(self.mlp, self.copies)
 
@@ -112,8 +117,33 @@ class ActionValues(nn.Module):
         """Computes an expert's value from its own embedding and features, and dropping's from the pooled embedding."""
         expert, arrived = embedding.expert, embedding.arrived[:, None]
         own = jnp.concatenate([expert, embedding.expert_features])
-        values = [self.of_expert(own, arrived), self.of_drop(embedding.pooled, arrived)]
-        return embedding.by_action(jnp.concatenate(values, axis=1))
+        values = jnp.concatenate([self.of_expert(own, arrived), self.of_drop(embedding.pooled, arrived)], axis=1)
+        return embedding.by_action(values + self.linear(embedding.expert_features))
+
+
+class Linear(nn.Module):
+    """`weight` . features of each expert, and a constant for dropping: float32 [copies, N + 1, B]. All start at 0."""
+
+    copies: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """`features` are float32 [Fe, N, B]."""
+        zeros = nn.initializers.zeros_init()
+        weight = self.param("weight", zeros, (self.copies, len(features)))
+        drop = self.param("drop", zeros, (self.copies,))
+        of_experts = project(weight.T, features)
+        of_drop = jnp.broadcast_to(drop[:, None, None], (self.copies, 1, features.shape[-1]))
+        return jnp.concatenate([of_experts, of_drop], axis=1)
+
+
+def with_linear_policy(variables: Any, weights: jax.Array) -> Any:
+    """`variables` of a `RouterNetwork` whose policy starts as a linear one: logits `weights[:-1]` . features of each
+    expert, and `weights[-1]` for dropping; `weights` are float32 [Fe + 1]. The perceptron adds almost 0 at first.
+    """
+    linear = {"weight": weights[None, :-1], "drop": weights[-1:]}
+    params = variables["params"]
+    return {**variables, "params": {**params, "actor": {**params["actor"], "linear": linear}}}
 
 
 class MLP(nn.Module):

@@ -28,10 +28,11 @@ class Hyperparameters(struct.PyTreeNode):
     target_entropy_ratio: Any  # fraction of the maximum entropy; near 1, the temperature diverges with few actions
     initial_temperature: Any
     max_grad_norm: Any  # global norm to which the actor's and the critics' gradients are clipped, separately
-    warmup_frames: Any  # random decisions of all environments together before the first update
+    warmup_frames: Any  # decisions of all environments together before the first update
     reward_centering_rate: Any  # step size of the running mean reward; 0: rewards are not centred
     final_learning_rate: Any  # fraction of the learning rates that is left after their linear decay
     decay_updates: Any  # updates until the end of this decay
+    critics_first: Any  # fraction of these updates during which only the critics learn
 
 
 class Transition(struct.PyTreeNode):
@@ -143,14 +144,19 @@ def _centred(rewards: jax.Array, state: LearnerState, hyper: Hyperparameters) ->
 
 
 def _decayed(hyper: Hyperparameters, updates: jax.Array) -> Hyperparameters:
-    """The hyperparameters with the learning rates at this number of updates. Lower rates at the end reduce noise."""
+    """The hyperparameters with the learning rates at this number of updates. Lower rates at the end reduce noise.
+
+    While only the critics learn, the actor's rate and the temperature's are 0.
+    """
     progress = jnp.minimum(updates / jnp.maximum(hyper.decay_updates, 1), 1.0)
     share = 1 - (1 - hyper.final_learning_rate) * progress
+    # An actor that followed critics that know nothing yet would forget the policy that it starts with.
+    acting = jnp.where(progress < hyper.critics_first, 0.0, share)
     return dataclasses.replace(
         hyper,
-        actor_learning_rate=share * hyper.actor_learning_rate,
+        actor_learning_rate=acting * hyper.actor_learning_rate,
         critic_learning_rate=share * hyper.critic_learning_rate,
-        alpha_learning_rate=share * hyper.alpha_learning_rate,
+        alpha_learning_rate=acting * hyper.alpha_learning_rate,
     )
 
 

@@ -130,8 +130,8 @@ def make_trainer(env: Any, network: nn.Module, config: SACConfig, params_axes: A
         # Compared in steps, because the number of frames could exceed the range of int32.
         warming_up = state.steps < (hyper.warmup_frames + config.num_envs - 1) // config.num_envs
 
+        # Before the first update this is the policy that training starts with, near uniform if it starts with none.
         logits = sac.policy_logits(network, state.learner.params, state.observation)
-        logits = jnp.where(warming_up & sac.allowed_actions(logits), 0.0, logits)
         action = jax.random.categorical(action_key, logits).astype(jnp.int32)
         observation, env_state, reward, terminated, truncated, info = jax.vmap(env.step, (0, 0, 0, params_axes))(
             jax.random.split(env_key, config.num_envs), state.env_state, action, env_params

@@ -4,15 +4,20 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from jaxroute.agent.router_network import RouterNetwork, with_linear_policy
+from jaxroute.agent.start import Validator, linear_start
+from jaxroute.agent.trainer import TrainState, policy_router
 from jaxroute.commands.evaluate import compare
 from jaxroute.config.build import Experiment, build_experiment, build_trainer
 from jaxroute.config.loader import config_text, dotted_values, load_config, load_saved_config
@@ -34,6 +39,7 @@ from jaxroute.runs.training_state import TrainingStates, newest_state, remove_st
 
 LAST_FILE = "qos.png"  # a run with this file is finished
 VERSIONS = "versions.json"
+_FAR_BELOW = 0.9  # share of the sampled policy's QoS below which a greedy policy is reported
 
 
 @command
@@ -120,7 +126,8 @@ def _old_run(arguments: argparse.Namespace, console: Console) -> tuple[Path, Con
 def train(
     config: Config, experiment: Experiment, run: Path, console: Console, resume: bool = False
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """Trains for `training.frames` frames, rounded up to whole chunks; returns the parameters and the logged metrics.
+    """Trains for `training.frames` frames, rounded up to whole chunks, from a linear policy (`agent.start`). Returns the
+    parameters of the greedy policy with the best validation, and the logged metrics.
 
     With `resume` it continues from the last state saved in `run`, or from the beginning if there is none.
 
@@ -134,42 +141,120 @@ def train(
     per_chunk = sac.num_envs * sac.steps_per_chunk
     chunks = -(-config.training.frames // per_chunk)
     summary = jax.jit(partial(summarize, level=experiment.env.metrics))
-    done, state = 0, None
+    validation = _Validation(config, experiment, chunks)
+    done, kept = 0, None
     if resume:
-        done, state, damaged = newest_state(run, jax.eval_shape(trainer.init, *inputs))
+        done, kept, damaged = newest_state(run, jax.eval_shape(lambda: _Kept.first(trainer.init(*inputs))))
         print_notes(console, damaged)
         console.print(f"going on from frame {done:,}", highlight=False)
-    if state is None:
-        state = trainer.init(*inputs)
     with (
         MetricsLog(run, config.training.loggers, dotted_values(config), done) as log,
         TrainingStates(run, config.training.checkpoint_seconds, config.training.checkpoints_kept) as states,
         Stop() as stop,
         TrainingProgress(console, chunks * per_chunk, done) as progress,
     ):
+        if kept is None:
+            state = _with_start(config, experiment, trainer.init(*inputs), run, progress, stop)
+            kept, _ = validation.better(_Kept.first(state))
         records = log.kept
         earlier = records[-1]["seconds"] if records else 0.0
         started = time.monotonic()
-        for frames in range(done + per_chunk, (chunks + 1) * per_chunk, per_chunk):
-            state, metrics = trainer.train_chunk(state, env_params, hyper)
+        for chunk in range(done // per_chunk + 1, chunks + 1):
+            frames = chunk * per_chunk
+            state, metrics = trainer.train_chunk(kept.state, env_params, hyper)
+            kept = kept._replace(state=state)
             metrics = jax.device_get(metrics)
             totals = metrics.pop("episode")
-            record: dict[str, Any] = {"frames": frames, "seconds": round(earlier + time.monotonic() - started, 3)}
+            record: dict[str, Any] = {"frames": frames}
             record.update((name, float(value)) for name, value in metrics.items())
             if record["episodes"]:
                 episode = jax.device_get(summary(totals))
                 record["episode"] = {name: np.asarray(value).tolist() for name, value in episode.items()}
-            records.append(log.write(record))
-            progress.update(frames, record)
             if state.learner.updates > 0 and not np.isfinite(record["mean_q"] + record["critic_loss"]):
                 raise UserError(f"training diverged before frame {frames}; lower agent.critic_learning_rate")
+            if validation.due(chunk):
+                kept, record["validation_qos"] = validation.better(kept)
+            record["seconds"] = round(earlier + time.monotonic() - started, 3)
+            records.append(log.write(record))
+            progress.update(frames, record)
             if stop:
-                states.save(frames, state)
-                save_checkpoint(run, state.learner.params)
+                states.save(frames, kept)
+                save_checkpoint(run, validation.chosen(kept))
                 raise stop.interrupted(
                     f"stopped after frame {frames}; go on: jaxroute train --resume {run}; "
                     f"or evaluate what is learned so far: jaxroute evaluate {run}"
                 )
-            states.offer(frames, state)
+            states.offer(frames, kept)
         states.wait()
-    return jax.device_get(state.learner.params), records
+    print_notes(console, validation.notes(kept, records))
+    return jax.device_get(validation.chosen(kept)), records
+
+
+class _Kept(NamedTuple):
+    """What a saved state of a training has."""
+
+    state: TrainState
+    best: Any  # network parameters of the best validation
+    validation_qos: Any  # float32 [], its mean QoS
+
+    @classmethod
+    def first(cls, state: TrainState) -> Self:
+        return cls(state, jax.tree.map(jnp.copy, state.learner.params), jnp.float32(-jnp.inf))
+
+
+class _Validation:
+    """When greedy policies are validated, and which is kept."""
+
+    def __init__(self, config: Config, experiment: Experiment, chunks: int):
+        self._network, self._chunks, self._number = experiment.network, chunks, config.training.validations
+        decisions = config.training.validation_decisions
+        inputs = experiment.env, experiment.training_params, experiment.params_axes
+        self._validator = Validator(*inputs, decisions) if decisions else None
+
+    def due(self, chunk: int) -> bool:
+        """Whether the policy after this chunk, from 1 on, is validated."""
+        number = min(self._number, self._chunks)
+        return self._validator is not None and chunk * number // self._chunks > (chunk - 1) * number // self._chunks
+
+    def better(self, kept: _Kept) -> tuple[_Kept, float]:
+        """With the present policy if it is better than the best one, and the QoS of the present one."""
+        if self._validator is None:
+            return kept, float("nan")
+        params = kept.state.learner.params
+        qos = self._validator.qos(policy_router(self._network, params))
+        if qos > kept.validation_qos:
+            kept = kept._replace(best=jax.tree.map(jnp.copy, params), validation_qos=jnp.float32(qos))
+        return kept, qos
+
+    def chosen(self, kept: _Kept) -> Any:
+        """Network parameters: those of the best validation, or the present ones if none was made."""
+        return kept.state.learner.params if self._validator is None else kept.best
+
+    def notes(self, kept: _Kept, records: Sequence[dict[str, Any]]) -> list[str]:
+        """A warning if the greedy policy is far worse than the sampled one."""
+        sampled, best = records[-1]["qos"], float(kept.validation_qos)
+        if self._validator is None or best >= _FAR_BELOW * sampled:
+            return []
+        return [
+            f"warning: the greedy policy has a validation QoS of {best:.3f}, far below the {sampled:.3f} of the sampled "
+            "policy in training; raise training.start_decisions or training.frames"
+        ]
+
+
+def _with_start(
+    config: Config, experiment: Experiment, state: TrainState, run: Path, progress: TrainingProgress, stop: Stop
+) -> TrainState:
+    """The initial state with the linear policy that training starts from, if it starts from one."""
+    decisions = config.training.start_decisions
+    if not decisions or not isinstance(experiment.network, RouterNetwork):
+        return state
+
+    def done(simulated: int, qos: float) -> None:
+        progress.search(simulated, decisions, qos)
+        if stop:
+            raise stop.interrupted(f"stopped in the search for a start; begin again: jaxroute train --resume {run}")
+
+    inputs = experiment.env, experiment.training_params, experiment.params_axes
+    weights = jnp.asarray(linear_start(*inputs, decisions, config.training.seed, done))
+    params = with_linear_policy(state.learner.params, weights)
+    return replace(state, learner=replace(state.learner, params=params, target_params=jax.tree.map(jnp.copy, params)))

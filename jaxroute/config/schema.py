@@ -128,13 +128,17 @@ class AgentConfig:
     warmup_frames: Whole
     reward_centering_rate: Fraction
     final_learning_rate: Fraction
+    critics_first: Fraction
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Length, shapes and environments of training; the shapes are the fields of `learner.trainer.SACConfig`."""
 
-    frames: Count  # total number of decisions over all environments
+    frames: Count  # decisions over all environments, without those of the start and of validation
+    start_decisions: Whole  # decisions of the search for a linear policy to start from; 0: starts at random
+    validation_decisions: Whole  # decisions of a validation of the greedy policy; 0: the last policy is kept
+    validations: Count  # number of validations during the training, evenly spread
     num_envs: Count
     buffer_capacity: Count  # transitions
     batch_size: Count

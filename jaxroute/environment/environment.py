@@ -15,7 +15,7 @@ from jaxroute.environment.step import Observation, observe_batch, step
 from jaxroute.environment.turns import Arrival
 from jaxroute.simulator.engine import empty_engine
 
-DYNAMICS_VERSION = 1
+DYNAMICS_VERSION = 2
 """Version of what environments compute, independent of the package's version. Only results of equal versions can be
 compared. A change of the observations, rewards or requests of a key increases it (tests/test_contract.py)."""
 

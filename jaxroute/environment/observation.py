@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxroute.environment.forecast import forecast
 from jaxroute.environment.impact import decode_time, expected_length
 from jaxroute.environment.settings import QueueNodes
 from jaxroute.environment.state import EnvParams, EnvState
@@ -23,6 +24,12 @@ EXPERT_FEATURES = (
     "predicted_score",
     "predicted_tokens",
     "predicted_latency",
+    "expected_qos",
+    "impact",
+    "at_risk",
+    "joined_iteration_time",
+    "remaining_tokens",
+    "prefill_time",
 )
 REQUEST_FEATURES = (
     "prompt_tokens",
@@ -37,7 +44,9 @@ REQUEST_FEATURES = (
 token by the latency limit; scores are (s - 0.5) * 4, and KV use is a share of the expert's cache. Times are then mapped
 by x / (1 + x), so the limit is at 0.5. `recent_load` is mapped in the same way, with x the number of arrivals at the
 recent rate in the time that `token_scale` output tokens may take, divided by N and by K or FULL_SCALE. It is 0 at the
-first decision of an episode, because no rate is known yet."""
+first decision of an episode, because no rate is known yet. The last six features of an expert are sums over its whole
+queue (`forecast.Forecast`): QoS as it is, or mapped like times in the case of `at_risk`, `remaining_tokens` relative to K
+requests of `token_scale` tokens, and `prefill_time` relative to K times the limit."""
 
 
 FULL_SCALE = 10
@@ -139,6 +148,7 @@ def observe(state: EnvState, params: EnvParams, queue_nodes: QueueNodes, slots: 
         stacked = jnp.stack([jnp.where(mask, feature, 0).astype(jnp.float32) for feature in features])
         return stacked.transpose(3, 2, 1, 0), mask.transpose(2, 1, 0)
 
+    ahead = forecast(state, params)
     prefill = params.engines.latency.per_prefill_token * request.prompt_tokens
     finish = start + prefill + iteration * request.predicted_output_tokens
     expert = (
@@ -149,6 +159,12 @@ def observe(state: EnvState, params: EnvParams, queue_nodes: QueueNodes, slots: 
         _score(request.predicted_score),
         request.predicted_output_tokens / scale,
         _squash(finish / request.predicted_output_tokens / params.latency_limit),
+        ahead.expected_qos,
+        ahead.impact,
+        _squash(ahead.at_risk),
+        _squash(ahead.iteration_time / params.latency_limit),
+        _squash(ahead.remaining_tokens / per_queue / scale),
+        _squash(ahead.prefill_time / params.latency_limit / per_queue),
     )
     node_time = params.latency_limit * scale / (engine.num_requests.shape[0] * per_queue)
     recent_load = jnp.where(state.step > 0, node_time / (node_time + state.recent_gap), 0)

@@ -30,6 +30,13 @@ class TrainingProgress(ExitStack):
         self._printed = float("-inf")
         self._gain = ""
 
+    def search(self, simulated: int, decisions: int, qos: float) -> None:
+        """Reports `simulated` of the `decisions` of the search for a start, and the mean QoS of its last policies."""
+        self._show(
+            f"searching a start: {simulated:,} of {decisions:,} decisions, QoS {qos:.3f}", simulated >= decisions
+        )
+        self._updated = time.monotonic()
+
     def update(self, frames: int, record: dict[str, Any]) -> None:
         """Reports `frames` frames in total; `record` has the metrics of the last chunk."""
         now = time.monotonic()
@@ -42,7 +49,12 @@ class TrainingProgress(ExitStack):
             self._gain = f"return {record['return']:,.1f}"
         gain = self._gain or f"reward {record['reward']:.3f}"
         text = f"{frames:,} frames, {speed}, {gain}, QoS {record['qos']:.3f}{left}"
-        self._bar.update(self._task, completed=frames, description=text)
-        if not self._console.is_terminal and (now - self._printed > SECONDS_BETWEEN_LINES or frames == self._frames):
+        self._bar.update(self._task, completed=frames)
+        self._show(text, last=frames == self._frames)
+
+    def _show(self, text: str, last: bool) -> None:
+        self._bar.update(self._task, description=text)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._printed > SECONDS_BETWEEN_LINES or last):
             self._console.print(text, highlight=False)
             self._printed = now

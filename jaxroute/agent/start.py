@@ -1,0 +1,144 @@
+"""Where training starts, and what it keeps: a linear policy found by CMA-ES, and validation of greedy policies."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.cma_es import Search
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.observation import EXPERT_FEATURES, RoutingGraph
+from jaxroute.environment.state import EnvParams
+from jaxroute.evaluation.episodes import run_episodes
+from jaxroute.routers.choice import Router
+
+FIRST_GUESS = {
+    "expected_qos": 1.0,
+    "impact": -1.0,
+    "running": -0.02,
+    "waiting": -0.02,
+}
+"""Weights with which the search begins: the QoS that the request gains, less what others lose, less a price of load.
+Those of other features and of dropping begin at 0."""
+
+_SCALE = 0.2  # standard deviation of the first generation
+_POPULATION, _EPISODES, _LENGTH = 16, 2, 1250  # of a generation; requests of an episode
+_VALIDATION_LENGTH = 1500
+_SEARCH_KEY, _VALIDATION_KEY = 0x73746172, 0x76616C69  # no evaluation's keys come from them
+_TEMPERATURE = 0.05  # QoS of a difference of 1 between two logits
+
+
+def linear_start(
+    env: RoutingEnvironment,
+    params: EnvParams,
+    axes: EnvParams | None,
+    decisions: int,
+    seed: int,
+    done: Callable[[int, float], None] = lambda decisions, qos: None,
+) -> np.ndarray:
+    """Weights float32 [Fe + 1] of the linear policy (`router_network.with_linear_policy`) with the highest mean QoS.
+
+    The search is CMA-ES with `decisions` simulated decisions in all, on new episodes in each generation. `params` and
+    `axes` are those of the training environments; of leaves that differ between them, a generation uses some. `done` is
+    called after each generation with the number of decisions and the generation's mean QoS.
+    """
+    env = _for_episodes(env, _LENGTH)
+    per_generation = _POPULATION * _EPISODES * env.episode_length
+    origin = np.array([*(FIRST_GUESS.get(name, 0.0) for name in EXPERT_FEATURES), 0.0])
+    search = Search(origin, np.full(len(origin), _SCALE), _POPULATION, seed)
+    key = jax.random.fold_in(jax.random.key(seed), _SEARCH_KEY)
+    rows, own_axes = _rows(params, axes, _EPISODES)
+    generations = max(1, decisions // per_generation)
+    for generation in range(generations):
+        points = search.ask()
+        keys = jax.random.split(jax.random.fold_in(key, generation), _EPISODES)
+        qos = np.asarray(_linear_qos(env, own_axes, jnp.asarray(points, jnp.float32), keys, rows))
+        search.tell(-qos)
+        done((generation + 1) * per_generation, float(qos.mean()))
+    # A policy is the same for any positive factor. This one makes a unit of value about a unit of QoS.
+    weights = search.mean
+    scores = weights[[EXPERT_FEATURES.index("expected_qos"), EXPERT_FEATURES.index("predicted_score")]]
+    unit = max(scores[0] + 4 * scores[1], 0.2 * float(np.linalg.norm(weights)))
+    return np.asarray(weights / unit / _TEMPERATURE, np.float32)
+
+
+class Validator:
+    """Mean QoS of greedy policies on the same episodes, none of which a training or an evaluation has."""
+
+    def __init__(self, env: RoutingEnvironment, params: EnvParams, axes: EnvParams | None, decisions: int):
+        self._env = _for_episodes(env, _VALIDATION_LENGTH)
+        self._episodes = max(1, decisions // self._env.episode_length)
+        self._keys = jax.random.split(jax.random.key(_VALIDATION_KEY), self._episodes)
+        self._rows, self._axes = _rows(params, axes, self._episodes)
+
+    def qos(self, router: Router) -> float:
+        """Mean QoS of the episodes; `router` is a pytree, so that policies of one network share a program."""
+        return float(_validate(self._env, self._axes, router, self._keys, self._rows))
+
+
+def _for_episodes(env: RoutingEnvironment, length: int) -> RoutingEnvironment:
+    return dataclasses.replace(env, metrics="histogram", penalty="off", episode_length=min(length, env.episode_length))
+
+
+class _Axes:
+    """Axes of a tree's leaves as a static argument."""
+
+    def __init__(self, tree: Any):
+        self.leaves, self.structure = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Axes) and (self.leaves, self.structure) == (other.leaves, other.structure)
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.leaves), self.structure))
+
+    @property
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.structure, self.leaves)
+
+
+def _rows(params: EnvParams, axes: EnvParams | None, count: int) -> tuple[EnvParams, _Axes]:
+    """`params` in which leaves that differ between environments have `count` rows, evenly spread; and all axes."""
+    if axes is None:
+        axes = jax.tree.map(lambda _: None, params)
+
+    def pick(axis: int | None, leaf: Any) -> Any:
+        if axis is None:
+            return leaf
+        return leaf[np.linspace(0, len(leaf) - 1, count + 2).round().astype(int)[1:-1]]
+
+    picked = jax.tree.map(pick, axes, params, is_leaf=lambda axis: axis is None)
+    return picked, _Axes(axes)
+
+
+def _episode_qos(env: RoutingEnvironment, axes: _Axes, router: Router, keys: jax.Array, rows: EnvParams) -> jax.Array:
+    def one(key: jax.Array, params: EnvParams) -> jax.Array:
+        return run_episodes(env, [router], jnp.int32(0), key[None], params)["qos"][0]
+
+    return jax.vmap(one, (0, axes.tree))(keys, rows).mean()
+
+
+_validate = jax.jit(_episode_qos, static_argnums=(0, 1))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _linear_qos(
+    env: RoutingEnvironment, axes: _Axes, weights: jax.Array, keys: jax.Array, rows: EnvParams
+) -> jax.Array:
+    """Mean QoS, float [P], of the linear policies with `weights` [P, Fe + 1] on the same episodes."""
+
+    def of(weights: jax.Array) -> jax.Array:
+        return _episode_qos(env, axes, jax.tree_util.Partial(_linear_policy, weights), keys, rows)
+
+    return jax.vmap(of)(weights)
+
+
+def _linear_policy(
+    weights: jax.Array, key: jax.Array, observation: RoutingGraph, state: Any, params: EnvParams
+) -> jax.Array:
+    values = jnp.append(observation.expert @ weights[:-1], weights[-1])
+    return jnp.argmax(jnp.where(observation.action_mask, values, -jnp.inf)).astype(jnp.int32)

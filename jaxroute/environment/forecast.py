@@ -1,0 +1,83 @@
+"""What the arriving request would do to each expert, from predictions over the whole queue.
+
+Each value is a sum over all S slots of an engine, so nothing of a long queue is lost, however few requests are observed
+one by one. No value is computed from true output lengths or scores.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxroute.environment.impact import expected_length
+from jaxroute.environment.state import EnvParams, EnvState
+from jaxroute.simulator.disciplines import rules
+from jaxroute.simulator.engine import prefix_sum, total
+from jaxroute.simulator.latency import iteration_time, prefill_time
+
+SPREAD_DONE, SPREAD_AHEAD = 0.02, 0.15
+"""Standard error of a predicted latency, relative to the limit: for a request at its end, and in addition for one that
+has all of its tokens still to come."""
+
+
+class Forecast(NamedTuple):
+    """For each expert, float [N, ...]; a request's chance is its predicted probability to meet the latency limit."""
+
+    expected_qos: jax.Array  # the arriving request's predicted score times its chance
+    impact: jax.Array  # predicted scores times lost chances of the requests there, if it joins
+    at_risk: jax.Array  # predicted scores times missing chances of the requests there
+    iteration_time: jax.Array  # s, a decode iteration of all requests there and the arriving one
+    remaining_tokens: jax.Array  # predicted output tokens still to come there
+    prefill_time: jax.Array  # s, to prefill the waiting requests
+
+
+def forecast(state: EnvState, params: EnvParams) -> Forecast:
+    """The forecast of the arriving request at each expert, for arrays with any axes behind [S, N].
+
+    A request's finish is predicted as in `impact.predicted_impact`, but with the decode time of a batch of all requests,
+    waiting ones included. Its chance is a logistic function of the slack, instead of a step: what is near to the limit
+    counts in part, since predictions are uncertain and further requests will arrive.
+    """
+    engine, queued, request, limit = state.engines, state.queued, state.request, params.latency_limit
+    rule, latency = rules(params.engines), params.engines.latency
+    unfinished = engine.unfinished()
+    running = unfinished & (engine.position < engine.num_running)
+    waiting = unfinished & ~running
+    length = expected_length(queued.predicted_tokens, engine.generated).astype(float)
+    remaining = jnp.where(unfinished, length - engine.generated, 0)
+    tokens = engine.prompt_tokens + engine.generated
+    held = jnp.where(running, engine.computed, tokens)
+    own_length = request.predicted_output_tokens.astype(float)
+
+    batch, context = total(unfinished), total(jnp.where(unfinished, held, 0)).astype(float)
+    own_context = request.prompt_tokens + own_length / 2
+    alone = iteration_time(latency, jnp.int32(0), batch, context)
+    joined = iteration_time(latency, jnp.int32(0), batch + 1, context + own_context)
+
+    prefills = prefix_sum(jnp.where(waiting, prefill_time(latency, tokens), 0))
+    own_prefill = prefill_time(latency, request.prompt_tokens)
+    blocks = prefix_sum(jnp.where(unfinished, rule.held_blocks(held, params.engines), 0))
+    admissible = rule.admissible_blocks(params.engines)
+    unseated = waiting & ((blocks > admissible) | (prefix_sum(unfinished) > params.engines.max_num_seqs))
+    own_blocks = rule.held_blocks(request.prompt_tokens + 1, params.engines)
+    own_unseated = (blocks[-1] + own_blocks > admissible) | (batch >= params.engines.max_num_seqs)
+    turnover = alone * total(jnp.where(running, remaining, 0)) / jnp.maximum(total(running), 1) ** 2
+    begun = jnp.maximum(engine.clock, 0)
+
+    finish = begun - queued.arrival + prefills + turnover * prefix_sum(unseated) + alone * remaining
+    delayed = (joined - alone) * jnp.minimum(remaining, own_length) + jnp.where(running, own_prefill, 0)
+    spread = SPREAD_DONE + SPREAD_AHEAD * remaining / length
+    chance = jax.nn.sigmoid((1 - finish / length / limit) / spread)
+    left = jax.nn.sigmoid((1 - (finish + delayed) / length / limit) / spread)
+    score = jnp.where(unfinished, queued.predicted_score, 0)
+
+    own_finish = begun + prefills[-1] + turnover * (total(unseated) + own_unseated) + own_prefill + joined * own_length
+    own_chance = jax.nn.sigmoid((1 - own_finish / own_length / limit) / (SPREAD_DONE + SPREAD_AHEAD))
+    return Forecast(
+        expected_qos=request.predicted_score * own_chance,
+        impact=total(score * (chance - left)),
+        at_risk=total(score * (1 - chance)),
+        iteration_time=joined,
+        remaining_tokens=total(remaining),
+        prefill_time=prefills[-1],
+    )
