@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,28 @@ import jax
 import pytest
 from matplotlib.figure import Figure
 
+# A folder of compiled programs for each process of pytest and those that its tests start: what two of them run is
+# compiled once, and the user's own folder is left alone. Workers of pytest-xdist have one each: JAX does not write a
+# file at once, and another worker might read half of it. All go with the first process.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"
+else:
+    COMPILED = tempfile.TemporaryDirectory(prefix="jaxroute-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# Most programs of the tests run for milliseconds, and compile in half the time without optimisation.
+jax.config.update("jax_disable_most_optimizations", True)
+
 
 @pytest.fixture(scope="module")
-def cheap_programs() -> Iterator[None]:
-    """For files whose programs run for milliseconds: they are compiled in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised_programs() -> Iterator[None]:
+    """For files that test programs as users get them."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

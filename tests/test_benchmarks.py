@@ -46,9 +46,6 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
-
-
 @pytest.fixture(autouse=True)
 def few_arrivals(monkeypatch):
     monkeypatch.setattr(baselines, "ARRIVALS", 300)

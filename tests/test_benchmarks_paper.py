@@ -28,9 +28,6 @@ TINY = (
 RUN = Training("tiny", (*TINY, plan.RATE_RANGE), seed=0)
 
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
-
-
 def tiny_setting(rate: int) -> Setting:
     overrides = (f"workload.arrivals.rate={rate}", "environment.slots=4")
     return Setting("rates", str(rate), overrides, ("round_robin",), (("trained", (RUN,)),), 2, 20)

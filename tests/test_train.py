@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxroute.commands import evaluate, train
 from jaxroute.config.build import build_experiment
@@ -33,15 +32,6 @@ TINY = [
     "network.mlp=[8]",
     "evaluation.episodes=3",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory, cheap_programs):
-    """Equal programs of several runs are compiled once."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
