@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections import Counter
@@ -41,6 +42,19 @@ def optimised_programs() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def programs_that_run_once() -> Iterator[None]:
+    """For files in which the package's own programs run once: these get the tests' compiler options too."""
+    from jaxroute.evaluation import episodes  # not above: a worker measures coverage only after it read this file
+    from tests.rollouts import CHEAP_COMPILE
+
+    jit = functools.partial(jax.jit, compiler_options=CHEAP_COMPILE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", jit)
+        patch.setattr(episodes, "_program", jit(episodes.run_episodes, static_argnums=0))
+        yield
 
 
 @pytest.fixture
