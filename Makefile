@@ -45,12 +45,15 @@ $(READY): pyproject.toml
 train: $(READY)
 	$(BIN)/jaxroute train $(ARGS)
 
-# A file's tests stay with one worker, so that they share what is compiled.
+# A file's tests stay with one worker, so that they share what is compiled; the longest files come first
+# (tests/conftest.py), not those of the most tests.
+SHARED := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q $(SHARED) $(ARGS)
 
 coverage: $(READY)
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --cov --cov-report=markdown:coverage.md $(ARGS)
+	$(BIN)/python -m pytest -q $(SHARED) --cov --cov-report=markdown:coverage.md $(ARGS)
 	@echo "lines that ran: $$($(BIN)/python -m coverage report --format=total) %; by file in coverage.md"
 
 lint: $(READY)

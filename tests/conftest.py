@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +14,47 @@ import jax
 import pytest
 from matplotlib.figure import Figure
 
+# A folder of compiled programs for each process of pytest and those that its tests start: what two of them run is
+# compiled once, and the user's own folder is left alone. Workers of pytest-xdist have one each: JAX does not write a
+# file at once, and another worker might read half of it. All go with the first process.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"
+else:
+    COMPILED = tempfile.TemporaryDirectory(prefix="jaxroute-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# Most programs of the tests run for milliseconds, and compile in half the time without optimisation.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests come first, so that no long one is left for a single worker at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
 
 @pytest.fixture(scope="module")
-def cheap_programs() -> Iterator[None]:
-    """For files whose programs run for milliseconds: they are compiled in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised_programs() -> Iterator[None]:
+    """For files that test programs as users get them."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def programs_that_run_once() -> Iterator[None]:
+    """For files in which the package's own programs run once: these get the tests' compiler options too."""
+    from jaxroute.evaluation import episodes  # not above: a worker measures coverage only after it read this file
+    from tests.rollouts import CHEAP_COMPILE
+
+    jit = functools.partial(jax.jit, compiler_options=CHEAP_COMPILE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", jit)
+        patch.setattr(episodes, "_program", jit(episodes.run_episodes, static_argnums=0))
+        yield
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxroute
+from tests.rollouts import CHEAP_COMPILE
 
 RECORD = Path(__file__).parent / "data" / "dynamics.npz"
 EPISODE, STEPS = 40, 44
@@ -86,8 +87,7 @@ def rollout(case: Case) -> tuple[Any, ...]:
         _, state = jax.vmap(env.reset)(fold_in(keys, STEPS), params)
         return jax.lax.scan(step, state, jnp.arange(STEPS, dtype=jnp.int32))[1]
 
-    # Half the time to compile, which is most of it.
-    return jax.device_get(jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})(params))
+    return jax.device_get(jax.jit(run, compiler_options=CHEAP_COMPILE)(params))
 
 
 def _changed(params: Any, cluster: Cluster) -> Any:

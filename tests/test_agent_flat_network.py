@@ -5,12 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxroute.agent.flat_network import FlatNetwork
 from tests.network_cases import random_observation, random_params
-
-pytestmark = pytest.mark.usefixtures("cheap_programs")
 
 
 def test_every_feature_reaches_the_outputs_and_masks_hold():

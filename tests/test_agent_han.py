@@ -16,10 +16,13 @@ from jaxroute.agent.han import HAN
 from jaxroute.agent.node_types import EDGE_TYPES, NODE_TYPES, feature_widths
 from jaxroute.environment.observation import GraphObservation
 from tests.network_cases import random_observation, random_params, with_empty_queues, with_whole_queues
+from tests.rollouts import CHEAP_COMPILE
 
 REFERENCE = Path(__file__).parent / "data" / "han_reference" / "han_two_layers.npz"
 SLOTS = 6  # more than the reference's longest queue: some slots are padding
 SPARE_NODES = 7  # of a padded graph
+
+jit = functools.partial(jax.jit, compiler_options=CHEAP_COMPILE)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def test_gives_the_reference(reference, layers, output, path):
     obs = reference_observation(reference)
     network = HAN(layers=layers, residual=False)
     if path == "dense":
-        nodes = jax.jit(network.apply)(reference_params(reference), obs)
+        nodes = jit(network.apply)(reference_params(reference), obs)
     else:
         nodes = by_name(
             on_graph(network)(reference_params(reference), to_graphs_tuple(obs), feature_widths(obs), 3), obs
@@ -85,7 +88,7 @@ def test_gives_the_reference(reference, layers, output, path):
 
 
 def on_graph(network: HAN):
-    return jax.jit(functools.partial(network.apply, method=HAN.on_graph), static_argnums=(2, 3))
+    return jit(functools.partial(network.apply, method=HAN.on_graph), static_argnums=(2, 3))
 
 
 def by_name(nodes: jax.Array, obs: GraphObservation) -> dict[str, jax.Array]:
@@ -105,7 +108,7 @@ def by_name(nodes: jax.Array, obs: GraphObservation) -> dict[str, jax.Array]:
 def padded_graph(observations: GraphObservation) -> jraph.GraphsTuple:
     """A batch [B] of observations as one batched graph, with spare nodes, edges and graphs at the end."""
     size = observations.arrived.shape[0]
-    convert = jax.jit(to_graphs_tuple)
+    convert = jit(to_graphs_tuple)
     graph = jraph.batch([convert(jax.tree.map(lambda x, i=i: x[i], observations)) for i in range(size)])
     nodes, edges = len(graph.nodes["type"]), len(graph.senders)
     return jraph.pad_with_graphs(graph, nodes + SPARE_NODES, edges + 5, size + 2)
@@ -134,7 +137,7 @@ def test_paths_and_their_gradients_are_equal(residual, layers):
         return sum((x * jnp.sin(jnp.arange(x.size)).reshape(x.shape)).sum() for x in outputs.values()), outputs
 
     params = random_params(network, observations)
-    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    gradient = jit(jax.grad(loss, has_aux=True), static_argnums=1)
     (dense_gradient, dense), (graph_gradient, graph) = (gradient(params, path) for path in paths(network, observations))
     assert_close(dense, graph, 1e-5)
     assert_close(dense_gradient, graph_gradient, 1e-4)
@@ -160,8 +163,8 @@ def test_graphs_can_be_vmapped():
     observations = random_observation(2, 3)
     params, widths = random_params(network, observations), feature_widths(observations)
     graphs = jax.vmap(to_graphs_tuple)(observations)
-    mapped = jax.jit(jax.vmap(lambda graph: network.apply(params, graph, widths, 3, method=HAN.on_graph)))(graphs)
-    assert_close(by_name(mapped, observations), jax.jit(network.apply)(params, observations), 1e-5)
+    mapped = jit(jax.vmap(lambda graph: network.apply(params, graph, widths, 3, method=HAN.on_graph)))(graphs)
+    assert_close(by_name(mapped, observations), jit(network.apply)(params, observations), 1e-5)
 
 
 def test_masked_slots_change_nothing():
@@ -186,7 +189,7 @@ def test_masked_slots_change_nothing():
         return sum((x**2).sum() for x in nodes.values()), nodes
 
     params = random_params(network, obs)
-    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    gradient = jit(jax.grad(loss, has_aux=True), static_argnums=1)
     expected_gradient, expected = gradient(params, paths(network, obs)[0])
     for path in paths(network, padded):
         actual_gradient, actual = gradient(params, path)
@@ -199,8 +202,8 @@ def test_any_number_of_leading_axes():
     network = HAN(hidden=12, heads=3)
     batched = random_observation(5, 2, 3)
     params = random_params(network, batched)
-    outputs = jax.jit(network.apply)(params, batched)
-    alone = jax.jit(network.apply)(params, jax.tree.map(lambda x: x[1, 2], batched))
+    outputs = jit(network.apply)(params, batched)
+    alone = jit(network.apply)(params, jax.tree.map(lambda x: x[1, 2], batched))
     assert_close(jax.tree.map(lambda x: x[1, 2], outputs), alone, 1e-5)
 
 
@@ -224,7 +227,7 @@ def gradients_both_ways(network: HAN):
             # Each number has a weight of its own, so that none can stand for another.
             return (output * jnp.sin(jnp.arange(output.size)).reshape(output.shape)).sum(), output
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        return jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
     return map(gradient, embeddings_both_ways(network))
 
@@ -260,13 +263,11 @@ def test_embedding_by_graph_can_be_vmapped_over_observations_and_weights():
         return (output**2).sum(), output
 
     dense, by_graph = (
-        jax.jit(jax.vmap(jax.grad(functools.partial(squares, embed), has_aux=True)))(both, obs)
+        jit(jax.vmap(jax.grad(functools.partial(squares, embed), has_aux=True)))(both, obs)
         for embed in embeddings_both_ways(network)
     )
     assert_close(by_graph, dense, 1e-4)
-    one_by_one = jax.jit(jax.vmap(embeddings_both_ways(network)[1], (None, 0)))(
-        params, jax.tree.map(lambda x: x[0], obs)
-    )
+    one_by_one = jit(jax.vmap(embeddings_both_ways(network)[1], (None, 0)))(params, jax.tree.map(lambda x: x[0], obs))
     assert_close(one_by_one[:, 0], dense[1][0], 1e-5)
 
 
@@ -279,7 +280,7 @@ def test_empty_queues_give_finite_outputs_and_gradients():
         def loss(params, path=path):
             return sum((x**2).sum() for x in path(params).values())
 
-        value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+        value, gradient = jit(jax.value_and_grad(loss))(params)
         assert np.isfinite(value)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
@@ -293,6 +294,6 @@ def test_only_residual_lets_an_experts_own_features_reach_the_arrived_node():
     loaded = obs.replace(expert=obs.expert.at[0].add(1.0))
     for residual in (True, False):
         network = HAN(hidden=12, heads=3, residual=residual)
-        params, apply = random_params(network, obs), jax.jit(network.apply)
+        params, apply = random_params(network, obs), jit(network.apply)
         change = jnp.abs(apply(params, loaded)["arrived"] - apply(params, obs)["arrived"]).max()
         assert change > 1e-2 if residual else change < 1e-5

@@ -12,8 +12,6 @@ import pytest
 from jaxroute.agent.router_network import RouterNetwork
 from tests.network_cases import random_observation, random_params, with_empty_queues
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
-
 
 @pytest.fixture(scope="module")
 def network() -> RouterNetwork:

@@ -13,8 +13,6 @@ from jaxroute.agent.trainer import make_trainer, policy_router
 from jaxroute.environment.observation import GraphObservation
 from tests.learning import hyperparameters, sac_config
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
-
 NUM_EXPERTS = 3
 
 

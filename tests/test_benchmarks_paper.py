@@ -14,6 +14,8 @@ from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_config
 from jaxroute.routers import ROUTERS
 
+pytestmark = pytest.mark.usefixtures("programs_that_run_once")
+
 TINY = (
     "training.frames=64",
     "training.num_envs=8",
@@ -26,9 +28,6 @@ TINY = (
     "environment.slots=4",
 )
 RUN = Training("tiny", (*TINY, plan.RATE_RANGE), seed=0)
-
-
-pytestmark = pytest.mark.usefixtures("cheap_programs")
 
 
 def tiny_setting(rate: int) -> Setting:

@@ -31,9 +31,6 @@ from tests.rollouts import CHEAP_COMPILE
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
-
-
 def small(**options):
     return jaxroute.make("paper-3", slots=5, queue_nodes=2, episode_length=40, **options)
 

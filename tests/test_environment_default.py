@@ -21,6 +21,8 @@ from jaxroute.environment.registry import make_params
 from jaxroute.errors import UserError
 from tests.rollouts import CHEAP_COMPILE, Run, oracle
 
+pytestmark = pytest.mark.usefixtures("optimised_programs")
+
 EPISODE, STEPS, SLOTS = 150, 190, 24
 RATES = [3.0, 3.0, 3.0, 6.0, 25.0]  # requests/s of each environment
 LIMITS = [0.03, 0.03, 0.04, 0.03, 0.03]  # s per token

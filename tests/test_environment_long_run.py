@@ -15,6 +15,8 @@ import pytest
 import jaxroute
 from tests.rollouts import CHEAP_COMPILE
 
+pytestmark = pytest.mark.usefixtures("optimised_programs")
+
 
 def _resident_bytes() -> int:
     """Memory of this process that is in use, as Linux counts it."""

@@ -10,6 +10,8 @@ from tests.fuzz import CHUNK, differences
 from tests.reference.cases import cases
 from tests.reference.engine import ENGINES
 
+pytestmark = pytest.mark.usefixtures("optimised_programs")
+
 
 @pytest.mark.parametrize("engine", ENGINES)
 @hypothesis.settings(

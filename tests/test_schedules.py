@@ -13,6 +13,8 @@ import pytest
 from jaxroute.commands.replay import main
 from tests.replaying import Batch
 
+pytestmark = pytest.mark.usefixtures("optimised_programs")
+
 FOLDER = Path(__file__).parent / "data" / "vllm_schedules"
 FILES = sorted(FOLDER.glob("*.json"))
 V0_FILES = sorted((FOLDER / "v0").glob("*.json"))

@@ -40,9 +40,6 @@ LENGTH, EXPERTS, LABELS = 150, ("alpaca-native", "chatglm-6b"), ("Round-Robin", 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
-
-
 def overload(discipline: str) -> tuple[RoutingEnvironment, EnvParams, dict[str, Router]]:
     """Overloaded engines with little memory and few slots: requests are missed, preempted, dropped and rejected."""
     env = RoutingEnvironment(num_experts=2, slots=8, episode_length=LENGTH, penalty="off")

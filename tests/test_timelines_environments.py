@@ -51,13 +51,6 @@ def some_router(key, observation, state, params):
     return jnp.where(state.step % 11 == 10, experts, jnp.where(state.step % 3 > 0, 0, state.step % experts))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_in_half_the_time():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(autouse=True)
 def totals_as_metrics(monkeypatch):
     """An episode's `metrics` are then the environment's own totals, with the figures of every request."""

@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxroute.commands import evaluate, train
 from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_saved_config
 from jaxroute.runs.checkpoint import load_params
 from jaxroute.runs.progress import TrainingProgress
+
+pytestmark = pytest.mark.usefixtures("programs_that_run_once")
 
 TINY = [
     "training.frames=200",
@@ -33,15 +34,6 @@ TINY = [
     "network.mlp=[8]",
     "evaluation.episodes=3",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory, cheap_programs):
-    """Equal programs of several runs are compiled once."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
