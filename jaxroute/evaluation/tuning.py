@@ -27,7 +27,7 @@ DECISIONS = 400_000
 """Simulated decisions for each router: as many as `training.frames` of `configs/default.yaml`."""
 
 _KEY = 0x74756E65  # no evaluation's keys come from it
-_LENGTH = 2000  # requests of an episode, or fewer if the environment's episodes are shorter
+_LENGTH = 1000  # requests of an episode, or fewer if the environment's episodes are shorter
 _POPULATION = 16  # settings that are simulated at once, an episode each
 _WIDE, _FINAL = 2, 2  # generations before CMA-ES, all over the ranges, and after it, for the finalists
 _LAST = 3  # generations of CMA-ES whose best settings are finalists
@@ -58,7 +58,7 @@ def tune_routers(
     """Router name -> its parameters with the highest mean QoS per arrival in this environment.
 
     Each router has `decisions` simulated decisions, in whole episodes from an empty cluster as in an evaluation, of at
-    most 2000 requests. Settings spread over the ranges in `ROUTERS` come first, then CMA-ES around the best of them, on
+    most 1000 requests. Settings spread over the ranges in `ROUTERS` come first, then CMA-ES around the best of them, on
     new episodes in each generation. At last its mean and the best settings are compared on the same further episodes,
     so that no setting is chosen for lucky requests. All keys differ from those of every evaluation.
 
