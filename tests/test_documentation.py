@@ -105,7 +105,7 @@ def test_the_layers_are_those_of_the_contract():
 
 def test_the_table_of_routers_has_a_row_for_each():
     table = (ROOT / "docs" / "routers.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(ROUTERS)
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [name for name in ROUTERS if "+" not in name]
 
 
 def test_readme_has_the_one_block_that_is_run_from_the_wheel():

@@ -157,16 +157,16 @@ PLANNED = np.arange(2, STEPS, 3)
 
 
 def _planner_program(**options):
-    """(params, states [B, ...]) -> actions [2, B] of lookahead and clairvoyant; with `options`, of lookahead alone."""
+    """(params, states [B, ...]) -> actions [3, B] of the planning routers; with `options`, of lookahead alone."""
     env = RoutingEnvironment(num_experts=3, slots=SLOTS, **options)
-    routers = [make_router(name, env) for name in ("lookahead", "clairvoyant")[: 1 if options else 2]]
+    routers = [make_router(name, env) for name in ("lookahead", "clairvoyant", "block")[: 1 if options else 3]]
     choices = lambda params, state: jnp.stack([router(None, None, state, params) for router in routers])  # noqa: E731
     return jax.jit(jax.vmap(choices, (None, 0), 1), compiler_options=CHEAP_COMPILE)
 
 
 @pytest.fixture(scope="module")
 def planned(exact_cases):
-    """For both cases the planners' actions [2, B] at the PLANNED steps; traced once for the two."""
+    """For both cases the planners' actions [3, B] at the PLANNED steps; traced once for the two."""
     program = _planner_program()
     with jax.enable_x64(True):
         actions = [jax.device_get(program(params, _states(run, PLANNED))) for params, run, _ in exact_cases]
@@ -196,12 +196,29 @@ def _gains(params, run, step, truth):
 def test_planners_take_the_best_gain_of_plain_engines(exact_cases, planned):
     counts = np.zeros(4, int)
     for (params, run, _), actions in zip(exact_cases, planned, strict=True):
-        for truth, chosen in zip((False, True), actions, strict=True):
+        for truth, chosen in zip((False, True), actions[:2], strict=True):
             for step, action in zip(PLANNED, chosen, strict=True):
                 counts[action] += 1
                 gains = _gains(params, run, step, truth)
                 np.testing.assert_allclose(np.append(gains, 0.0)[action], max(gains.max(), 0.0), **CLOSE)
                 assert (action == 3) == (gains.max() <= 1e-12)
+    assert (counts > 5).all()
+
+
+def test_block_takes_the_lowest_latency_of_plain_engines(exact_cases, planned):
+    counts = np.zeros(3, int)
+    for (params, run, _), actions in zip(exact_cases, planned, strict=True):
+        for step, action in zip(PLANNED, actions[2], strict=True):
+            counts[action] += 1
+            state = _states(run, step)
+            mask = np.asarray(action_mask(state, params, SLOTS))[:3]
+            latencies = np.full(3, np.inf)
+            for expert, config in enumerate(configs_of(params.engines)):
+                queue = queue_of(params, run, step, expert)
+                if mask[expert] and Expert(config).can_serve(queue.prompt, queue.predicted_tokens):
+                    latencies[expert] = impact.joining_latency(queue) * queue.predicted_tokens
+            if np.isfinite(latencies).any():
+                np.testing.assert_allclose(latencies[action], latencies.min(), **CLOSE)
     assert (counts > 5).all()
 
 

@@ -17,14 +17,21 @@ NUMBERS = {
     "latency_based": {"buffer": 0.5},
     "routellm": {"threshold": 0.05, "strong": 2, "weak": 0},
     "score_minus_load": {"weight": 0.04},
+    "route_balance": {"latency_weight": 0.5, "cost_weight": 0.2},
     "index_rule": {"load_weight": 0.04, "length_weight": 0.1, "threshold": 0.5, "cap": 5},
 }
-RULES = [name for name in ROUTERS if name not in ("lookahead", "clairvoyant")]
+ADMITTED = {"shortest_queue+admission": 0.6, "feasible_best": 0.5, "index_rule+admission": 0.6}
+NUMBERS |= {name: {**NUMBERS.get(name.partition("+")[0], {}), "admission": c} for name, c in ADMITTED.items()}
+# Admission is the same code for every rule; tests/test_impact.py has what simulates.
+SIMULATING = ("block", "lookahead", "clairvoyant")
+RULES = [name for name in ROUTERS if name not in SIMULATING and ("+" not in name or name in ADMITTED)]
 
 
 @pytest.fixture(scope="module")
 def scenario():
-    return jaxroute.make("paper-3", slots=SLOTS, episode_length=60, metrics="off", penalty="off")
+    env, params = jaxroute.make("paper-3", slots=SLOTS, episode_length=60, metrics="off", penalty="off")
+    blocks, seats = jnp.asarray([40, 25, 60], jnp.int32), jnp.asarray([6, 4, 3], jnp.int32)
+    return env, params.replace(engines=params.engines.replace(usable_blocks=blocks, max_num_seqs=seats))
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +69,48 @@ def states(scenario):
     )
 
 
+def kv_use(e: int, state, params) -> float:
+    """Share of the KV blocks of expert `e` that its running requests hold."""
+    engines, size = state.engines, int(params.engines.block_size[e])
+    used = sum(-(-int(engines.computed[s, e]) // size) for s in range(engines.num_running[e]))
+    return used / params.engines.usable_blocks[e]
+
+
+def predicted(e: int, state, params) -> float:
+    """`predicted_latency` of expert `e`, request by request."""
+    engines, options, queued = state.engines, params.engines, state.queued
+    model = jax.tree.map(lambda leaf: float(leaf[e]), options.latency)
+    prompt, tokens = int(state.request.prompt_tokens), int(state.request.predicted_output_tokens[e])
+    size, seats = int(options.block_size[e]), int(options.max_num_seqs[e])
+    blocks, context, to_prefill, remaining = -(-prompt // size), prompt, prompt, 0
+    count, running = int(engines.num_requests[e]) + 1, int(engines.num_running[e])
+    for s in range(count - 1):
+        generated = int(engines.generated[s, e])
+        held = int(engines.computed[s, e]) if s < running else int(engines.prompt_tokens[s, e]) + generated
+        context, blocks = context + held, blocks + -(-held // size)
+        to_prefill += 0 if s < running else held
+        remaining += max(int(queued.predicted_tokens[s, e]) - generated, 1) if s < running else 0
+    decodes = min(count, seats)
+    excess = max(0, count - seats, (blocks - int(options.usable_blocks[e])) / (blocks / count))
+    above = [max(0, n - model.knee_tokens) * model.per_token_above_knee for n in (decodes, to_prefill)]
+    iteration = model.base + model.per_decode * decodes + model.per_context_token * (context + decodes) + above[0]
+    prefill = model.per_prefill_token * to_prefill + above[1]
+    iterations = tokens + excess * remaining / max(running, 1) ** 2
+    return (max(float(engines.clock[e]), 0) + prefill + iteration * iterations) / tokens
+
+
 def possible(name: str, state, params) -> set[int]:
     """What the rule allows in one state (numpy leaves)."""
     engines, experts = state.engines, range(EXPERTS)
     total, running = engines.num_requests, engines.num_running
     waiting = total - running
     among = [e for e in experts if total[e] < SLOTS] or list(experts)
+    if name in ADMITTED:
+        latency = [predicted(e, state, params) for e in experts]
+        among = [e for e in among if latency[e] < ADMITTED[name] * params.latency_limit]
+        if not among:
+            return {EXPERTS}
+        name = {"feasible_best": "bert_router"}.get(name, name.partition("+")[0])
     score = state.request.predicted_score
 
     def least(cost) -> int:
@@ -94,17 +137,26 @@ def possible(name: str, state, params) -> set[int]:
     if name == "latency_based":
         lowest = min(state.recent_latency[e] for e in among)
         return {e for e in among if state.recent_latency[e] <= np.float32(1.5) * lowest}
-    if name == "vllm_data_parallel":
+    if name == "vllm_data_parallel_v0_10":
         return {least(4 * waiting + running)}
+    if name == "vllm_data_parallel":
+        load = [total[e] + 6 * waiting[e] * max(0, kv_use(e, state, params) - 0.5) for e in experts]
+        scan = [(int(state.step) + e) % EXPERTS for e in experts]
+        return {min((e for e in scan if e in among), key=lambda e: load[e])}
+    if name == "route_balance":
+        tokens = state.request.predicted_output_tokens
+        latency = [predicted(e, state, params) * tokens[e] for e in experts]
+        slowest, dearest = max(latency[e] for e in among), max(tokens[e] for e in among)
+        value = [score[e] + 0.5 * (1 - latency[e] / slowest) + 0.2 * (1 - tokens[e] / dearest) for e in experts]
+        best = max(value[e] for e in among)
+        return {e for e in among if value[e] > best - 1e-6}
     if name == "llm_d":
-        block, usable = params.engines.block_size, params.engines.usable_blocks
         most, fewest = max(waiting[e] for e in among), min(waiting[e] for e in among)
         sums = {}
         for e in among:
             queue = 1.0 if most == fewest else (most - waiting[e]) / (most - fewest)
-            used = sum(-(-int(engines.computed[s, e]) // int(block[e])) for s in range(running[e]))
             load = 0.5 if waiting[e] == 0 else 0.5 * (1 - min(waiting[e], 128) / 128)
-            sums[e] = 2 * queue + 2 * (1 - used / usable[e]) + load
+            sums[e] = 2 * queue + 2 * (1 - kv_use(e, state, params)) + load
         return {e for e in among if sums[e] > max(sums.values()) - 1e-6}
     if name == "routellm":
         order = (2, 0, 1) if score[2] - score[0] >= np.float32(0.05) else (0, 2, 1)

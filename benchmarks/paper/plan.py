@@ -14,7 +14,7 @@ SERVING = (
     "least_work",
     "power_of_two",
     "latency_based",
-    "vllm_data_parallel",
+    "vllm_data_parallel_v0_10",
     "llm_d",
     "routellm",
     "score_minus_load",

@@ -183,6 +183,19 @@ def joining_gain(
     return jnp.sum(jnp.where(joined, score, 0.0) - jnp.where(without, score, 0.0), axis=0)
 
 
+def joining_finish(
+    engine: EngineState, prompt_tokens: jax.Array, output_tokens: jax.Array, params: EngineParams
+) -> jax.Array:
+    """When a request of these lengths finishes if it joins now, s from now, float [...]; NEVER if it cannot.
+
+    It is computed like `exact_impact`, with the lengths in `engine`.
+    """
+    joined = _joined(engine, prompt_tokens, output_tokens, params)
+    done, *_ = run_until(joined, jnp.asarray(AFTER_ALL, float), params)
+    finish = jnp.where((done.position == engine.num_requests) & joined.unfinished(), done.finish_time, NEVER).min(0)
+    return jnp.where(finish == IGNORED, NEVER, finish)
+
+
 def predicted_engine(engine: EngineState, predicted_tokens: jax.Array, params: EngineParams) -> EngineState:
     """The engine with expected instead of true lengths, from predictions int32 [S, ...]."""
     length = expected_length(predicted_tokens, engine.generated)
@@ -201,6 +214,14 @@ def _target(prompt_tokens: jax.Array, length: jax.Array, params: EngineParams) -
     return jnp.minimum(target, _room(params) - prompt_tokens)
 
 
+def _joined(
+    engine: EngineState, prompt_tokens: jax.Array, output_tokens: jax.Array, params: EngineParams
+) -> EngineState:
+    """The engine with a request of these lengths in the slot behind the others, if there is room for it."""
+    joins = (engine.num_requests < engine.num_slots) & (prompt_tokens < _room(params))
+    return append(engine, joins, prompt_tokens, _target(prompt_tokens, output_tokens, params), jnp.zeros((), float))
+
+
 def _met(
     engine: EngineState,
     age: jax.Array,
@@ -212,8 +233,7 @@ def _met(
     """Which requests meet the limit if the engine runs until it is empty with no further arrivals, bool [S, ...] each:
     without a request of these lengths, and with it in the slot behind the others.
     """
-    joins = (engine.num_requests < engine.num_slots) & (prompt_tokens < _room(params))
-    joined = append(engine, joins, prompt_tokens, _target(prompt_tokens, output_tokens, params), jnp.zeros((), float))
+    joined = _joined(engine, prompt_tokens, output_tokens, params)
     # Both runs at once: [S, 2, ...] and [2, ...].
     axes = engine.num_requests.ndim
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=leaves[0].ndim - axes), engine, joined)

@@ -1,4 +1,4 @@
-"""Routers by name: the paper's heuristics, rules of current systems, and two that run the simulator forward."""
+"""Routers by name: the paper's heuristics, rules of current systems, and three that run the simulator forward."""
 
 import inspect
 from collections.abc import Callable
@@ -32,6 +32,7 @@ class RouterSpec(NamedTuple):
     rule: Callable[..., jax.Array]  # its docstring has the rule and its source
     label: str  # in tables and pictures
     ranges: dict[str, Range] = {}  # of the parameters that tuning searches
+    fixed: Parameters = {}  # parameters that make_router sets, unless they are given
     choices: Callable[[int], list[Parameters]] = lambda num_experts: [{}]  # of N experts, tried too
 
 
@@ -41,7 +42,9 @@ def _pairs(num_experts: int) -> list[Parameters]:
     return [{"strong": strong, "weak": weak} for strong, weak in pairs]
 
 
-ROUTERS = {
+_ADMISSION = {"admission": Range(0.5, 2, log=True)}
+
+_RULES = {
     "round_robin": RouterSpec(paper.round_robin, "Round-Robin"),
     "shortest_queue": RouterSpec(paper.shortest_queue, "Shortest Queue First"),
     "bert_router": RouterSpec(paper.bert_router, "BERT Router"),
@@ -50,8 +53,9 @@ ROUTERS = {
     "power_of_two": RouterSpec(serving.power_of_two, "Power of Two"),
     "latency_based": RouterSpec(serving.latency_based, "LiteLLM latency", {"buffer": Range(0, 2)}),
     "vllm_data_parallel": RouterSpec(serving.vllm_data_parallel, "vLLM data parallel"),
+    "vllm_data_parallel_v0_10": RouterSpec(serving.vllm_data_parallel_v0_10, "vLLM 0.10 data parallel"),
     "llm_d": RouterSpec(serving.llm_d, "llm-d"),
-    "routellm": RouterSpec(serving.routellm, "RouteLLM", {"threshold": Range(-0.2, 0.2)}, _pairs),
+    "routellm": RouterSpec(serving.routellm, "RouteLLM", {"threshold": Range(-0.2, 0.2)}, choices=_pairs),
     "score_minus_load": RouterSpec(serving.score_minus_load, "Score - Load", {"weight": Range(1e-4, 0.5, log=True)}),
     "index_rule": RouterSpec(
         serving.index_rule,
@@ -63,10 +67,29 @@ ROUTERS = {
             "cap": Range(1, 300, log=True),
         },
     ),
+    "feasible_best": RouterSpec(paper.bert_router, "Feasible best", _ADMISSION, {"admission": 1.0}),
+    "route_balance": RouterSpec(
+        serving.route_balance,
+        "RouteBalance",
+        {"latency_weight": Range(1e-3, 10, log=True), "cost_weight": Range(1e-4, 1, log=True)},
+    ),
+    "block": RouterSpec(planning.block, "Block"),
     "lookahead": RouterSpec(planning.lookahead, "Lookahead"),
     "clairvoyant": RouterSpec(planning.clairvoyant, "Clairvoyant"),
 }
 """A new router is one entry here; configuration, help texts, tables and pictures follow from it."""
+
+# `bert_router` with admission is `feasible_best`, and the planning routers drop on their own.
+_WITHOUT_ADMISSION = ("bert_router", "feasible_best", "lookahead", "clairvoyant")
+_WITH_ADMISSION = {
+    f"{name}+admission": spec._replace(
+        label=f"{spec.label} + admission", ranges={**spec.ranges, **_ADMISSION}, fixed={"admission": 1.0}
+    )
+    for name, spec in _RULES.items()
+    if name not in _WITHOUT_ADMISSION
+}
+
+ROUTERS = {**_RULES, **_WITH_ADMISSION}
 
 ROUTER_LABELS = {"trained": "Trained", **{name: spec.label for name, spec in ROUTERS.items()}}
 
@@ -74,15 +97,21 @@ ROUTER_LABELS = {"trained": "Trained", **{name: spec.label for name, spec in ROU
 def make_router(name: str, env: RoutingEnvironment, **parameters: Any) -> RuleRouter:
     """The router of this name for `env`. `parameters` override the defaults of its rule, and may be traced.
 
+    Every router has a parameter `admission`: requests are dropped unless some expert's predicted latency is below it
+    times the limit (`RuleRouter`). The default is to admit all, and 1 for names that end in +admission.
+
     Raises:
         UserError: no router has this name, the router has no such parameter, or a value cannot be one of it.
     """
-    rule = ROUTERS[require_known(name, ROUTERS, "router")].rule
+    spec = ROUTERS[require_known(name, ROUTERS, "router")]
+    rule, parameters = spec.rule, {**spec.fixed, **parameters}
     own = {key: value for key, value in inspect.signature(rule).parameters.items() if value.kind is value.KEYWORD_ONLY}
     for key, value in parameters.items():
-        require_known(key, own, f"parameter of the router {name}")
+        require_known(key, [*own, "admission"], f"parameter of the router {name}")
         if not isinstance(value, Tracer):
-            _check_value(f"{name}: {key}", value, env.num_experts if isinstance(own[key].default, int) else None)
+            _check_value(
+                f"{name}: {key}", value, env.num_experts if key in own and isinstance(own[key].default, int) else None
+            )
     return RuleRouter(rule, env, parameters)
 
 

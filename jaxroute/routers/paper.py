@@ -7,19 +7,19 @@ import jax.numpy as jnp
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.routers.choice import candidates, smallest
+from jaxroute.routers.choice import smallest
 
 
 def round_robin(
-    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams, among: jax.Array
 ) -> jax.Array:
     """The experts in turn, one per decision; if an expert is not allowed, the next allowed one takes its turn."""
     turns_away = (jnp.arange(env.num_experts) - state.step) % env.num_experts
-    return smallest(turns_away, candidates(env, state, params))
+    return smallest(turns_away, among)
 
 
 def shortest_queue(
-    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams, among: jax.Array
 ) -> jax.Array:
     """The expert with the fewest requests, running and waiting; ties go to the lowest index.
 
@@ -27,11 +27,11 @@ def shortest_queue(
     and end, which here run or wait (Envoy's LEAST_REQUEST over all hosts,
     https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/load_balancing/load_balancers).
     """
-    return smallest(env.queue_lengths(state), candidates(env, state, params))
+    return smallest(env.queue_lengths(state), among)
 
 
 def bert_router(
-    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams, among: jax.Array
 ) -> jax.Array:
     """The expert with the highest predicted score, whatever its load."""
-    return smallest(-state.request.predicted_score, candidates(env, state, params))
+    return smallest(-state.request.predicted_score, among)

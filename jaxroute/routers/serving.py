@@ -8,18 +8,20 @@ import jax.numpy as jnp
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.impact import expected_length
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.routers.choice import candidates, smallest, smallest_at_random
+from jaxroute.routers.choice import predicted_latency, smallest, smallest_at_random, waiting_requests
 from jaxroute.simulator.disciplines import used_blocks
 from jaxroute.simulator.load_balancing import data_parallel_load
 
 
-def random(env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams) -> jax.Array:
+def random(
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams, among: jax.Array
+) -> jax.Array:
     """An expert chosen uniformly at random."""
-    return smallest(jax.random.uniform(key, (env.num_experts,)), candidates(env, state, params))
+    return smallest(jax.random.uniform(key, (env.num_experts,)), among)
 
 
 def least_work(
-    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams, among: jax.Array
 ) -> jax.Array:
     """The expert with the fewest predicted outstanding tokens.
 
@@ -30,18 +32,17 @@ def least_work(
     to_prefill = jnp.maximum(engines.prompt_tokens - engines.computed, 0)
     to_generate = expected_length(state.queued.predicted_tokens, engines.generated) - engines.generated
     work = jnp.where(engines.unfinished(), to_prefill + to_generate, 0).sum(axis=0)
-    return smallest(work, candidates(env, state, params))
+    return smallest(work, among)
 
 
 def power_of_two(
-    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams, among: jax.Array
 ) -> jax.Array:
     """Of two different random experts, the one with fewer requests, running and waiting; ties are broken at random.
 
     Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", IEEE TPDS 12 (2001),
     https://www.eecs.harvard.edu/~michaelm/postscripts/tpds2001.pdf.
     """
-    among = candidates(env, state, params)
     lots = jnp.where(among, jax.random.uniform(key, (env.num_experts,)), 2)
     second = jnp.sort(lots)[min(1, env.num_experts - 1)]
     return smallest(env.queue_lengths(state) + lots / 2, among & (lots <= second))
@@ -53,6 +54,7 @@ def latency_based(
     observation: Any,
     state: EnvState,
     params: EnvParams,
+    among: jax.Array,
     *,
     buffer: float | jax.Array = 0.0,
 ) -> jax.Array:
@@ -62,19 +64,36 @@ def latency_based(
     counts as 0 s, so it is tried first. LiteLLM averages the last ten latencies; here it is `EnvState.recent_latency`.
     https://github.com/BerriAI/litellm/blob/main/litellm/router_strategy/lowest_latency.py.
     """
-    among = candidates(env, state, params)
     latency = jnp.where(among, state.recent_latency, jnp.inf)
     within = latency <= (1 + buffer) * latency.min()
     return smallest(jax.random.uniform(key, (env.num_experts,)), within)
 
 
 def vllm_data_parallel(
-    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams, among: jax.Array
 ) -> jax.Array:
-    """The expert with the smallest `data_parallel_load`: vLLM's load balancing. Ties go to the lowest index."""
-    running = state.engines.num_running
-    waiting = state.engines.num_requests - running
-    return smallest(data_parallel_load(waiting, running), candidates(env, state, params))
+    """vLLM's present load balancing: the expert with the smallest max(in flight, waiting + running) + KV pressure.
+
+    The pressure is 6 * waiting * max(0, KV use - 0.5). In flight are the requests that this client sent and that have
+    not ended, times the number of clients: with one client and counts that are always current, waiting + running. The
+    scan begins one expert later at each decision and the first of equal ones wins, so ties are in rotation.
+    `DPLBAsyncMPClient.get_core_engine_for_request`,
+    https://github.com/vllm-project/vllm/blob/main/vllm/v1/engine/core_client.py.
+    """
+    waiting = waiting_requests(state)
+    use = used_blocks(state.engines, params.engines) / params.engines.usable_blocks
+    load = env.queue_lengths(state) + 6 * waiting * jnp.maximum(use - 0.5, 0)
+    load = jnp.where(among, load, jnp.inf)
+    turns_away = (jnp.arange(env.num_experts) - state.step) % env.num_experts
+    return smallest(turns_away, among & (load == load.min()))
+
+
+def vllm_data_parallel_v0_10(
+    env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams, among: jax.Array
+) -> jax.Array:
+    """vLLM's earlier load balancing: the smallest `data_parallel_load`. Ties go to the lowest index."""
+    waiting = waiting_requests(state)
+    return smallest(data_parallel_load(waiting, state.engines.num_running), among)
 
 
 def llm_d(
@@ -83,6 +102,7 @@ def llm_d(
     observation: Any,
     state: EnvState,
     params: EnvParams,
+    among: jax.Array,
     *,
     queue_weight: float | jax.Array = 2.0,
     kv_weight: float | jax.Array = 2.0,
@@ -96,8 +116,8 @@ def llm_d(
     https://github.com/kubernetes-sigs/gateway-api-inference-extension/tree/main/pkg/epp/scheduling/framework/plugins/scorer
     and https://github.com/llm-d/llm-d-inference-scheduler/blob/main/pkg/plugins/scorer/load_aware.go.
     """
-    engines, among = state.engines, candidates(env, state, params)
-    waiting = engines.num_requests - engines.num_running
+    engines = state.engines
+    waiting = waiting_requests(state)
     most, least = jnp.where(among, waiting, -1).max(), jnp.where(among, waiting, env.slots).min()
     queue = jnp.where(most > least, (most - waiting) / jnp.maximum(most - least, 1), 1.0)
     kv = 1 - used_blocks(engines, params.engines) / params.engines.usable_blocks
@@ -111,6 +131,7 @@ def routellm(
     observation: Any,
     state: EnvState,
     params: EnvParams,
+    among: jax.Array,
     *,
     threshold: float | jax.Array = 0.0,
     strong: int | jax.Array = 0,
@@ -127,7 +148,7 @@ def routellm(
     wins = score[strong] - score[weak] >= threshold
     chosen, other = jnp.where(wins, strong, weak), jnp.where(wins, weak, strong)
     cost = jnp.where(expert == chosen, 0, jnp.where(expert == other, 1, 2))
-    return smallest(cost, candidates(env, state, params))
+    return smallest(cost, among)
 
 
 def score_minus_load(
@@ -136,6 +157,7 @@ def score_minus_load(
     observation: Any,
     state: EnvState,
     params: EnvParams,
+    among: jax.Array,
     *,
     weight: float | jax.Array = 0.05,
 ) -> jax.Array:
@@ -144,7 +166,7 @@ def score_minus_load(
     The weight is tuned, so this is the strongest of the rules that use one number per expert for its load.
     """
     cost = weight * env.queue_lengths(state) - state.request.predicted_score
-    return smallest(cost, candidates(env, state, params))
+    return smallest(cost, among)
 
 
 def index_rule(
@@ -153,6 +175,7 @@ def index_rule(
     observation: Any,
     state: EnvState,
     params: EnvParams,
+    among: jax.Array,
     *,
     load_weight: float | jax.Array = 0.05,
     length_weight: float | jax.Array = 0.0,
@@ -166,9 +189,37 @@ def index_rule(
     expert is below the cap, or if the highest value is not above `threshold`. All four numbers are tuned. Where
     requests may not be dropped (`env.drop`), cap and threshold have no effect.
     """
-    request, load, among = state.request, env.queue_lengths(state), candidates(env, state, params)
+    request, load = state.request, env.queue_lengths(state)
     value = request.predicted_score - load_weight * load - length_weight * request.predicted_output_tokens / 100
     enough = among & (load < cap) & (value > threshold)
     if not env.drop:
         return smallest(-value, among)
     return jnp.where(enough.any(), smallest(-value, enough), env.num_experts).astype(jnp.int32)
+
+
+def route_balance(
+    env: RoutingEnvironment,
+    key: jax.Array,
+    observation: Any,
+    state: EnvState,
+    params: EnvParams,
+    among: jax.Array,
+    *,
+    latency_weight: float | jax.Array = 1.0,
+    cost_weight: float | jax.Array = 0.0,
+) -> jax.Array:
+    """RouteBalance (arXiv 2606.17949): the highest weighted sum of score, latency and cost; ties to the shortest queue.
+
+    The sum is score + `latency_weight` * (1 - latency / the highest latency) + `cost_weight` * (1 - cost / the highest
+    cost), all predicted and relative to the candidates; the weight of the score, raw, is 1. The latency is that from
+    arrival to end, which the paper learns from data: here `predicted_latency` times the predicted length. The cost is
+    the predicted output tokens, since all experts have one price for a token here. Both weights are tuned. The paper's
+    batches of decisions are of one request here. `_score_and_pick_instance`,
+    https://github.com/AKafakA/route-balance/blob/main/route_balance/global_scheduler/route_balance/route_balance_serve.py.
+    """
+    cost = state.request.predicted_output_tokens
+    latency = predicted_latency(state, params) * cost
+    relative = lambda values: 1 - values / jnp.where(among, values, 0).max()  # noqa: E731
+    value = state.request.predicted_score + latency_weight * relative(latency) + cost_weight * relative(cost)
+    best = among & (value == jnp.where(among, value, -jnp.inf).max())
+    return smallest(env.queue_lengths(state), best)

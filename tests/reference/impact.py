@@ -123,6 +123,11 @@ def gain(queue: Queue, own_score: float, limit: float, truth: bool) -> float:
     return qos(_run(queue, True, truth), [*scores, own_score]) - qos(_run(queue, False, truth), scores)
 
 
+def joining_latency(queue: Queue) -> float:
+    """Seconds per token of the request that joins, in a run on predicted lengths; infinite if it never ends."""
+    return _run(queue, True)[-1]
+
+
 def _run(queue: Queue, joins: bool, truth: bool = False) -> list[float]:
     """Seconds per token of each queued request in the end, then of the joining one; infinite if it never ends."""
     engine = reference.ENGINES[queue.engine]({**reference.DEFAULT_CONFIG, **queue.config})
