@@ -22,6 +22,7 @@ def hyperparameters(**changes: Any) -> Hyperparameters:
         reward_centering_rate=1e-3,
         final_learning_rate=1.0,
         decay_updates=1,
+        critics_first=0.0,
     )
     return Hyperparameters(**{**values, **changes})
 

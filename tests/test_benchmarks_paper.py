@@ -18,6 +18,8 @@ pytestmark = pytest.mark.usefixtures("programs_that_run_once")
 
 TINY = (
     "training.frames=64",
+    "training.start_decisions=0",
+    "training.validation_decisions=0",
     "training.num_envs=8",
     "training.batch_size=4",
     "training.buffer_capacity=64",

@@ -10,7 +10,7 @@ from rich.console import Console
 from jaxroute.agent.trainer import policy_router
 from jaxroute.config.build import Experiment, build_experiment
 from jaxroute.config.loader import load_saved_config
-from jaxroute.config.schema import Config
+from jaxroute.config.schema import Config, TrainingConfig
 from jaxroute.console import print_notes, report_console
 from jaxroute.errors import UserError, command
 from jaxroute.evaluation.episodes import EpisodeValues, evaluate_routers
@@ -64,7 +64,7 @@ def compare(config: Config, experiment: Experiment, params: Any, console: Consol
             console.print(f"tuned {name}: {numbers} ({spent})", highlight=False)
 
     rules = [name for name in evaluation.routers if name != "trained"]
-    tunings = tune_routers(env, env_params, rules, decisions=config.training.frames, done=tuned)
+    tunings = tune_routers(env, env_params, rules, decisions=decisions(config.training), done=tuned)
     routers = {
         name: policy_router(experiment.network, params)
         if name == "trained"
@@ -76,3 +76,8 @@ def compare(config: Config, experiment: Experiment, params: Any, console: Consol
         console.print(f"evaluated {name}: QoS {values['qos'].mean():.4f}", highlight=False)
 
     return evaluate_routers(env, env_params, routers, evaluation.episodes, evaluation.seed, done)
+
+
+def decisions(training: TrainingConfig) -> int:
+    """Simulated decisions of a training, with the search for its start and all validations."""
+    return training.frames + training.start_decisions + (training.validations + 1) * training.validation_decisions

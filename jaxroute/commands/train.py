@@ -126,8 +126,8 @@ def _old_run(arguments: argparse.Namespace, console: Console) -> tuple[Path, Con
 def train(
     config: Config, experiment: Experiment, run: Path, console: Console, resume: bool = False
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """Trains for `training.frames` frames, rounded up to whole chunks, from a linear policy (`agent.start`). Returns the
-    parameters of the greedy policy with the best validation, and the logged metrics.
+    """Trains for `training.frames` frames, rounded up to whole chunks, from a linear policy (`agent.start`). Returns
+    the parameters of the greedy policy with the best validation, and the logged metrics.
 
     With `resume` it continues from the last state saved in `run`, or from the beginning if there is none.
 
@@ -170,13 +170,14 @@ def train(
             if record["episodes"]:
                 episode = jax.device_get(summary(totals))
                 record["episode"] = {name: np.asarray(value).tolist() for name, value in episode.items()}
-            if state.learner.updates > 0 and not np.isfinite(record["mean_q"] + record["critic_loss"]):
-                raise UserError(f"training diverged before frame {frames}; lower agent.critic_learning_rate")
-            if validation.due(chunk):
+            diverged = state.learner.updates > 0 and not np.isfinite(record["mean_q"] + record["critic_loss"])
+            if validation.due(chunk) and not diverged:
                 kept, record["validation_qos"] = validation.better(kept)
             record["seconds"] = round(earlier + time.monotonic() - started, 3)
             records.append(log.write(record))
             progress.update(frames, record)
+            if diverged:
+                raise UserError(f"training diverged before frame {frames}; lower agent.critic_learning_rate")
             if stop:
                 states.save(frames, kept)
                 save_checkpoint(run, validation.chosen(kept))
@@ -236,8 +237,8 @@ class _Validation:
         if self._validator is None or best >= _FAR_BELOW * sampled:
             return []
         return [
-            f"warning: the greedy policy has a validation QoS of {best:.3f}, far below the {sampled:.3f} of the sampled "
-            "policy in training; raise training.start_decisions or training.frames"
+            f"warning: the greedy policy has a validation QoS of {best:.3f}, far below the {sampled:.3f} of the "
+            "sampled policy in training; raise training.start_decisions or training.frames"
         ]
 
 

@@ -34,9 +34,9 @@ class Forecast(NamedTuple):
 def forecast(state: EnvState, params: EnvParams) -> Forecast:
     """The forecast of the arriving request at each expert, for arrays with any axes behind [S, N].
 
-    A request's finish is predicted as in `impact.predicted_impact`, but with the decode time of a batch of all requests,
-    waiting ones included. Its chance is a logistic function of the slack, instead of a step: what is near to the limit
-    counts in part, since predictions are uncertain and further requests will arrive.
+    A request's finish is predicted as in `impact.predicted_impact`, but with the decode time of a batch of all
+    requests, waiting ones included. Its chance is a logistic function of the slack, instead of a step: what is near to
+    the limit counts in part, since predictions are uncertain and further requests will arrive.
     """
     engine, queued, request, limit = state.engines, state.queued, state.request, params.latency_limit
     rule, latency = rules(params.engines), params.engines.latency

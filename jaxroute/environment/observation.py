@@ -44,9 +44,9 @@ REQUEST_FEATURES = (
 token by the latency limit; scores are (s - 0.5) * 4, and KV use is a share of the expert's cache. Times are then mapped
 by x / (1 + x), so the limit is at 0.5. `recent_load` is mapped in the same way, with x the number of arrivals at the
 recent rate in the time that `token_scale` output tokens may take, divided by N and by K or FULL_SCALE. It is 0 at the
-first decision of an episode, because no rate is known yet. The last six features of an expert are sums over its whole
-queue (`forecast.Forecast`): QoS as it is, or mapped like times in the case of `at_risk`, `remaining_tokens` relative to K
-requests of `token_scale` tokens, and `prefill_time` relative to K times the limit."""
+first decision of an episode, because no rate is known yet. The last six features of an expert are those of
+`forecast.Forecast`, over its whole queue. Mapped by x / (1 + x) are `at_risk`, `joined_iteration_time` relative to the
+limit, `remaining_tokens` relative to K requests of `token_scale` tokens, and `prefill_time` relative to K limits."""
 
 
 FULL_SCALE = 10
