@@ -1,0 +1,90 @@
+"""The linear policy that training starts from, and the validation of greedy policies."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxroute
+from jaxroute.agent.router_network import RouterNetwork, with_linear_policy
+from jaxroute.agent.start import Validator, linear_start
+from jaxroute.agent.trainer import policy_router
+from jaxroute.environment.observation import EXPERT_FEATURES
+
+pytestmark = pytest.mark.usefixtures("programs_that_run_once")
+
+NETWORK = RouterNetwork(hidden=8, heads=2, layers=1, mlp=(8,))
+
+
+@pytest.fixture(scope="module")
+def small():
+    return jaxroute.make("overload-3", slots=16, episode_length=60, queue_nodes=4)
+
+
+def test_the_first_policy_is_the_linear_one(small):
+    env, params = small
+    keys = jax.random.split(jax.random.key(0), 64)
+    observation, _ = jax.vmap(env.reset, (0, None))(keys, params)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=len(EXPERT_FEATURES) + 1), jnp.float32)
+    first = jax.tree.map(lambda leaf: leaf[0], observation)
+    variables = with_linear_policy(NETWORK.init(jax.random.key(1), first), 20 * weights)
+    router = policy_router(NETWORK, variables)
+    ours = jax.vmap(lambda seen: router(None, seen, None, None))(observation)
+    values = np.concatenate([observation.expert @ weights[:-1], np.full((64, 1), weights[-1])], axis=1)
+    best, second = np.sort(np.where(observation.action_mask, values, -np.inf), axis=1).T[[-1, -2]]
+    clear = best - second > 0.05  # the perceptron adds almost 0
+    assert clear.sum() > 20
+    np.testing.assert_array_equal(np.asarray(ours)[clear], values.argmax(axis=1)[clear])
+
+
+def test_the_search_improves_and_repeats_itself(small):
+    env, params = small
+    reports = []
+    found = [
+        linear_start(env, params, None, 4 * 16 * 2 * 60, seed=3, done=lambda *r: reports.append(r)) for _ in range(2)
+    ]
+    np.testing.assert_array_equal(*found)
+    assert found[0].shape == (len(EXPERT_FEATURES) + 1,) and np.isfinite(found[0]).all()
+    assert [simulated for simulated, _ in reports[:4]] == [1920, 3840, 5760, 7680]
+
+
+def test_validation_tells_good_from_bad(small):
+    env, params = small
+    validator = Validator(env, params, None, decisions=6 * 60)
+    observation, _ = env.reset(jax.random.key(0), params)
+    variables = NETWORK.init(jax.random.key(1), observation)
+    zero = jnp.zeros(len(EXPERT_FEATURES) + 1)
+    drops = policy_router(NETWORK, with_linear_policy(variables, zero.at[-1].set(50.0)))
+    serves = policy_router(
+        NETWORK, with_linear_policy(variables, zero.at[EXPERT_FEATURES.index("expected_qos")].set(50.0))
+    )
+    assert validator.qos(drops) == 0
+    assert validator.qos(serves) > 0.4
+
+
+def test_environments_that_differ_are_all_validated(small):
+    """Leaves with a row for each training environment: slow arrivals at one end and an overload at the other."""
+    env, params = small
+    axes = jax.tree.map(lambda _: None, params)
+    arrivals = params.workload.arrivals
+    rates = jnp.linspace(0.5, 30, 8)
+    many = params.replace(workload=params.workload.replace(arrivals=arrivals.replace(rate=rates)))
+    axes = axes.replace(workload=axes.workload.replace(arrivals=arrivals.replace(rate=0)))
+    observation, _ = env.reset(jax.random.key(0), params)
+    weights = jnp.zeros(len(EXPERT_FEATURES) + 1).at[EXPERT_FEATURES.index("predicted_score")].set(50.0)
+    router = policy_router(NETWORK, with_linear_policy(NETWORK.init(jax.random.key(1), observation), weights))
+    mixed = Validator(env, many, axes, decisions=4 * 60).qos(router)
+    alone = [
+        Validator(
+            env,
+            jaxroute.make("overload-3")[1].replace(
+                workload=params.workload.replace(arrivals=arrivals.replace(rate=rate))
+            ),
+            None,
+            decisions=4 * 60,
+        ).qos(router)
+        for rate in (0.5, 30.0)
+    ]
+    assert alone[1] < mixed < alone[0]
