@@ -92,8 +92,8 @@ def test_encoder(tmp_path, monkeypatch):
     assert row["batch"] == 2 and row["queue_nodes"] == training["queue_nodes"] == "all" and row["requests"] > 0
     for kind in ("han", "han_jraph"):
         assert row[f"forward_{kind}"] > 0 and row[f"gradient_{kind}"] > 0 and training[f"frames_{kind}"] > 0
-    # A request is 7 features and a place in two masks; there are 3 experts with 4 slots.
-    assert training["transition_bytes"] == 4 * (2 + 21 + 3 * 4 * 7) + 2 * 3 * 4 + 4 + 4 * 3 + 2
+    # An expert is 13 features, a request 7 and a place in two masks; there are 3 experts with 4 slots.
+    assert training["transition_bytes"] == 4 * (2 + 3 * 13 + 3 * 4 * 7) + 2 * 3 * 4 + 4 + 4 * 3 + 2
 
 
 def test_engine(tmp_path, monkeypatch):

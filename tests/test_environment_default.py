@@ -183,7 +183,7 @@ def test_percentiles_of_the_histogram_are_near_the_references(default, params):
 
 def test_observations_are_finite_and_normalised(default, bare):
     flat = _flat(default.run.observation)
-    assert flat.shape[-1] == bare.run.observation.shape[-1] == 2 + 3 * 7 + 2 * 3 * 10 * 7 + 2 * 3 * 10 + 4
+    assert flat.shape[-1] == bare.run.observation.shape[-1] == 2 + 3 * 13 + 2 * 3 * 10 * 7 + 2 * 3 * 10 + 4
     assert np.isfinite(flat).all() and np.abs(flat).max() < 5
     observation = default.run.observation
     assert observation.action_mask[..., -1].all()
@@ -219,7 +219,7 @@ def test_all_queue_nodes_are_every_request_at_each_expert(default, params):
     one = jax.tree.map(lambda leaf: leaf[5, 0], whole)
     assert env.observation_space().contains(one)
     flat = replace(env, obs="flat").observation_space()
-    assert flat.contains(flatten(jax.tree.map(jnp.asarray, one))) and flat.shape[0] == 2 + 3 * 7 + 3 * SLOTS * 9 + 4
+    assert flat.contains(flatten(jax.tree.map(jnp.asarray, one))) and flat.shape[0] == 2 + 3 * 13 + 3 * SLOTS * 9 + 4
 
 
 def test_recent_load_is_0_until_a_gap_is_known(default, params):

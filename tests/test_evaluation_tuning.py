@@ -11,7 +11,7 @@ from jaxroute.evaluation import tuning
 from jaxroute.evaluation.tuning import Tuning, tune_routers
 from jaxroute.routers import ROUTERS, make_router
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.usefixtures("programs_that_run_once")
 
 
 @pytest.fixture(scope="module")

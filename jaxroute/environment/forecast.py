@@ -69,13 +69,13 @@ def forecast(state: EnvState, params: EnvParams) -> Forecast:
     spread = SPREAD_DONE + SPREAD_AHEAD * remaining / length
     chance = jax.nn.sigmoid((1 - finish / length / limit) / spread)
     left = jax.nn.sigmoid((1 - (finish + delayed) / length / limit) / spread)
-    score = jnp.where(unfinished, queued.predicted_score, 0)
+    score = jnp.where(unfinished, jnp.maximum(queued.predicted_score, 0), 0)
 
     own_finish = begun + prefills[-1] + turnover * (total(unseated) + own_unseated) + own_prefill + joined * own_length
     own_chance = jax.nn.sigmoid((1 - own_finish / own_length / limit) / (SPREAD_DONE + SPREAD_AHEAD))
     return Forecast(
         expected_qos=request.predicted_score * own_chance,
-        impact=total(score * (chance - left)),
+        impact=total(score * jnp.maximum(chance - left, 0)),  # rounding alone could make it negative
         at_risk=total(score * (1 - chance)),
         iteration_time=joined,
         remaining_tokens=total(remaining),

@@ -136,6 +136,12 @@ RANGES = {
     "predicted_score": FREE,
     "predicted_tokens": POSITIVE,
     "predicted_latency": SHARE,
+    "expected_qos": FREE,
+    "impact": POSITIVE,
+    "at_risk": SHARE,
+    "joined_iteration_time": SHARE,
+    "remaining_tokens": SHARE,
+    "prefill_time": SHARE,
     "generated_tokens": POSITIVE,
     "latency_so_far": SHARE,
 }
