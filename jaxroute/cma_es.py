@@ -1,9 +1,16 @@
-"""CMA-ES, the search without gradients that tuning and calibration use."""
+"""CMA-ES, the search without gradients of tuning, training and calibration; a generation divided among the devices."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from evosax.algorithms import CMA_ES
+from jax.sharding import AxisType, PartitionSpec
+
+EACH, ALL = PartitionSpec("device"), PartitionSpec()
+"""Of an array's first axis: a device has its part of it, or all devices have all of it."""
 
 
 class Search:
@@ -34,3 +41,16 @@ class Search:
         """Moves the search by the losses, float [population], of the points that `ask` returned."""
         told = self._strategy.tell(self._tell_key, self._steps, jnp.asarray(losses), self._state, self._params)
         self._state = told[0]
+
+
+def devices_for(lanes: int) -> int:
+    """The largest number of devices that `lanes` divide evenly among."""
+    return max(count for count in range(1, jax.device_count() + 1) if lanes % count == 0)
+
+
+def over_devices(run: Callable[..., Any], devices: int, inputs: Any, outputs: Any) -> Callable[..., Any]:
+    """`run` with its lanes divided among `devices`; `inputs` and `outputs` say which axes these are, as EACH or ALL."""
+    if devices == 1:
+        return run
+    mesh = jax.make_mesh((devices,), ("device",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    return jax.shard_map(run, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)

@@ -1,6 +1,5 @@
 """Where training starts, and what it keeps: a linear policy found by CMA-ES, and validation of greedy policies."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from jaxroute.cma_es import Search
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.observation import EXPERT_FEATURES, RoutingGraph
 from jaxroute.environment.state import EnvParams
-from jaxroute.evaluation.episodes import run_episodes
+from jaxroute.evaluation.episodes import for_search, run_episodes
 from jaxroute.routers.choice import Router
 
 FIRST_GUESS = {
@@ -46,7 +45,7 @@ def linear_start(
     `axes` are those of the training environments; of leaves that differ between them, a generation uses some. `done` is
     called after each generation with the number of decisions and the generation's mean QoS.
     """
-    env = _for_episodes(env, _LENGTH)
+    env = for_search(env, _LENGTH)
     per_generation = _POPULATION * _EPISODES * env.episode_length
     origin = np.array([*(FIRST_GUESS.get(name, 0.0) for name in EXPERT_FEATURES), 0.0])
     search = Search(origin, np.full(len(origin), _SCALE), _POPULATION, seed)
@@ -70,7 +69,7 @@ class Validator:
     """Mean QoS of greedy policies on the same episodes, none of which a training or an evaluation has."""
 
     def __init__(self, env: RoutingEnvironment, params: EnvParams, axes: EnvParams | None, decisions: int):
-        self._env = _for_episodes(env, _VALIDATION_LENGTH)
+        self._env = for_search(env, _VALIDATION_LENGTH)
         self._episodes = max(1, decisions // self._env.episode_length)
         self._keys = jax.random.split(jax.random.key(_VALIDATION_KEY), self._episodes)
         self._rows, self._axes = _rows(params, axes, self._episodes)
@@ -80,46 +79,28 @@ class Validator:
         return float(_validate(self._env, self._axes, router, self._keys, self._rows))
 
 
-def _for_episodes(env: RoutingEnvironment, length: int) -> RoutingEnvironment:
-    return dataclasses.replace(env, metrics="histogram", penalty="off", episode_length=min(length, env.episode_length))
-
-
-class _Axes:
-    """Axes of a tree's leaves as a static argument."""
-
-    def __init__(self, tree: Any):
-        self.leaves, self.structure = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Axes) and (self.leaves, self.structure) == (other.leaves, other.structure)
-
-    def __hash__(self) -> int:
-        return hash((tuple(self.leaves), self.structure))
-
-    @property
-    def tree(self) -> Any:
-        return jax.tree.unflatten(self.structure, self.leaves)
-
-
-def _rows(params: EnvParams, axes: EnvParams | None, count: int) -> tuple[EnvParams, _Axes]:
-    """`params` in which leaves that differ between environments have `count` rows, evenly spread; and all axes."""
-    if axes is None:
-        axes = jax.tree.map(lambda _: None, params)
+def _rows(params: EnvParams, axes: EnvParams | None, count: int) -> tuple[EnvParams, EnvParams]:
+    """`params` in which leaves that differ between environments have `count` rows, evenly spread; and all axes, whose
+    leaves are numbers and None, so that they can be a static argument.
+    """
+    own: EnvParams = jax.tree.map(lambda _: None, params) if axes is None else axes
 
     def pick(axis: int | None, leaf: Any) -> Any:
         if axis is None:
             return leaf
         return leaf[np.linspace(0, len(leaf) - 1, count + 2).round().astype(int)[1:-1]]
 
-    picked = jax.tree.map(pick, axes, params, is_leaf=lambda axis: axis is None)
-    return picked, _Axes(axes)
+    picked = jax.tree.map(pick, own, params, is_leaf=lambda axis: axis is None)
+    return picked, own
 
 
-def _episode_qos(env: RoutingEnvironment, axes: _Axes, router: Router, keys: jax.Array, rows: EnvParams) -> jax.Array:
+def _episode_qos(
+    env: RoutingEnvironment, axes: EnvParams, router: Router, keys: jax.Array, rows: EnvParams
+) -> jax.Array:
     def one(key: jax.Array, params: EnvParams) -> jax.Array:
         return run_episodes(env, [router], jnp.int32(0), key[None], params)["qos"][0]
 
-    return jax.vmap(one, (0, axes.tree))(keys, rows).mean()
+    return jax.vmap(one, (0, axes))(keys, rows).mean()
 
 
 _validate = jax.jit(_episode_qos, static_argnums=(0, 1))
@@ -127,7 +108,7 @@ _validate = jax.jit(_episode_qos, static_argnums=(0, 1))
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _linear_qos(
-    env: RoutingEnvironment, axes: _Axes, weights: jax.Array, keys: jax.Array, rows: EnvParams
+    env: RoutingEnvironment, axes: EnvParams, weights: jax.Array, keys: jax.Array, rows: EnvParams
 ) -> jax.Array:
     """Mean QoS, float [P], of the linear policies with `weights` [P, Fe + 1] on the same episodes."""
 

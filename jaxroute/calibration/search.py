@@ -14,7 +14,7 @@ from jaxroute.calibration.candidates import LogRequests, simulate
 from jaxroute.calibration.linear import information, linear
 from jaxroute.calibration.logs import ServerLog
 from jaxroute.calibration.space import OVERHEAD, Space, peak_running, servers_at
-from jaxroute.cma_es import Search
+from jaxroute.cma_es import ALL, EACH, Search, devices_for, over_devices
 from jaxroute.errors import UserError
 from jaxroute.simulator.engine import EngineParams
 
@@ -51,12 +51,8 @@ def _first_and_last(
         out = simulate(servers_at(names, values, engine), requests, latest, rounds, slots, engines)
         return out.first_token, out.finish, out.overflowed
 
-    if devices > 1:
-        auto = (jax.sharding.AxisType.Auto,)
-        mesh = jax.make_mesh((devices,), ("device",), axis_types=auto, devices=jax.devices()[:devices])
-        each, last, all_ = PartitionSpec("device"), PartitionSpec(None, "device"), PartitionSpec()
-        inputs, outputs = (each, all_, all_, all_, all_), (last, last, each)
-        run = jax.shard_map(run, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+    last = PartitionSpec(None, *EACH)
+    run = over_devices(run, devices, inputs=(EACH, ALL, ALL, ALL, ALL), outputs=(last, last, EACH))
     return run(values, engine, requests, latest, rounds)
 
 
@@ -66,7 +62,7 @@ class Simulator:
     def __init__(self, space: Space, log: ServerLog, lanes: int):
         self.space, self.log, self.lanes = space, log, lanes
         self.evaluated = 0
-        self._devices = max(n for n in range(1, jax.device_count() + 1) if lanes % n == 0)
+        self._devices = devices_for(lanes)
         guess = 1.1 * peak_running(log) / space.num_engines + 8
         self._slots = min(len(log), 16 * int(np.ceil(guess / 16)))
         shared = np.zeros(len(log)) if log.shared_tokens is None else log.shared_tokens

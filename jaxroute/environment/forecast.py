@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxroute.environment.impact import expected_length
+from jaxroute.environment.impact import expected_length, waiting_line
 from jaxroute.environment.state import EnvParams, EnvState
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import prefix_sum, total
@@ -40,38 +40,32 @@ def forecast(state: EnvState, params: EnvParams) -> Forecast:
     """
     engine, queued, request, limit = state.engines, state.queued, state.request, params.latency_limit
     rule, latency = rules(params.engines), params.engines.latency
-    unfinished = engine.unfinished()
-    running = unfinished & (engine.position < engine.num_running)
-    waiting = unfinished & ~running
+    unfinished, line = engine.unfinished(), waiting_line(engine, params.engines)
     length = expected_length(queued.predicted_tokens, engine.generated).astype(float)
     remaining = jnp.where(unfinished, length - engine.generated, 0)
-    tokens = engine.prompt_tokens + engine.generated
-    held = jnp.where(running, engine.computed, tokens)
     own_length = request.predicted_output_tokens.astype(float)
 
-    batch, context = total(unfinished), total(jnp.where(unfinished, held, 0)).astype(float)
+    batch, context = total(unfinished), total(jnp.where(unfinished, line.held, 0)).astype(float)
     own_context = request.prompt_tokens + own_length / 2
     alone = iteration_time(latency, jnp.int32(0), batch, context)
     joined = iteration_time(latency, jnp.int32(0), batch + 1, context + own_context)
 
-    prefills = prefix_sum(jnp.where(waiting, prefill_time(latency, tokens), 0))
     own_prefill = prefill_time(latency, request.prompt_tokens)
-    blocks = prefix_sum(jnp.where(unfinished, rule.held_blocks(held, params.engines), 0))
-    admissible = rule.admissible_blocks(params.engines)
-    unseated = waiting & ((blocks > admissible) | (prefix_sum(unfinished) > params.engines.max_num_seqs))
-    own_blocks = rule.held_blocks(request.prompt_tokens + 1, params.engines)
-    own_unseated = (blocks[-1] + own_blocks > admissible) | (batch >= params.engines.max_num_seqs)
-    turnover = alone * total(jnp.where(running, remaining, 0)) / jnp.maximum(total(running), 1) ** 2
+    needed = line.blocks[-1] + rule.held_blocks(request.prompt_tokens + 1, params.engines)
+    own_unseated = (needed > rule.admissible_blocks(params.engines)) | (batch >= params.engines.max_num_seqs)
+    turnover, prefills = line.turnover(alone, remaining), line.prefill_time
     begun = jnp.maximum(engine.clock, 0)
 
-    finish = begun - queued.arrival + prefills + turnover * prefix_sum(unseated) + alone * remaining
-    delayed = (joined - alone) * jnp.minimum(remaining, own_length) + jnp.where(running, own_prefill, 0)
+    finish = begun - queued.arrival + prefills + turnover * prefix_sum(line.unseated) + alone * remaining
+    delayed = (joined - alone) * jnp.minimum(remaining, own_length) + jnp.where(line.running, own_prefill, 0)
     spread = SPREAD_DONE + SPREAD_AHEAD * remaining / length
     chance = jax.nn.sigmoid((1 - finish / length / limit) / spread)
     left = jax.nn.sigmoid((1 - (finish + delayed) / length / limit) / spread)
     score = jnp.where(unfinished, jnp.maximum(queued.predicted_score, 0), 0)
 
-    own_finish = begun + prefills[-1] + turnover * (total(unseated) + own_unseated) + own_prefill + joined * own_length
+    own_finish = (
+        begun + prefills[-1] + turnover * (total(line.unseated) + own_unseated) + own_prefill + joined * own_length
+    )
     own_chance = jax.nn.sigmoid((1 - own_finish / own_length / limit) / (SPREAD_DONE + SPREAD_AHEAD))
     return Forecast(
         expected_qos=request.predicted_score * own_chance,

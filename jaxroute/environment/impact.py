@@ -11,7 +11,7 @@ joins, with any trailing axes (`...`, as in `simulator.engine`):
 `joining_gain` is the change of QoS in such runs, including the QoS of the request itself. The planning routers use it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,34 @@ def decode_time(engine: EngineState, params: EngineParams) -> jax.Array:
     return iteration_time(params.latency, jnp.int32(0), batch, (context + batch).astype(engine.clock.dtype))
 
 
+class WaitingLine(NamedTuple):
+    """What the requests of an engine's queue wait for, each [S, ...]."""
+
+    running: jax.Array  # bool, is not waiting
+    held: jax.Array  # int32, tokens in the cache; those of a waiting request once it runs
+    blocks: jax.Array  # int32, KV blocks of the requests up to and including this one
+    prefill_time: jax.Array  # float, s, the prefills of waiting requests up to and including this one
+    unseated: jax.Array  # bool, waits until a running request ends, because seats or blocks run out before it
+
+    def turnover(self, iteration: jax.Array, remaining: jax.Array) -> jax.Array:
+        """Mean time between two completions, s [...], of running requests with `remaining` tokens [S, ...] each."""
+        tokens = total(jnp.where(self.running, remaining, 0))
+        return iteration * tokens / jnp.maximum(total(self.running), 1) ** 2
+
+
+def waiting_line(engine: EngineState, params: EngineParams) -> WaitingLine:
+    """The waiting line of an engine, with any trailing axes."""
+    unfinished = engine.unfinished()
+    running = unfinished & (engine.position < engine.num_running)
+    waiting = unfinished & ~running
+    tokens = engine.prompt_tokens + engine.generated
+    held = jnp.where(running, engine.computed, tokens)
+    blocks = prefix_sum(jnp.where(unfinished, rules(params).held_blocks(held, params), 0))
+    full = (blocks > rules(params).admissible_blocks(params)) | (prefix_sum(unfinished) > params.max_num_seqs)
+    prefills = prefix_sum(jnp.where(waiting, prefill_time(params.latency, tokens), 0))
+    return WaitingLine(running, held, blocks, prefills, waiting & full)
+
+
 def _overlap(remaining: jax.Array, length: jax.Array) -> jax.Array:
     """Number of iterations that a request shares with the joining request after the prefill of the latter."""
     return jnp.maximum(jnp.minimum(remaining, length) - 1, 0)
@@ -127,9 +155,6 @@ def predicted_impact(queue: Queue, latency_limit: jax.Array, params: EngineParam
     time between two of their completions.
     """
     engine, latency = queue.engine, params.latency
-    unfinished = engine.unfinished()
-    running = unfinished & (engine.position < engine.num_running)
-    waiting = unfinished & ~running
     length = expected_length(queue.predicted_tokens, engine.generated)
     remaining = length - engine.generated
     overlap = _overlap(remaining, queue.output_tokens)
@@ -140,20 +165,13 @@ def predicted_impact(queue: Queue, latency_limit: jax.Array, params: EngineParam
     ) / length
 
     iteration = decode_time(engine, params)
-    batch = total(running)
-    tokens = engine.prompt_tokens + engine.generated
-    to_prefill = prefix_sum(jnp.where(waiting, prefill_time(latency, tokens), 0))
-    held = jnp.where(running, engine.computed, tokens)
-    blocks = prefix_sum(jnp.where(unfinished, rules(params).held_blocks(held, params), 0))
-    seats = prefix_sum(unfinished)
-    unseated = waiting & ((blocks > rules(params).admissible_blocks(params)) | (seats > params.max_num_seqs))
-    turnover = iteration * total(jnp.where(running, remaining, 0)) / jnp.maximum(batch, 1) ** 2
-    finish = (
-        queue.age + jnp.maximum(engine.clock, 0) + to_prefill + turnover * prefix_sum(unseated) + iteration * remaining
-    )
+    line = waiting_line(engine, params)
+    begun = jnp.maximum(engine.clock, 0)
+    turnover = line.turnover(iteration, remaining)
+    finish = queue.age + begun + line.prefill_time + turnover * prefix_sum(line.unseated) + iteration * remaining
     so_far = queue.age / jnp.maximum(engine.generated, 1)
-    without = jnp.where(running, so_far, finish / length)
-    turned = unfinished & (without < latency_limit) & (without + added >= latency_limit)
+    without = jnp.where(line.running, so_far, finish / length)
+    turned = engine.unfinished() & (without < latency_limit) & (without + added >= latency_limit)
     return jnp.sum(jnp.where(turned, queue.predicted_score, 0.0), axis=0)
 
 

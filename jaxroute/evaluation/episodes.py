@@ -46,6 +46,11 @@ def evaluate_routers(
     return results
 
 
+def for_search(env: RoutingEnvironment, length: int) -> RoutingEnvironment:
+    """`env` with episodes of at most `length` requests, and without what only evaluations and rewards need."""
+    return dataclasses.replace(env, metrics="histogram", penalty="off", episode_length=min(length, env.episode_length))
+
+
 def _replaced(env: Any, **settings: Any) -> Any:
     """`env` with other settings of the `RoutingEnvironment` that it is, or that is inside of it."""
     if isinstance(env, RoutingEnvironment):

@@ -1,6 +1,5 @@
 """Tunes the parameters of routers to an environment: CMA-ES on episodes that no evaluation uses, kept on disk."""
 
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -13,13 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from jaxroute.cma_es import Search
+from jaxroute.cma_es import ALL, EACH, Search, devices_for, over_devices
 from jaxroute.environment.environment import DYNAMICS_VERSION, RoutingEnvironment
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError, require_known
-from jaxroute.evaluation.episodes import run_episodes
+from jaxroute.evaluation.episodes import for_search, run_episodes
 from jaxroute.files import cache_folder, write_text
 from jaxroute.routers import ROUTERS, Parameters, make_router
 
@@ -102,11 +100,11 @@ def _tune(
     spec = ROUTERS[name]
     choices, dims = spec.choices(env.num_experts), len(spec.ranges)
     least = _POPULATION * (_WIDE + _LAST + _FINAL)
-    length = max(1, min(_LENGTH, env.episode_length, decisions // least))
+    env = for_search(env, max(1, min(_LENGTH, decisions // least)))
+    length = env.episode_length
     generations = max(decisions // (_POPULATION * length), _WIDE + _LAST + _FINAL) - _WIDE - _FINAL
-    env = dataclasses.replace(env, metrics="histogram", penalty="off", episode_length=length)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), _KEY), generations + 2)
-    devices = max(n for n in range(1, jax.local_device_count() + 1) if _POPULATION % n == 0)
+    devices = devices_for(_POPULATION)
 
     def qos(settings: list[Parameters], keys: jax.Array) -> np.ndarray:
         """float64 [settings]: QoS of one episode of each; `settings` are any multiple of a generation."""
@@ -197,11 +195,7 @@ def _program(
         return run_episodes(env, routers, which, key[None], params)["qos"][0]
 
     run = jax.vmap(one, (None, 0, 0, None))
-    if devices > 1:
-        auto = (jax.sharding.AxisType.Auto,)
-        mesh = jax.make_mesh((devices,), ("device",), axis_types=auto, devices=jax.devices()[:devices])
-        each, all_ = PartitionSpec("device"), PartitionSpec()
-        run = jax.shard_map(run, mesh=mesh, in_specs=(all_, each, each, all_), out_specs=each, check_vma=False)
+    run = over_devices(run, devices, inputs=(ALL, EACH, EACH, ALL), outputs=EACH)
     return run(which, columns, keys, params)
 
 

@@ -12,7 +12,7 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.impact import expected_length
 from jaxroute.environment.observation import action_mask
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.simulator.disciplines import rules
+from jaxroute.simulator.disciplines import rules, used_blocks
 from jaxroute.simulator.latency import iteration_time, prefill_time
 
 Router = Callable[[jax.Array, Any, EnvState, EnvParams], jax.Array]
@@ -52,6 +52,16 @@ def candidates(env: RoutingEnvironment, state: EnvState, params: EnvParams) -> j
     """bool [N]: the experts that the action mask allows, or all experts if it allows none."""
     allowed = action_mask(state, params, env.slots)[:-1]
     return allowed | ~allowed.any()
+
+
+def turns_away(env: RoutingEnvironment, state: EnvState) -> jax.Array:
+    """int32 [N]: decisions until it is each expert's turn; the turn goes to the next expert at each decision."""
+    return (jnp.arange(env.num_experts) - state.step) % env.num_experts
+
+
+def kv_use(state: EnvState, params: EnvParams) -> jax.Array:
+    """float [N]: share of each expert's KV blocks that its running requests hold."""
+    return used_blocks(state.engines, params.engines) / params.engines.usable_blocks
 
 
 def waiting_requests(state: EnvState) -> jax.Array:
@@ -95,7 +105,12 @@ def smallest(cost: jax.Array, among: jax.Array) -> jax.Array:
     return jnp.argmin(jnp.where(among, cost.astype(float), jnp.inf)).astype(jnp.int32)
 
 
+def cheapest(cost: jax.Array, among: jax.Array) -> jax.Array:
+    """bool [N]: all experts with the smallest `cost` [N] in `among` (bool [N])."""
+    cost = jnp.where(among, cost.astype(float), jnp.inf)
+    return among & (cost == cost.min())
+
+
 def smallest_at_random(cost: jax.Array, among: jax.Array, key: jax.Array) -> jax.Array:
     """Like `smallest`, but ties are broken uniformly at random."""
-    cost = jnp.where(among, cost.astype(float), jnp.inf)
-    return smallest(jax.random.uniform(key, cost.shape), among & (cost == cost.min()))
+    return smallest(jax.random.uniform(key, cost.shape), cheapest(cost, among))

@@ -3,19 +3,17 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.routers.choice import smallest
+from jaxroute.routers.choice import smallest, turns_away
 
 
 def round_robin(
     env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams, among: jax.Array
 ) -> jax.Array:
     """The experts in turn, one per decision; if an expert is not allowed, the next allowed one takes its turn."""
-    turns_away = (jnp.arange(env.num_experts) - state.step) % env.num_experts
-    return smallest(turns_away, among)
+    return smallest(turns_away(env, state), among)
 
 
 def shortest_queue(

@@ -8,8 +8,15 @@ import jax.numpy as jnp
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.impact import expected_length
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.routers.choice import predicted_latency, smallest, smallest_at_random, waiting_requests
-from jaxroute.simulator.disciplines import used_blocks
+from jaxroute.routers.choice import (
+    cheapest,
+    kv_use,
+    predicted_latency,
+    smallest,
+    smallest_at_random,
+    turns_away,
+    waiting_requests,
+)
 from jaxroute.simulator.load_balancing import data_parallel_load
 
 
@@ -80,20 +87,15 @@ def vllm_data_parallel(
     `DPLBAsyncMPClient.get_core_engine_for_request`,
     https://github.com/vllm-project/vllm/blob/main/vllm/v1/engine/core_client.py.
     """
-    waiting = waiting_requests(state)
-    use = used_blocks(state.engines, params.engines) / params.engines.usable_blocks
-    load = env.queue_lengths(state) + 6 * waiting * jnp.maximum(use - 0.5, 0)
-    load = jnp.where(among, load, jnp.inf)
-    turns_away = (jnp.arange(env.num_experts) - state.step) % env.num_experts
-    return smallest(turns_away, among & (load == load.min()))
+    pressure = 6 * waiting_requests(state) * jnp.maximum(kv_use(state, params) - 0.5, 0)
+    return smallest(turns_away(env, state), cheapest(env.queue_lengths(state) + pressure, among))
 
 
 def vllm_data_parallel_v0_10(
     env: RoutingEnvironment, key: jax.Array, observation: Any, state: EnvState, params: EnvParams, among: jax.Array
 ) -> jax.Array:
     """vLLM's earlier load balancing: the smallest `data_parallel_load`. Ties go to the lowest index."""
-    waiting = waiting_requests(state)
-    return smallest(data_parallel_load(waiting, state.engines.num_running), among)
+    return smallest(data_parallel_load(waiting_requests(state), state.engines.num_running), among)
 
 
 def llm_d(
@@ -116,11 +118,10 @@ def llm_d(
     https://github.com/kubernetes-sigs/gateway-api-inference-extension/tree/main/pkg/epp/scheduling/framework/plugins/scorer
     and https://github.com/llm-d/llm-d-inference-scheduler/blob/main/pkg/plugins/scorer/load_aware.go.
     """
-    engines = state.engines
     waiting = waiting_requests(state)
     most, least = jnp.where(among, waiting, -1).max(), jnp.where(among, waiting, env.slots).min()
     queue = jnp.where(most > least, (most - waiting) / jnp.maximum(most - least, 1), 1.0)
-    kv = 1 - used_blocks(engines, params.engines) / params.engines.usable_blocks
+    kv = 1 - kv_use(state, params)
     load = 0.5 * (1 - jnp.minimum(waiting, 128) / 128)
     return smallest_at_random(-(queue_weight * queue + kv_weight * kv + load_weight * load), among, key)
 
@@ -221,5 +222,4 @@ def route_balance(
     latency = predicted_latency(state, params) * cost
     relative = lambda values: 1 - values / jnp.where(among, values, 0).max()  # noqa: E731
     value = state.request.predicted_score + latency_weight * relative(latency) + cost_weight * relative(cost)
-    best = among & (value == jnp.where(among, value, -jnp.inf).max())
-    return smallest(env.queue_lengths(state), best)
+    return smallest(env.queue_lengths(state), cheapest(-value, among))
