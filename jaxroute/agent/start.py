@@ -24,8 +24,10 @@ FIRST_GUESS = {
 """Weights with which the search begins: the QoS that the request gains, less what others lose, less a price of load.
 Those of other features and of dropping begin at 0."""
 
-_SCALE = 0.2  # standard deviation of the first generation
-_POPULATION, _EPISODES, _LENGTH = 16, 2, 1250  # of a generation; requests of an episode
+_SPREAD = 0.1  # standard deviation, in the first generation, of what a feature adds to the value of an action
+_POPULATION, _EPISODES, _LENGTH = 24, 2, 1500  # of a generation; requests of an episode
+_SEEN_EPISODES, _SEEN_STEPS = 32, 300  # in which the features' standard deviations are measured
+_SMALLEST = 1e-3  # standard deviation at which a feature counts as constant
 _VALIDATION_LENGTH = 1500
 _SEARCH_KEY, _VALIDATION_KEY = 0x73746172, 0x76616C69  # no evaluation's keys come from them
 _TEMPERATURE = 0.05  # QoS of a difference of 1 between two logits
@@ -41,15 +43,21 @@ def linear_start(
 ) -> np.ndarray:
     """Weights float32 [Fe + 1] of the linear policy (`router_network.with_linear_policy`) with the highest mean QoS.
 
-    The search is CMA-ES with `decisions` simulated decisions in all, on new episodes in each generation. `params` and
+    The search is CMA-ES with `decisions` simulated decisions in all, on new episodes in each generation. It searches
+    each weight in units of the feature's own standard deviation here, so that features which vary by hundredths in one
+    cluster and by tens in another are searched alike. `params` and
     `axes` are those of the training environments; of leaves that differ between them, a generation uses some. `done` is
     called after each generation with the number of decisions and the generation's mean QoS.
     """
     env = for_search(env, _LENGTH)
     per_generation = _POPULATION * _EPISODES * env.episode_length
     origin = np.array([*(FIRST_GUESS.get(name, 0.0) for name in EXPERT_FEATURES), 0.0])
-    search = Search(origin, np.full(len(origin), _SCALE), _POPULATION, seed)
     key = jax.random.fold_in(jax.random.key(seed), _SEARCH_KEY)
+    rows, own_axes = _rows(params, axes, _SEEN_EPISODES)
+    keys = jax.random.split(jax.random.fold_in(key, _SEEN_STEPS), _SEEN_EPISODES)
+    seen = _feature_spread(env, own_axes, jnp.asarray(origin, jnp.float32), keys, rows)
+    spread = np.append(np.maximum(np.asarray(seen, np.float64), _SMALLEST), 1.0)
+    search = Search(origin, _SPREAD / spread, _POPULATION, seed)
     rows, own_axes = _rows(params, axes, _EPISODES)
     generations = max(1, decisions // per_generation)
     for generation in range(generations):
@@ -61,7 +69,7 @@ def linear_start(
     # A policy is the same for any positive factor. This one makes a unit of value about a unit of QoS.
     weights = search.mean
     scores = weights[[EXPERT_FEATURES.index("expected_qos"), EXPERT_FEATURES.index("predicted_score")]]
-    unit = max(scores[0] + 4 * scores[1], 0.2 * float(np.linalg.norm(weights)))
+    unit = max(scores[0] + 4 * scores[1], float(np.linalg.norm(weights * spread)))
     return np.asarray(weights / unit / _TEMPERATURE, np.float32)
 
 
@@ -116,6 +124,25 @@ def _linear_qos(
         return _episode_qos(env, axes, jax.tree_util.Partial(_linear_policy, weights), keys, rows)
 
     return jax.vmap(of)(weights)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _feature_spread(
+    env: RoutingEnvironment, axes: EnvParams, weights: jax.Array, keys: jax.Array, rows: EnvParams
+) -> jax.Array:
+    """Standard deviations, float32 [Fe], of the experts' features under the linear policy with `weights` [Fe + 1]."""
+    step_keys = jax.vmap(partial(jax.random.split, num=_SEEN_STEPS))(keys)
+    policy = jax.vmap(partial(_linear_policy, weights), (0, 0, 0, axes))
+    step = jax.vmap(env.step, (0, 0, 0, axes))
+
+    def move(carry: tuple[RoutingGraph, Any], keys: jax.Array) -> tuple[tuple[RoutingGraph, Any], jax.Array]:
+        observation, state = carry
+        observation, state, *_ = step(keys, state, policy(keys, observation, state, rows), rows)
+        return (observation, state), observation.expert
+
+    begun = jax.vmap(env.reset, (0, axes))(keys, rows)
+    _, features = jax.lax.scan(move, begun, jnp.moveaxis(step_keys, 1, 0))
+    return features.std((0, 1, 2))
 
 
 def _linear_policy(
