@@ -13,8 +13,6 @@ from jaxroute.agent.start import Validator, linear_start
 from jaxroute.agent.trainer import policy_router
 from jaxroute.environment.observation import EXPERT_FEATURES
 
-pytestmark = pytest.mark.usefixtures("programs_that_run_once")
-
 NETWORK = RouterNetwork(hidden=8, heads=2, layers=1, mlp=(8,))
 
 

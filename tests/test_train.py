@@ -16,8 +16,6 @@ from jaxroute.config.loader import load_saved_config
 from jaxroute.runs.checkpoint import load_params
 from jaxroute.runs.progress import TrainingProgress
 
-pytestmark = pytest.mark.usefixtures("programs_that_run_once")
-
 TINY = [
     "training.frames=200",
     "training.num_envs=4",
