@@ -98,7 +98,13 @@ def test_same_seed_same_numbers(run, tmp_path):
 def test_whole_queues_on_the_jraph_path(tmp_path):
     """Trained and evaluated; the dense path takes the checkpoint."""
     folder = tmp_path / "graphs"
-    changes = ["network.kind=han_jraph", "environment.queue_nodes=all", "evaluation.routers=[trained]"]
+    changes = [
+        "network.kind=han_jraph",
+        "environment.queue_nodes=all",
+        "evaluation.routers=[trained]",
+        "training.start_decisions=0",  # both are others' subjects, and take longer to compile than the training
+        "training.validation_decisions=0",
+    ]
     assert train.main([*TINY, *changes, "--out", str(folder)]) == 0
     assert records(folder)[1]["critic_loss"] > 0
     routers = json.loads((folder / "evaluation.json").read_text())["routers"]
