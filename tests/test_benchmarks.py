@@ -68,7 +68,7 @@ def test_decisions(entry, tmp_path, capsys):
 @pytest.mark.slow
 def test_training(tmp_path):
     path = tmp_path / "out.json"
-    tiny = [*TINY_AGENT, "training.num_envs=2", "training.buffer_capacity=8"]
+    tiny = [*TINY_AGENT, "training.num_envs=2", "training.buffer_capacity=8", "network.kind=flat"]
     assert command("training", *SMALL, "--json", str(path), *tiny) == 0
     (row,) = read(path)["rows"]
     assert row["median"] > 0
