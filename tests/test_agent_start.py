@@ -53,7 +53,7 @@ def test_the_search_improves_and_repeats_itself(small):
 
 def test_validation_tells_good_from_bad(small):
     env, params = small
-    validator = Validator(env, params, None, decisions=6 * 60)
+    validator = Validator(env, params, None, decisions=4 * 60)  # as below, so that a program is compiled once
     observation, _ = jax.jit(env.reset)(jax.random.key(0), params)
     variables = jax.jit(NETWORK.init)(jax.random.key(1), observation)
     zero = jnp.zeros(len(EXPERT_FEATURES) + 1)
