@@ -56,7 +56,7 @@ def _run(env: Any, params: Any, **options: Any) -> SimpleNamespace:
 
     step = jax.jit(jax.vmap(traced), **options)
     keys = _keys()
-    first, state = jax.jit(jax.vmap(env.reset))(keys[0], params)
+    first, state = jax.jit(jax.vmap(env.reset), **options)(keys[0], params)
     reset, steps = state, []
     for key, actions in zip(keys[1:], jnp.asarray(ACTIONS, jnp.int32), strict=True):
         observation, after, *others = step(key, state, actions, params)
@@ -133,7 +133,7 @@ def test_truncation_and_reset(default, bare):
         _equal(getattr(after.engines, field), getattr(fresh.engines, field))
     observation = jax.vmap(default.env.observe)
     params = _sweep(jaxroute.make("paper-3")[1])
-    wanted = jax.device_get(jax.jit(observation)(fresh, params))
+    wanted = jax.device_get(jax.jit(observation, compiler_options=CHEAP_COMPILE)(fresh, params))
     got = jax.tree.map(lambda leaf: leaf[EPISODE - 1], run.observation)
     np.testing.assert_allclose(_flat(got), _flat(wanted), rtol=1e-5, atol=1e-6)
 
