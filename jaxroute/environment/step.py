@@ -61,6 +61,13 @@ def take_turn(settings: Settings, state: EnvState, turn: Turn, params: EnvParams
     return Taken(state, observe_batch(settings, state, params), qos, credit, jnp.where(joined, penalty, 0))
 
 
+def drain(state: EnvState, params: EnvParams) -> jax.Array:
+    """QoS, float [B], of the requests that have joined, if the engines run until they are empty."""
+    now = params.at(state.step)
+    _, finished, _ = _run(state, jnp.full(state.step.shape, AFTER_ALL), now)
+    return _reward(_completed(finished), now)[0]
+
+
 def observe_batch(settings: Settings, state: EnvState, params: EnvParams) -> Observation:
     """The observation, graph or flat as in `settings`, leaves [B, ...]."""
     observation = observe(state, params.at(state.step), settings.queue_nodes, settings.slots, settings.drop)
