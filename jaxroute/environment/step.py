@@ -4,6 +4,8 @@ The B environments are the last axis of all arrays here, [slots, experts, B], ex
 record of the totals, where they are the first axis (see `batching`).
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -48,6 +50,7 @@ def step(
     return take_both(lambda state, turn: take_turn(settings, state, turn, params), state, decision, end)
 
 
+@partial(jax.jit, static_argnums=0, inline=True)  # a step takes it twice: what is traced for equal shapes is shared
 def take_turn(settings: Settings, state: EnvState, turn: Turn, params: EnvParams) -> Taken:
     """A turn of the participating environments, on any number of slots that holds all of their requests."""
     now = params.at(state.step)
