@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxroute.simulator.disciplines import rules
-from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, anywhere, lowest, total
+from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, anywhere, lowest, total
 from jaxroute.simulator.latency import decode_run, iteration_time, iterations_started_before, run_time
+from jaxroute.simulator.prefix_cache import after_finish, allocate
 from jaxroute.simulator.scheduler import SchedulerOutput
 
 
@@ -64,7 +65,10 @@ def run_iteration(
     )
     clock = state.clock + duration
     # Rule 6: a request whose computed tokens reach its length yields a token. Rule 3: a preempted request restarts.
-    computed = jnp.where(state.position < output.num_running, state.computed + output.tokens, 0)
+    computed = state.computed + output.tokens
+    if output.found is not None:
+        computed += output.found * params.block_size
+    computed = jnp.where(state.position < output.num_running, computed, 0)
     sampled = (output.tokens > 0) & (computed >= state.prompt_tokens + state.generated)
     generated = state.generated + sampled
     nothing = output.prefill_tokens + output.decodes == 0
@@ -77,6 +81,9 @@ def run_iteration(
         first_token_time=jnp.where(sampled & (state.generated == 0), clock, state.first_token_time),
         finish_time=jnp.where(sampled & (generated >= state.target_tokens), clock, state.finish_time),
     )
+    if output.cache is not None:
+        finished = state.unfinished() & (after.finish_time < NEVER)
+        after = after.replace(cache=after_finish(after, output.cache, finished, params))
     after = own.after_iteration(state, after, output, work.iterations, params)
     work = EngineWork(
         iterations=work.iterations + 1,
@@ -165,12 +172,17 @@ def run_decodes(
     finished = (added > 0) & (generated >= state.target_tokens)
     tokens = batch * count
     held = blocks_after(0) + (0.5 * tokens / params.block_size if own.grows else 0)
+    if state.cache is not None:
+        taken = blocks_after(count) - blocks_after(0)
+        state = state.replace(cache=allocate(state.cache, taken, params.usable_blocks - blocks_after(0)))
     state = state.replace(
         clock=clock,
         computed=state.computed + added,
         generated=generated,
         finish_time=jnp.where(finished, clock, state.finish_time),
     )
+    if state.cache is not None:
+        state = state.replace(cache=after_finish(state, state.cache, finished, params))
     work = work.replace(
         iterations=work.iterations + count,
         idle_iterations=jnp.where(stalled, work.idle_iterations + count, work.idle_iterations),

@@ -46,8 +46,8 @@ class LatencyModel(struct.PyTreeNode):
 class EngineParams(struct.PyTreeNode):
     """Options of an engine under vLLM's names.
 
-    Every field is traced, [...]: [] for one engine, [N] for a cluster. Only the discipline is static; it is the same
-    for the whole cluster.
+    Every field is traced, [...]: [] for one engine, [N] for a cluster. The fields at the end are static, and the same
+    for the whole cluster. Those after the discipline are for vllm_v1 (simulation.md section 1c).
     """
 
     latency: LatencyModel
@@ -62,6 +62,19 @@ class EngineParams(struct.PyTreeNode):
     watermark_blocks: jax.Array | None = None  # int32, vllm_v0: KV blocks that an admission must leave free
     async_output_proc: jax.Array | None = None  # bool, vllm_v0: stop conditions are checked one iteration later
     discipline: str = struct.field(pytree_node=False, default="vllm_v1")  # a name of `disciplines.DISCIPLINES`
+    enable_prefix_caching: bool = struct.field(pytree_node=False, default=False)
+    threshold_when_alone: bool = struct.field(pytree_node=False, default=True)  # rule A1: False since vLLM 0.31
+
+
+class OwnBlocks(struct.PyTreeNode):
+    """The prefix cache of requests that share nothing, each of which can only find blocks of its own.
+
+    vLLM's free queue begins with the blocks without content, which are all that `cached_free` does not count.
+    """
+
+    cached_free: jax.Array  # int32 [...], blocks in the free queue that have content
+    found: jax.Array  # int32 [S, ...], of these, the blocks of a preempted request; 0 for others
+    ahead: jax.Array  # int32 [S, ...], of these, the blocks that are allocated before those of a preempted request
 
 
 class EngineState(struct.PyTreeNode):
@@ -81,6 +94,7 @@ class EngineState(struct.PyTreeNode):
     preemptions: jax.Array  # int32 [S, ...]
     first_token_time: jax.Array  # float [S, ...], NEVER before it
     finish_time: jax.Array  # float [S, ...], NEVER before it, IGNORED for a request that was dropped
+    cache: OwnBlocks | None = None  # with `enable_prefix_caching`
 
     @property
     def num_slots(self) -> int:
@@ -102,8 +116,12 @@ def slot_positions(slots: jax.Array) -> jax.Array:
     return jnp.arange(slots.shape[0], dtype=jnp.int32).reshape(-1, *[1] * (slots.ndim - 1))
 
 
-def empty_engine(num_slots: int, shape: tuple[int, ...] = ()) -> EngineState:
-    """Idle engines with `num_slots` free slots each; `shape` is their trailing axes, () for one engine."""
+def empty_engine(num_slots: int, shape: tuple[int, ...] = (), params: EngineParams | None = None) -> EngineState:
+    """Idle engines with `num_slots` free slots each; `shape` is their trailing axes, () for one engine.
+
+    The static options of `params` say what the state consists of; without it, they have their defaults.
+    """
+    caching = params is not None and params.enable_prefix_caching
     integers = jnp.zeros((num_slots, *shape), jnp.int32)
     never = jnp.full((num_slots, *shape), NEVER, float)
     return EngineState(
@@ -117,6 +135,7 @@ def empty_engine(num_slots: int, shape: tuple[int, ...] = ()) -> EngineState:
         preemptions=integers,
         first_token_time=never,
         finish_time=never,
+        cache=OwnBlocks(jnp.zeros(shape, jnp.int32), integers, integers) if caching else None,
     )
 
 
@@ -128,6 +147,11 @@ def blocks_for(tokens: jax.Array, block_size: jax.Array) -> jax.Array:
     """
     reciprocal = 1.0 / block_size.astype(jnp.float32)
     return jnp.floor((tokens + (block_size - 1)).astype(jnp.float32) * reciprocal + 0.5 * reciprocal).astype(jnp.int32)
+
+
+def full_blocks(tokens: jax.Array, block_size: jax.Array) -> jax.Array:
+    """KV blocks that `tokens` fill: floor(tokens / block_size), int32."""
+    return blocks_for(tokens + 1, block_size) - 1
 
 
 def total(values: jax.Array) -> jax.Array:

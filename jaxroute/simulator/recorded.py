@@ -56,11 +56,12 @@ class _Run(struct.PyTreeNode):
     ignored_iteration: jax.Array
 
 
-def _start(recording: Recording) -> _Run:
+def _start(recording: Recording, params: EngineParams) -> _Run:
     slots = recording.gap.shape[0]
     never, zeros = jnp.full(slots, NEVER, float), jnp.zeros(slots, float)
     ignored = jnp.full(slots, -1, jnp.int32)
-    return _Run(empty_engine(slots), EngineWork.none(), jnp.int32(0), zeros, never, never, jnp.int32(0), ignored)
+    engine = empty_engine(slots, params=params)
+    return _Run(engine, EngineWork.none(), jnp.int32(0), zeros, never, never, jnp.int32(0), ignored)
 
 
 def _note_times(run: _Run) -> _Run:
@@ -140,7 +141,7 @@ def replay_by_jumps(recording: Recording, params: EngineParams) -> ReplayOutcome
         run = run.replace(state=state, work=work)
         return jax.lax.cond(_is_due(recording, run, params), lambda: _join(recording, run, params), lambda: run), None
 
-    run, _ = jax.lax.scan(to_next_arrival, _start(recording), length=recording.gap.shape[0])
+    run, _ = jax.lax.scan(to_next_arrival, _start(recording, params), length=recording.gap.shape[0])
     after_all = jnp.asarray(AFTER_ALL, float)
     state, work, _ = run_until(
         run.state, after_all, params, run.work, recording.max_iterations, recording.stall_iterations
@@ -167,5 +168,5 @@ def replay_by_iterations(
         waiting = total(done.middle.unfinished() & (done.middle.position >= done.output.num_running))
         return run.replace(state=done.after, work=done.work_after), (done.output, done.runs, waiting)
 
-    run, (outputs, took_place, waiting) = jax.lax.scan(step, _start(recording), length=num_iterations)
+    run, (outputs, took_place, waiting) = jax.lax.scan(step, _start(recording, params), length=num_iterations)
     return _outcome(recording, run, params), outputs, took_place, waiting

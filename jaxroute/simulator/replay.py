@@ -81,6 +81,8 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
     kind = kinds.pop()
     for index, request in enumerate(requests):
         _check_request(request, kind, f"{where}: requests[{index}]")
+        if engine.enable_prefix_caching and "segments" in request:
+            raise UserError(f"{where}: requests[{index}]: segments: shared prefixes are not simulated; leave them out")
     by_iteration = kind == "arrival_iteration"
     ids = np.argsort([request[kind] for request in requests], kind="stable")
     requests = [requests[index] for index in ids]

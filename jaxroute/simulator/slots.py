@@ -14,7 +14,11 @@ def append(
     The caller has checked that a slot is free. An idle engine starts at the arrival; a busy engine keeps its clock.
     """
     here = joins & (state.position == state.num_requests)
+    cache = state.cache
+    if cache is not None:
+        cache = cache.replace(found=jnp.where(here, 0, cache.found), ahead=jnp.where(here, 0, cache.ahead))
     return state.replace(
+        cache=cache,
         num_requests=state.num_requests + joins,
         clock=jnp.where(joins, jnp.maximum(state.clock, at), state.clock),
         prompt_tokens=jnp.where(here, prompt_tokens, state.prompt_tokens),

@@ -116,7 +116,7 @@ def _replay(env: RoutingEnvironment, rows: int, routed: Routed, params: EnvParam
     """Runs the engines on the decisions; records at most `rows` jumps and the results of the requests."""
     shape, length = (env.slots, env.num_experts), env.episode_length
     never, floats, none = jnp.full(length, jnp.nan, float), jnp.zeros(shape, float), jnp.zeros(length, jnp.int32)
-    engines = empty_engine(env.slots, (env.num_experts,))
+    engines = empty_engine(env.slots, (env.num_experts,), params.engines)
     results = Results(never, never, never, none, none, none > 0)
     carried = _Carried(jnp.zeros(shape, jnp.int32), floats, floats)
 
