@@ -1,5 +1,5 @@
-"""The JAX engine equals vLLM 0.33's scheduler on its recorded schedules with prefix caching, both ways of advancing, in
-both precisions.
+"""The JAX engine equals vLLM 0.33's scheduler on its recorded schedules with prefix caching, asynchronous scheduling or
+both, both ways of advancing, in both precisions.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from tests.test_schedules import FOLDER, REQUEST_FIELDS, WAYS, assert_equal, run
 
 pytestmark = pytest.mark.usefixtures("optimised_programs")
 
-UNIQUE = ("p05", "p12", "p14", "p16", "p24")
-"""Files whose prompts share nothing."""
+GROUPS = {
+    "prefix caching": ("p05", "p12", "p14", "p16", "p24"),
+    "asynchronous scheduling": ("a01", "a02", "a03", "a04", "a05", "a06", "a15"),
+    "both": ("a10",),
+}
+"""Files by their options, each group one program. Their prompts share nothing."""
 
 COMPACT = ("np", "nd", "ctx", "used_blocks", None, "preempted", None, "waiting")
 """What the numbers of a compact record are, as far as they are compared."""
@@ -21,18 +25,19 @@ COMPACT = ("np", "nd", "ctx", "used_blocks", None, "preempted", None, "waiting")
 
 def load(name: str) -> dict:
     (path,) = (FOLDER / "v033").glob(f"{name}_*.json")
-    schedule = json.loads(path.read_text())
-    del schedule["config"]["async_scheduling"]
-    return schedule
+    return json.loads(path.read_text())
 
 
-SCHEDULES = {name: load(name) for name in UNIQUE}
+SCHEDULES = {name: load(name) for names in GROUPS.values() for name in names}
 
 
 @pytest.fixture(scope="module", params=WAYS)
 def results(request) -> tuple[dict[str, dict], bool]:
     way, x64 = request.param
-    return dict(zip(SCHEDULES, run(list(SCHEDULES.values()), way, x64), strict=True)), x64
+    found = {}
+    for names in GROUPS.values():
+        found |= zip(names, run([SCHEDULES[name] for name in names], way, x64), strict=True)
+    return found, x64
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -63,18 +63,24 @@ class EngineParams(struct.PyTreeNode):
     async_output_proc: jax.Array | None = None  # bool, vllm_v0: stop conditions are checked one iteration later
     discipline: str = struct.field(pytree_node=False, default="vllm_v1")  # a name of `disciplines.DISCIPLINES`
     enable_prefix_caching: bool = struct.field(pytree_node=False, default=False)
+    async_scheduling: bool = struct.field(pytree_node=False, default=False)
     threshold_when_alone: bool = struct.field(pytree_node=False, default=True)  # rule A1: False since vLLM 0.31
 
 
 class OwnBlocks(struct.PyTreeNode):
-    """The prefix cache of requests that share nothing, each of which can only find blocks of its own.
+    """The prefix cache of requests that share nothing, each of which can only find blocks of its own."""
 
-    vLLM's free queue begins with the blocks without content, which are all that `cached_free` does not count.
-    """
+    found: jax.Array  # int32 [S, ...], cached blocks of a preempted request; 0 for others
+    ahead: jax.Array  # int32 [S, ...], free blocks that are allocated before these; means nothing where `found` is 0
 
-    cached_free: jax.Array  # int32 [...], blocks in the free queue that have content
-    found: jax.Array  # int32 [S, ...], of these, the blocks of a preempted request; 0 for others
-    ahead: jax.Array  # int32 [S, ...], of these, the blocks that are allocated before those of a preempted request
+
+class Flight(struct.PyTreeNode):
+    """What asynchronous scheduling adds: the batch that is being executed while the next one is scheduled."""
+
+    duration: jax.Array  # float [...], s, which begin at `EngineState.clock`; 0 if there is no batch
+    sampled: jax.Array  # bool [S, ...], the batch yields a token of the request
+    unhashed: jax.Array  # bool [S, ...], its last computed token was in flight when it was scheduled (rule C6)
+    known_end: jax.Array  # bool [S, ...], the request ends by its length, which is known, and not by a stop token
 
 
 class EngineState(struct.PyTreeNode):
@@ -95,11 +101,17 @@ class EngineState(struct.PyTreeNode):
     first_token_time: jax.Array  # float [S, ...], NEVER before it
     finish_time: jax.Array  # float [S, ...], NEVER before it, IGNORED for a request that was dropped
     cache: OwnBlocks | None = None  # with `enable_prefix_caching`
+    flight: Flight | None = None  # with `async_scheduling`; clock is then the time at which the next batch is scheduled
 
     @property
     def num_slots(self) -> int:
         """S, the shape of the slot arrays (static)."""
         return self.prompt_tokens.shape[0]
+
+    @property
+    def next_start(self) -> jax.Array:
+        """float [...]: when the batch that is scheduled next starts, s."""
+        return self.clock if self.flight is None else self.clock + self.flight.duration
 
     @property
     def position(self) -> jax.Array:
@@ -122,6 +134,8 @@ def empty_engine(num_slots: int, shape: tuple[int, ...] = (), params: EnginePara
     The static options of `params` say what the state consists of; without it, they have their defaults.
     """
     caching = params is not None and params.enable_prefix_caching
+    in_flight = params is not None and params.async_scheduling
+    no = jnp.zeros((num_slots, *shape), bool)
     integers = jnp.zeros((num_slots, *shape), jnp.int32)
     never = jnp.full((num_slots, *shape), NEVER, float)
     return EngineState(
@@ -135,7 +149,8 @@ def empty_engine(num_slots: int, shape: tuple[int, ...] = (), params: EnginePara
         preemptions=integers,
         first_token_time=never,
         finish_time=never,
-        cache=OwnBlocks(jnp.zeros(shape, jnp.int32), integers, integers) if caching else None,
+        cache=OwnBlocks(integers, integers) if caching else None,
+        flight=Flight(jnp.zeros(shape, float), no, no, no) if in_flight else None,
     )
 
 

@@ -22,6 +22,7 @@ class Recording(struct.PyTreeNode):
     arrival_iteration: jax.Array  # int32 [R], with `by_iteration`: joins before the iteration of this index
     prompt_tokens: jax.Array  # int32 [R]
     output_tokens: jax.Array  # int32 [R]
+    stop_token: jax.Array  # bool [R], the request ends by a stop token: its end is not known ahead
     count: jax.Array  # int32 []
     by_iteration: jax.Array  # bool [], whether arrivals are given by iteration instead of time
     max_iterations: jax.Array  # int32 []
@@ -95,9 +96,11 @@ def _join(recording: Recording, run: _Run, params: EngineParams) -> _Run:
     state = shift_time(run.state, gap, params)
     # With arrivals by iteration, an idle engine advances the index, not the clock.
     at = jnp.where(recording.by_iteration, state.clock, 0)
-    prompt, output = recording.prompt_tokens[index], recording.output_tokens[index]
-    state, _ = join(state, (), jnp.bool_(True), prompt, output, (), at, params)
     to_index = recording.arrival_iteration[index] - run.work.iterations
+    if state.flight is not None:  # an engine that is idle until then ends its last batch first
+        at += jnp.where(recording.by_iteration & (to_index > run.skipped), state.flight.duration, 0)
+    prompt, output = recording.prompt_tokens[index], recording.output_tokens[index]
+    state, _ = join(state, (), jnp.bool_(True), prompt, output, (), at, params, recording.stop_token[index])
     # An engine that is already stalled when the last request joins runs one more iteration, which shows the stall.
     idle = jnp.minimum(run.work.idle_iterations, recording.stall_iterations - 1)
     return run.replace(
@@ -165,7 +168,7 @@ def replay_by_iterations(
         # The limit is this iteration, so that no run of decodes follows it.
         most = jnp.minimum(recording.max_iterations, run.work.iterations + 1)
         done = jump(run.state, run.work, jnp.asarray(AFTER_ALL, float), params, most, stall)
-        waiting = total(done.middle.unfinished() & (done.middle.position >= done.output.num_running))
+        waiting = total(done.before.unfinished() & (done.middle.position >= done.output.num_running))
         return run.replace(state=done.after, work=done.work_after), (done.output, done.runs, waiting)
 
     run, (outputs, took_place, waiting) = jax.lax.scan(step, _start(recording, params), length=num_iterations)

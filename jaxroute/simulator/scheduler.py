@@ -22,6 +22,7 @@ from jaxroute.simulator.engine import (
     LARGE,
     EngineParams,
     EngineState,
+    Flight,
     OwnBlocks,
     anywhere,
     blocks_for,
@@ -62,6 +63,10 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
     unfinished = state.unfinished()
     running = position < state.num_running
     length = state.prompt_tokens + state.generated
+    may_get = unfinished
+    if state.flight is not None:  # rules C2 and C3
+        length += state.flight.sampled
+        may_get &= ~_ends_when_delivered(state, state.flight)
     limit = prefill_limit(state, params)
     budget = params.max_num_batched_tokens
 
@@ -69,7 +74,7 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
         """Rules 2 and 4: the tokens that each request asks for."""
         room = jnp.where(running, params.max_model_len - 1 - computed, LARGE)
         wanted = jnp.minimum(jnp.minimum(length - computed, limit), room)
-        return jnp.where(unfinished, jnp.maximum(wanted, 0), 0)
+        return jnp.where(may_get, jnp.maximum(wanted, 0), 0)
 
     def in_turn(unfinished: jax.Array, wanted: jax.Array, computed: jax.Array) -> tuple[jax.Array, ...]:
         """Which requests pass, the tokens of each, and the first position that fails."""
@@ -114,7 +119,10 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
     blocks = blocks_for(computed + tokens, params.block_size)
     scheduled = unfinished & (position < num_running)
     tokens = jnp.where(scheduled, tokens, 0)
-    decode = (tokens == 1) & (state.generated > 0) & (computed == length - 1)
+    has_token = state.generated > 0
+    if state.flight is not None:
+        has_token |= state.flight.sampled
+    decode = (tokens == 1) & has_token & (computed == length - 1)
     decodes = total(decode)
     output = SchedulerOutput(
         num_running=num_running,
@@ -130,6 +138,11 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
         need = jnp.where(scheduled, blocks - found - held_blocks(state, params), 0)
         output = output.replace(found=found, cache=after_schedule(state, output.preempted, found, ahead, need, params))
     return output
+
+
+def _ends_when_delivered(state: EngineState, flight: Flight) -> jax.Array:
+    """bool [S, ...]: the token in flight is known to be the last one (rule C3)."""
+    return flight.sampled & flight.known_end & (state.generated + 1 >= state.target_tokens)
 
 
 def _with_own_blocks(
@@ -148,7 +161,6 @@ def _with_own_blocks(
     cache, position, unfinished = state.cache, state.position, state.unfinished()
     assert cache is not None
     held = held_blocks(state, params)
-    free = params.usable_blocks - total(held)
     owners = unfinished & (position >= state.num_running) & (cache.found > 0)
     ample &= total(owners) == 0
 
@@ -165,7 +177,7 @@ def _with_own_blocks(
         goes_on = (following <= failed) & (following < LARGE) & (failed >= state.num_running)
         before = unfinished & (position < following)
         blocks = blocks_for(computed + tokens, params.block_size) - held - found
-        evicted = total(jnp.where(before, blocks, 0)) - (free - cache.cached_free) - ahead
+        evicted = total(jnp.where(before, blocks, 0)) - ahead
         left = jnp.maximum(cache.found - jnp.maximum(evicted, 0), 0)
         looked_up = jnp.where(goes_on & (position == following), left, found)
         new = (~goes_on, looked_up, ahead, jnp.where(goes_on, following, last), tokens, failed)
@@ -187,7 +199,11 @@ def only_decodes(
     """bool [...]: while memory suffices, the next iterations only decode `running` (bool [S, ...], `batch` requests,
     int32 [...]) and admit nobody. `blocks_after(n)` are the KV blocks that these requests hold after n iterations.
     """
-    decoding = (state.generated > 0) & (state.computed == state.prompt_tokens + state.generated - 1)
+    length = state.prompt_tokens + state.generated
+    if state.flight is None:
+        decoding = (state.generated > 0) & (state.computed == length - 1)
+    else:
+        decoding = state.flight.sampled & (state.computed == length)
     plain = (total(running & decoding) == batch) & (batch > 0) & (batch <= params.max_num_batched_tokens)
     return plain & _is_blocked(state, batch, blocks_after, params)
 
@@ -201,6 +217,11 @@ def _is_blocked(
     and a block that the head finds no longer is one that it then needs.
     """
     head = state.position == state.num_running  # never a finished request, which was running
+    nobody = state.num_running == state.num_requests
+    if state.flight is not None:  # rule C7: it may have waited
+        waiting = state.unfinished() & (state.position >= state.num_running)
+        head = state.position == lowest(jnp.where(waiting, state.position, LARGE))
+        nobody = total(waiting) == 0
     length = total(jnp.where(head, state.prompt_tokens + state.generated, 0))
     next_blocks = blocks_after(1)
     budget = params.max_num_batched_tokens - batch
@@ -209,14 +230,13 @@ def _is_blocked(
         tokens = jnp.minimum(wanted, budget)
         held = jnp.where(params.reserve_full_isl, jnp.maximum(length, tokens), tokens)
     else:
-        now = blocks_after(0)
-        left = allocate(state.cache, next_blocks - now, params.usable_blocks - now).found
+        left = allocate(state.cache, next_blocks - blocks_after(0)).found
         found = total(jnp.where(head, left, 0)) * params.block_size
         wanted = jnp.minimum(length - found, prefill_limit(state, params))
         tokens = jnp.minimum(wanted, budget)
         held = jnp.where(params.reserve_full_isl, length, found + tokens)
     return (
-        (state.num_running == state.num_requests)
+        nobody
         | (tokens <= 0)
         | ((tokens < wanted) & ~params.enable_chunked_prefill)
         | (batch >= params.max_num_seqs)
