@@ -53,7 +53,7 @@ class RoutingEnvironment(Settings):
         shape = (self.slots, self.num_experts)
         floats, integers = jnp.zeros(shape, float), jnp.zeros(shape, jnp.int32)
         state = EnvState(
-            engines=empty_engine(self.slots, (self.num_experts,)),
+            engines=empty_engine(self.slots, (self.num_experts,), params.engines),
             queued=QueuedRequests(floats, integers, floats, floats, integers),
             request=request,
             workload=workload,

@@ -26,7 +26,7 @@ from jaxroute.environment.settings import Settings
 from jaxroute.environment.state import RECENT_COMPLETIONS, RECENT_GAPS, EnvParams, EnvState, QueuedRequests
 from jaxroute.environment.turns import NOBODY, Arrival, Outcome, Taken, Turn
 from jaxroute.simulator.advance import EngineWork
-from jaxroute.simulator.cluster import AFTER_ALL, Finished, collect, route, run_until, shift_time
+from jaxroute.simulator.cluster import AFTER_ALL, Finished, collect, restart, route, run_until, shift_time
 from jaxroute.simulator.engine import total
 
 Observation = RoutingGraph | jax.Array
@@ -180,7 +180,7 @@ def _move_on(state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> 
         return jnp.where(turn.takes_part, new, old)
 
     return state.replace(
-        engines=engines.replace(clock=jnp.where(begins, 0, engines.clock)),
+        engines=restart(engines, begins),
         queued=state.queued.replace(arrival=state.queued.arrival - gap),
         request=jax.tree.map(arrived, turn.arrival.request, state.request),
         workload=jax.tree.map(arrived, turn.arrival.workload, state.workload),
