@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Computes what is missing of a suite, or adds columns to its results. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxroute suite",
-        description="Train and evaluate on every environment of a suite, beside tuned rules. If it was interrupted, the "
-        "same command continues it.",
+        description="Train and evaluate on every environment of a suite, beside tuned rules. If it was interrupted, "
+        "the same command continues it.",
         epilog=f"Suites: {', '.join(SUITES)}. docs/suite.md describes them, the results, and columns of your own.",
     )
     parser.add_argument("suite", nargs="?", default="routing-v1", metavar="SUITE", help="default: routing-v1")
@@ -73,43 +73,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _chosen(names: str | None, all_names: Sequence[str], what: str) -> list[str]:
-    """The names of a comma-separated list in the order of `all_names`, or all of them."""
-    given = (
-        list(all_names)
-        if names is None
-        else [require_known(name.strip(), all_names, what) for name in names.split(",")]
-    )
-    return [name for name in all_names if name in given]
+def _chosen(names: str | None, known: Sequence[str], what: str) -> list[str]:
+    """The names of a list separated by commas, in the order of `known`; all of them if it is None."""
+    given = known if names is None else [require_known(name.strip(), known, what) for name in names.split(",")]
+    return [name for name in known if name in given]
+
+
+class _Job(NamedTuple):
+    environment: str
+    name: str  # of the part of its results
+    compute: Callable[[], dict[str, Any]]
 
 
 def _run(chosen: Suite, environments: Sequence[str], seeds: Sequence[int], path: Path, console: Console) -> None:
     texts = [config_text(load_config(None, changes)) for changes in chosen.trained.values()]
     folder = SuiteFolder(path, chosen, hashlib.sha256("".join(texts).encode()).hexdigest())
     jobs = [job for name in environments for job in _jobs(chosen, name, seeds, folder, console)]
-    missing = [job for job in jobs if folder.part(*job[:2]) is None]
+    missing = [job for job in jobs if folder.part(job.environment, job.name) is None]
     console.print(f"{len(jobs)} parts, {len(jobs) - len(missing)} of them finished, in {path}", highlight=False)
-    for number, (environment, name, compute) in enumerate(missing, 1):
+    for number, job in enumerate(missing, 1):
         started = time.monotonic()
-        part = compute()
+        part = job.compute()
         seconds = round(time.monotonic() - started, 1)
-        folder.finish(environment, name, {**part, "seconds": seconds})
-        console.print(
-            f"[{number}/{len(missing)}] {environment}, {name}: {_summary(part)}, {seconds:.0f} s",
-            highlight=False,
-            markup=False,
-        )
-        if number == len(missing) or missing[number][0] != environment:
-            folder.results().write(path / RESULTS)
+        folder.finish(job.environment, job.name, {**part, "seconds": seconds})
+        line = f"{job.environment}, {job.name}: {_summary(part)}, {seconds:.0f} s"
+        console.print(f"[{number}/{len(missing)}] {line}", highlight=False, markup=False)
+        if number < len(missing) and missing[number].environment != job.environment:
+            _publish(folder)
             # Linux limits a process to 65,530 memory maps, which the programs of a few environments use up.
             jax.clear_caches()
+    _publish(folder)
+
+
+def _publish(folder: SuiteFolder) -> None:
     results = folder.results()
-    results.write(path / RESULTS)
-    write_report(path, results)
-
-
-_Job = tuple[str, str, Callable[[], dict[str, Any]]]
-"""An environment, the name of a part of its results, and what computes it."""
+    results.write(folder.path / RESULTS)
+    write_report(folder.path, results)
 
 
 def _jobs(chosen: Suite, environment: str, seeds: Sequence[int], folder: SuiteFolder, console: Console) -> list[_Job]:
@@ -133,13 +132,13 @@ def _jobs(chosen: Suite, environment: str, seeds: Sequence[int], folder: SuiteFo
         return _trained(chosen, environment, column, seed, folder.path / "trainings")
 
     jobs: list[_Job] = [
-        (environment, "rules", lambda: _rules(chosen, environment, console)),
-        (environment, "index_rule", lambda: rule(chosen.index_rule)),
-        (environment, "best_other_rule", best_other_rule),
-        (environment, "ceiling", ceiling),
+        _Job(environment, "rules", lambda: _rules(chosen, environment, console)),
+        _Job(environment, "index_rule", lambda: rule(chosen.index_rule)),
+        _Job(environment, "best_other_rule", best_other_rule),
+        _Job(environment, "ceiling", ceiling),
     ]
     for column in chosen.trained:
-        jobs += [(environment, f"{column}-{seed}", partial(training, column, seed)) for seed in seeds]
+        jobs += [_Job(environment, f"{column}-{seed}", partial(training, column, seed)) for seed in seeds]
     return jobs
 
 
@@ -190,12 +189,14 @@ def _trained(chosen: Suite, environment: str, column: str, seed: int, folder: Pa
     if code:
         print("the same command goes on with the suite", file=sys.stderr)
         sys.exit(code)
-    experiment = build_experiment(load_saved_config(run / "config.yaml"))
-    params = load_params(run, experiment.network, experiment.env, experiment.params)
-    router = policy_router(experiment.network, params)
     own = read_json(run / "evaluation.json")["routers"]["trained"]["qos_per_episode"]
-    column_of_short = chosen.evaluate(lambda env, params: router, [environment], ["short"])
-    return {"qos": {"evaluation": [own], **column_of_short[environment]}}
+    # The environment as it was trained on, whose observations may be other than the suite's.
+    config = load_saved_config(run / "config.yaml", [f"environment.episode_length={short.length}"])
+    experiment = build_experiment(config)
+    params = load_params(run, experiment.network, experiment.env, experiment.params)
+    routers = {"trained": policy_router(experiment.network, params)}
+    values = evaluate_routers(experiment.env, experiment.params, routers, short.number, short.seed)
+    return {"qos": {"evaluation": [own], "short": [values["trained"]["qos"].astype(float).tolist()]}}
 
 
 def _summary(part: dict[str, Any]) -> str:

@@ -34,11 +34,11 @@ def tables(results: Results) -> str:
     lines = [
         f"# {suite.name}",
         "",
-        f"QoS per request, means over {episodes.number} episodes of {episodes.length:,} requests and over runs; ± is half "
-        "of a 95 % interval over episodes.",
+        f"QoS per request, means over {episodes.number} episodes of {episodes.length:,} requests and over runs; ± is "
+        "half of a 95 % interval over episodes.",
         *_table(["environment", *names], rows),
-        f"Lead over the best rule, which was chosen on {suite.selection.number} other episodes: the mean over runs with "
-        "its paired 95 % interval, and the worst run.",
+        f"Lead over the best rule, which was chosen on {suite.selection.number} other episodes: the mean over runs "
+        "with its paired 95 % interval, and the worst run.",
         *_table(
             ["environment", "best rule", *others],
             {

@@ -143,14 +143,12 @@ class SuiteFolder:
             write_text(file, json.dumps(stamp, indent=2) + "\n")
             return
         old = _mapping(str(file), read_json(file))
-        for key, what in (
-            ("suite", "of another suite or version of it"),
-            (
-                "dynamics_version",
-                f"of dynamics version {old.get('dynamics_version')}, this package has {DYNAMICS_VERSION}",
-            ),
-            ("configuration", "trained with another default configuration"),
-        ):
+        whose = {
+            "suite": "of another suite, or version of it",
+            "dynamics_version": f"of dynamics version {old.get('dynamics_version')} (this package: {DYNAMICS_VERSION})",
+            "configuration": "of another default configuration",
+        }
+        for key, what in whose.items():
             if old.get(key) != stamp[key]:
                 raise UserError(f"--out {path}: holds results {what}; name a new folder")
 
