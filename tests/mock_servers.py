@@ -23,7 +23,7 @@ class MockServer:
         self.faults: dict[str, float] = {}  # way to fail -> its probability
         self.random = random.Random(0)
         self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
+        self.headers: list[Any] = []  # case does not matter
         self.open = 0
         self.most_open = 0
         self.aborted = 0
@@ -80,7 +80,7 @@ class MockServer:
         body, fault = await request.json(), self._fault()
         if self.keep:
             self.bodies.append(body)
-            self.headers.append(dict(request.headers))
+            self.headers.append(request.headers.copy())
         if body.get("max_tokens", 1) > 100_000:
             error = {"message": "max_tokens is too large", "type": "BadRequestError", "code": 400}
             return web.json_response({"error": error}, status=400)
@@ -130,7 +130,7 @@ class MockServer:
                     await stream.write(b'data: {"error": {"message": "broken", "type": "internal", "code": 500}}\n\n')
                 if fault in ("error event", "cut"):
                     return stream
-            text = f"w{number} "
+            text = f"{body.get('word', 'w')}{number} "
             choice: dict[str, Any] = {"index": 0, "finish_reason": "length" if number == count - 1 else None}
             choice |= {"delta": {"content": text}} if chat else {"text": text}
             await stream.write(event([choice], number + 1, continuous))

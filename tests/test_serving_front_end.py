@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 
@@ -29,7 +30,7 @@ def no_exceptions(caplog):
 
 async def post(session: aiohttp.ClientSession, body, path="/v1/chat/completions", **options):
     """Status, headers and JSON of an answer that is no stream."""
-    data = body if isinstance(body, bytes) else json.dumps(body)
+    data = body if isinstance(body, bytes | io.BytesIO) else json.dumps(body)
     async with session.post(path, data=data, **options) as answer:
         return answer.status, answer.headers, json.loads(await answer.read())
 
@@ -85,7 +86,7 @@ def test_the_rest_of_a_request_passes_through(tmp_path):
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
                 "temperature": 0.25,
                 "logit_bias": {"5": -1.5},
-                "extra": {"deep": [1, None, "é\ud83d\ude00"]},
+                "extra": {"deep": [1, None, "é😀", "\ud800"]},
             }
             await post(session, own, headers={"X-Request-Id": "mine", "Authorization": "Bearer secret"})
             body = servers[0].bodies[0]
@@ -124,7 +125,7 @@ def test_errors_have_openais_format(tmp_path):
                     assert status == 400 and words in answer["error"]["message"]
                 for good in ("30", "ttft=500, tpot=25"):
                     assert (await post(session, CHAT, headers={"X-Jaxroute-Limit": good}))[0] == 200
-                status, _, answer = await post(session, b"x" * (2 << 20))
+                status, _, answer = await post(session, io.BytesIO(b"x" * (2 << 20)))
                 assert status == 413 and "larger than 1 MB" in answer["error"]["message"]
 
                 async def endless():
@@ -306,7 +307,7 @@ def test_slow_clients_are_cut_off(tmp_path):
                 first.write(head)
                 reader, second = await asyncio.open_connection(host, port)
                 second.write(head + b"Content-Length: 100\r\n\r\n{")
-                body = json.dumps({"prompt": "p", "max_tokens": 90_000, "stream": True}).encode()
+                body = json.dumps({"prompt": "p", "max_tokens": 1000, "stream": True, "word": "w" * 30_000}).encode()
                 _, third = await asyncio.open_connection(host, port, limit=1)
                 third.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
                 assert (await reader.readline()).startswith(b"HTTP/1.1 408")

@@ -181,7 +181,9 @@ class FrontEnd:
                 raise
             return refusal(Refused(error.status, f"{request.method} {request.path}: {error.reason}."))
         except ClientGoneError:
-            return web.Response(status=499)
+            if request.transport is not None:
+                request.transport.abort()  # what is written would not be taken
+            return web.Response()
         except Exception:
             LOGGER.exception("an error in %s %s", request.method, request.path)
             return refusal(Refused(500, "The front end has an error; its log has more.", "server_error"))

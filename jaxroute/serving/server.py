@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from jaxroute.errors import UserError
 from jaxroute.serving.front_end import FrontEnd
@@ -29,6 +30,7 @@ async def serve(
     runner = web.AppRunner(
         app,
         access_log=None,
+        logger=_server_logger(),
         handler_cancellation=True,
         shutdown_timeout=1.0,
         max_line_size=largest,
@@ -56,6 +58,14 @@ async def serve(
             loop.remove_signal_handler(number)
         await runner.cleanup()
         front_end.dispatcher.statistics.close()
+
+
+def _server_logger() -> logging.Logger:
+    """The logger of aiohttp's server without its tracebacks of clients that do not speak HTTP: they get a 400."""
+    logger = logging.getLogger("jaxroute.serving.http")
+    if not logger.filters:
+        logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
+    return logger
 
 
 async def _drain(front_end: FrontEnd, site: web.TCPSite, seconds: float) -> None:
