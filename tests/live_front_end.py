@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import re
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from jaxroute.serving.predictions import Predictions
 from jaxroute.serving.server import serve
 from jaxroute.serving.statistics import Log, Statistics
 from jaxroute.workload import FrozenRequests, PoissonArrivals, Workload
+from tests.compiling import compile_fast
 from tests.mock_servers import MockServer
 
 CLUSTER = """\
@@ -83,3 +87,27 @@ async def front_end(
     finally:
         one.stopping.set()
         await task
+
+
+@contextlib.asynccontextmanager
+async def process(*arguments: str, fast: bool = True, **environment: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, list[str], str]]:
+    """The command as a process, the lines that it printed at its start, and its address.
+
+    `fast`: its programs compile fast, and run slowly.
+    """
+    command = [sys.executable, "-m", "jaxroute.serve", *arguments, "--port", "0"]
+    pipe = asyncio.subprocess.PIPE
+    env = {**os.environ, **(compile_fast() if fast else {}), **environment}
+    running = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, env=env)
+    try:
+        lines = []
+        assert running.stdout is not None
+        while not (found := re.search(r"status at (http://\S+?)/$", lines[-1] if lines else "")):
+            line = (await running.stdout.readline()).decode().rstrip()
+            assert line, (await running.communicate())[1].decode()
+            lines.append(line)
+        yield running, lines, found[1]
+    finally:
+        if running.returncode is None:
+            running.kill()
+            await running.wait()

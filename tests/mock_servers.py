@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import random
 from collections.abc import AsyncIterator
 from typing import Any
@@ -39,7 +40,10 @@ class MockServer:
         app.router.add_post("/v1/chat/completions", self._answer)
         app.router.add_post("/v1/completions", self._answer)
         app.router.add_get("/health", self._health)
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+        silent = logging.getLogger("mock")  # a connection that is reset by a test is no error
+        silent.disabled = True
+        options: dict[str, Any] = {"access_log": None, "logger": silent, "handler_cancellation": True}
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1, **options)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
         self.port = self._runner.addresses[0][1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -24,30 +22,9 @@ from jaxroute.calibration.logs import load_log  # noqa: E402
 from jaxroute.commands.serve import main  # noqa: E402
 from jaxroute.serving.statistics import Log  # noqa: E402
 from tests.compiling import compile_fast  # noqa: E402
-from tests.live_front_end import front_end, write_cluster  # noqa: E402
+from tests.live_front_end import front_end, process, write_cluster  # noqa: E402
 from tests.mock_servers import MockServer, mock_servers  # noqa: E402
 from tests.test_serving_front_end import CHAT, post, stream  # noqa: E402
-
-
-@contextlib.asynccontextmanager
-async def process(*arguments: str, **environment: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, list[str], str]]:
-    """The command as a process, the lines that it printed at its start, and its address."""
-    command = [sys.executable, "-m", "jaxroute.serve", *arguments, "--port", "0"]
-    pipe = asyncio.subprocess.PIPE
-    env = {**os.environ, **compile_fast(), **environment}
-    running = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, env=env)
-    try:
-        lines = []
-        assert running.stdout is not None
-        while not (found := re.search(r"status at (http://\S+?)/$", lines[-1] if lines else "")):
-            line = (await running.stdout.readline()).decode().rstrip()
-            assert line, (await running.communicate())[1].decode()
-            lines.append(line)
-        yield running, lines, found[1]
-    finally:
-        if running.returncode is None:
-            running.kill()
-            await running.wait()
 
 
 def test_the_process_serves_and_ends_on_sigterm(tmp_path):

@@ -31,6 +31,7 @@ class Call:
     predicted_scores: np.ndarray  # float32 [N]
     predicted_lengths: np.ndarray  # int32 [N]
     prompt_estimate: int
+    work: float  # s that its prediction and its decisions took
     ticket: Ticket | None = None  # while it is at a server
     sent: float = 0.0  # to the present server
     first_token: float | None = None
@@ -77,13 +78,14 @@ class Dispatcher:
 
     def call(self, asked: Completion) -> Call:
         """A request that has just arrived."""
-        now = self.clock()
+        now, started = self.clock(), time.perf_counter()
         self.ledger.arrive(now)
         self.statistics.arrived()
         scores, lengths = self.predictions(asked)
         # What is too long for every expert is for a server to refuse, since the length is an estimate.
         prompt = min(self.predictions.prompt_tokens(asked), self._longest_prompt)
-        return Call(asked, now, asked.limit or self.limit, scores, lengths, prompt)
+        limit, work = asked.limit or self.limit, time.perf_counter() - started
+        return Call(asked, now, limit, scores, lengths, prompt, work)
 
     def begin(self, call: Call, without: int | None = None) -> int:
         """Decides and reserves a slot, in one go: the number of the expert. Raises `Refused` for a dropped request.
@@ -104,7 +106,8 @@ class Dispatcher:
         )
         started = time.perf_counter()
         decision = self.decider(self.ledger, now, wanted, up)
-        self.statistics.decided(time.perf_counter() - started)
+        call.work += time.perf_counter() - started
+        self.statistics.decided(call.work)
         if decision.expert is None:
             full = (self.ledger.count[up] >= self.ledger.slots).all()
             reason = "all queues are full" if full else "the router dropped it"

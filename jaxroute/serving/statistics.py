@@ -24,7 +24,7 @@ BARS = 120
 
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _PER_TOKEN = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5)
-_DECISION = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+_DECISION = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
 class Log:
@@ -94,7 +94,7 @@ class Statistics:
         self._latency = histogram(
             "time_per_token_seconds", "From arrival to end, by output tokens.", _PER_TOKEN, "expert"
         )
-        self._decision = histogram("decision_seconds", "Time of a decision.", _DECISION)
+        self._decision = histogram("decision_seconds", "Time of a prediction and the decision on it.", _DECISION)
         self._open = Gauge("jaxroute_open", "Open requests.", ["expert"], registry=self.registry)
         self._up = Gauge("jaxroute_up", "Whether the expert is up.", ["expert"], registry=self.registry)
         self.reasons: collections.Counter[str] = collections.Counter()
