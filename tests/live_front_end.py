@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import jax
@@ -89,24 +89,40 @@ async def front_end(
         await task
 
 
-@contextlib.asynccontextmanager
-async def process(*arguments: str, fast: bool = True, **environment: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, list[str], str]]:
-    """The command as a process, the lines that it printed at its start, and its address.
+class Served(NamedTuple):
+    """The command as a process."""
 
-    `fast`: its programs compile fast, and run slowly.
-    """
+    process: asyncio.subprocess.Process
+    lines: list[str]  # that it printed at its start
+    address: str
+    errors: Path  # what it writes to standard error
+
+    async def ended(self) -> str:
+        """What it wrote to standard error, once it has ended; it must have printed no more."""
+        assert self.process.stdout is not None
+        assert await self.process.stdout.read() == b""
+        await self.process.wait()
+        return self.errors.read_text()
+
+
+@contextlib.asynccontextmanager
+async def process(folder: Path, *arguments: str, fast: bool = True, **environment: str) -> AsyncIterator[Served]:
+    """The command as a process. `fast`: its programs compile fast, and run slowly."""
     command = [sys.executable, "-m", "jaxroute.serve", *arguments, "--port", "0"]
-    pipe = asyncio.subprocess.PIPE
     env = {**os.environ, **(compile_fast() if fast else {}), **environment}
-    running = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, env=env)
+    errors = folder / "errors.txt"
+    with errors.open("wb") as file:
+        running = await asyncio.create_subprocess_exec(
+            *command, stdout=asyncio.subprocess.PIPE, stderr=file, env=env
+        )
     try:
-        lines = []
+        lines: list[str] = []
         assert running.stdout is not None
         while not (found := re.search(r"status at (http://\S+?)/$", lines[-1] if lines else "")):
             line = (await running.stdout.readline()).decode().rstrip()
-            assert line, (await running.communicate())[1].decode()
+            assert line, errors.read_text()
             lines.append(line)
-        yield running, lines, found[1]
+        yield Served(running, lines, found[1], errors)
     finally:
         if running.returncode is None:
             running.kill()

@@ -34,22 +34,23 @@ def test_the_process_serves_and_ends_on_sigterm(tmp_path):
             text = cluster.read_text().replace("name: e0", "name: e0, api_key_env: E0_KEY")
             cluster.write_text(text)
             arguments = ("shortest_queue", "--cluster", str(cluster), "--record", str(tmp_path / "log.jsonl"))
-            async with process(*arguments, E0_KEY="upstream", JAXROUTE_API_KEY="mine") as (running, lines, address):
+            async with process(tmp_path, *arguments, E0_KEY="upstream", JAXROUTE_API_KEY="mine") as served:
+                lines = served.lines
                 assert lines[0] == "shortest_queue routes to e0, e1; limit 10000 ms a token"
                 assert "running means, from 200 tokens on" in lines[1]
                 assert "log.e0.jsonl" in lines[2]
                 headers = {"Authorization": "Bearer mine"}
-                async with aiohttp.ClientSession(address, headers=headers) as session:
+                async with aiohttp.ClientSession(served.address, headers=headers) as session:
                     assert (await post(session, CHAT))[0] == 200
                     assert servers[0].headers[0]["Authorization"] == "Bearer upstream"
                     task = asyncio.create_task(stream(session, {**CHAT, "max_tokens": 20}))
                     await asyncio.sleep(0.3)
-                    running.send_signal(signal.SIGTERM)
+                    served.process.send_signal(signal.SIGTERM)
                     assert (await task)[-1] == "[DONE]"
-                out, err = await running.communicate()
-                assert running.returncode == 0 and out == b""
-                assert b"shutting down: 1 requests are open" in err
-                assert b"upstream" not in err and b"five words" not in err and b"Traceback" not in err
+                errors = await served.ended()
+                assert served.process.returncode == 0
+                assert "shutting down: 1 requests are open" in errors
+                assert not any(word in errors for word in ("upstream", "five words", "Traceback"))
 
     asyncio.run(run())
 

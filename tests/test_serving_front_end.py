@@ -44,6 +44,13 @@ async def stream(session: aiohttp.ClientSession, body, path="/v1/chat/completion
     return [part if part == "[DONE]" else json.loads(part) for part in parts]
 
 
+async def all_up(one) -> None:
+    """Waits until no expert is out."""
+    async with asyncio.timeout(10):
+        while not one.dispatcher.up.all():
+            await asyncio.sleep(0.02)
+
+
 def test_answers_are_the_servers(tmp_path):
     async def run():
         async with mock_servers(2) as servers, front_end(write_cluster(tmp_path / "c.yaml", servers)) as (one, session):
@@ -217,7 +224,7 @@ def test_a_request_fails_over_where_nothing_was_streamed(tmp_path, fault):
                 assert one.dispatcher.statistics.totals["e0"]["failed"] == 1
                 # Both fail: one clear error, and no third try.
                 servers[1].faults = {fault: 1.0}
-                one.dispatcher.up[:] = True
+                await all_up(one)
                 status, _, answer = await post(session, CHAT)
                 assert status == 502 and answer["error"]["code"] == "expert_failed"
                 assert len(servers[0].bodies) + len(servers[1].bodies) == 4
@@ -238,7 +245,7 @@ def test_a_stream_that_breaks_ends_with_an_error(tmp_path, fault):
                 assert events[-1]["error"]["code"] == "expert_failed" and len(events) > 1
                 assert not servers[1].bodies
                 # A client without a stream has seen nothing, so its request is sent to the other expert.
-                one.dispatcher.up[:] = True
+                await all_up(one)
                 status, headers, answer = await post(session, CHAT)
                 assert status == 200 and headers["X-Jaxroute-Expert"] == "e1"
                 assert one.dispatcher.ledger.open == 0
@@ -261,9 +268,7 @@ def test_an_expert_that_is_killed_leaves_and_returns(tmp_path):
                 for _ in range(3):
                     assert (await post(session, CHAT))[1]["X-Jaxroute-Expert"] == "e1"
                 await servers[0].start()
-                async with asyncio.timeout(10):
-                    while not one.dispatcher.up[0]:
-                        await asyncio.sleep(0.05)
+                await all_up(one)
                 assert (await post(session, CHAT))[1]["X-Jaxroute-Expert"] == "e0"
                 await servers[0].stop()
                 await servers[1].stop()

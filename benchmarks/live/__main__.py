@@ -55,7 +55,8 @@ async def batch(session: aiohttp.ClientSession, requests: int, at_once: int, tok
     async def client() -> None:
         nonlocal well
         for _ in numbers:
-            well += await completion(session, tokens)
+            result = await completion(session, tokens)
+            well += result
 
     async with asyncio.TaskGroup() as group:
         for _ in range(at_once):
@@ -82,7 +83,8 @@ async def run_chaos(session: aiohttp.ClientSession, servers: list[MockServer], q
         if open_after == 0:
             break
         await asyncio.sleep(0.05)
-    sent, ended = (sum((await metric(session, f"jaxroute_{name}_total")).values()) for name in ("sent", "ended"))
+    sent = sum((await metric(session, "jaxroute_sent_total")).values())
+    ended = sum((await metric(session, "jaxroute_ended_total")).values())
     return {
         "requests": requests,
         "seconds": round(time.monotonic() - started, 1),
@@ -148,23 +150,23 @@ async def measure(parts: Sequence[str], router: str, quick: bool) -> Row:
                 slots = 1024 if part == "streams" else 64
                 path = write_cluster(Path(folder) / "experts.yaml", servers, slots)
                 arguments = (router, "--cluster", str(path), "--silent-seconds", "2" if part == "chaos" else "60")
-                async with process(*arguments, fast=False) as (running, _, address):
-                    connector = aiohttp.TCPConnector(limit=0)
-                    async with aiohttp.ClientSession(address, connector=connector) as session:
+                async with process(Path(folder), *arguments, fast=False) as served:
+                    connector, pid = aiohttp.TCPConnector(limit=0), served.process.pid
+                    async with aiohttp.ClientSession(served.address, connector=connector) as session:
                         match part:
                             case "chaos":
                                 rows[part] = await run_chaos(session, servers, quick)
                             case "decisions":
                                 rows[part] = await run_decisions(session, quick)
                             case "chunks":
-                                rows[part] = await run_chunks(session, running.pid, quick)
+                                rows[part] = await run_chunks(session, pid, quick)
                             case "streams":
                                 rows[part] = await run_streams(session, servers)
                             case _:
-                                rows[part] = await run_memory(session, running.pid, quick)
-                    running.terminate()
-                    _, err = await running.communicate()
-                rows[part] |= {"load": round(os.getloadavg()[0], 1), "exceptions": err.count(b"Traceback")}
+                                rows[part] = await run_memory(session, pid, quick)
+                    served.process.terminate()
+                    errors = await served.ended()
+                rows[part] |= {"load": round(os.getloadavg()[0], 1), "exceptions": errors.count("Traceback")}
                 print(part, json.dumps(rows[part]), flush=True)
     return rows
 

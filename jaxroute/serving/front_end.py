@@ -147,8 +147,7 @@ class FrontEnd:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0)
         wait = aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_seconds)
         self._session = aiohttp.ClientSession(connector=connector, timeout=wait, auto_decompress=True)
-        experts = range(len(self.dispatcher.cluster.experts))
-        await asyncio.gather(*(self.health.probe(expert, self._session) for expert in experts))
+        await self.health.start(self._session)
         self._monitor = asyncio.create_task(self._watch())
 
     async def _stop(self, app: web.Application) -> None:
@@ -356,7 +355,7 @@ class FrontEnd:
         dispatcher, limits, now = self.dispatcher, self.limits, time.monotonic()
         silent = now - dispatcher.last_progress > limits.silent_seconds
         for expert in (silent & (dispatcher.ledger.count > 0)).nonzero()[0]:
-            if any(one.call.ticket and one.call.expert == expert for one in self._watched):
+            if any(one.call.ticket and one.call.expert == expert for one in self._watched):  # else a sidecar's
                 self.health.failed(int(expert), f"it sent nothing for {limits.silent_seconds:g} s")
         for one in list(self._watched):
             if one.writing_since is not None and now - one.writing_since > limits.client_seconds:
@@ -369,8 +368,6 @@ class FrontEnd:
                 connection.force_close()
                 if connection.transport is not None:
                     connection.transport.close()
-        assert self._session is not None
-        self.health.probe_due(self._session)
         for function in self.on_tick:
             function()
 

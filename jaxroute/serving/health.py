@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 
 import aiohttp
 import numpy as np
@@ -11,11 +10,12 @@ from jaxroute.serving.cluster import Expert
 
 LOGGER = logging.getLogger("jaxroute.serving")
 
-PROBE_SECONDS = 2.0
-"""An expert whose health takes longer to answer is not up."""
+PROBE_SECONDS = 1.0
+"""Time between questions for the health of an expert that is down; and the longest time that its answer may take."""
 
-LONGEST_WAIT = 30.0
-"""Seconds between probes at most. The wait doubles with each failure since the last request that completed."""
+FIRST_WAIT, LONGEST_WAIT = 0.05, 30.0
+"""s before the first question. The wait doubles with each failure since the last request that completed, so that a
+server that is well but for its answers does not come back at once again and again."""
 
 
 class Health:
@@ -23,52 +23,54 @@ class Health:
 
     def __init__(self, experts: tuple[Expert, ...], up: np.ndarray):
         self._experts, self.up = experts, up
-        self._failures = np.zeros(len(experts), int)
-        self._next_probe = np.zeros(len(experts))
-        self._probing: dict[int, asyncio.Task[None]] = {}
+        self._failures = np.zeros(len(experts), int)  # since the last request that completed
+        self._session: aiohttp.ClientSession | None = None
+        self._probes: dict[int, asyncio.Task[None]] = {}
+
+    async def start(self, session: aiohttp.ClientSession) -> None:
+        """Asks all experts; those that do not answer are down, and are asked again."""
+        self._session = session
+        for expert, reason in enumerate(await asyncio.gather(*map(self._ask, range(len(self._experts))))):
+            if reason is not None:
+                self.failed(expert, reason)
 
     def failed(self, expert: int, reason: str) -> None:
-        """Takes the expert out, for the reason that the log has."""
-        if self.up[expert]:
-            LOGGER.warning("expert %s is down: %s", self._experts[expert].name, reason)
-            self._failures[expert] += 1
+        """Takes the expert out, for the reason that the log has, until it answers again."""
+        if expert in self._probes:
+            return
+        LOGGER.warning("expert %s is down: %s", self._experts[expert].name, reason)
         self.up[expert] = False
-        wait = min(0.1 * 2.0 ** min(self._failures[expert] - 1, 20), LONGEST_WAIT)
-        self._next_probe[expert] = time.monotonic() + wait
+        wait = min(FIRST_WAIT * 2.0 ** min(int(self._failures[expert]), 20), LONGEST_WAIT)
+        self._failures[expert] += 1
+        self._probes[expert] = asyncio.create_task(self._probe(expert, wait))
 
     def worked(self, expert: int) -> None:
         """A request has completed there."""
         self._failures[expert] = 0
 
-    def probe_due(self, session: aiohttp.ClientSession) -> None:
-        """Starts the probes that are due."""
-        for expert in np.flatnonzero(~self.up & (self._next_probe <= time.monotonic())):
-            if int(expert) not in self._probing:
-                self._probing[int(expert)] = asyncio.create_task(self.probe(int(expert), session))
+    async def _probe(self, expert: int, wait: float) -> None:
+        await asyncio.sleep(wait)
+        while await self._ask(expert) is not None:
+            await asyncio.sleep(PROBE_SECONDS)
+        LOGGER.warning("expert %s is up", self._experts[expert].name)
+        self.up[expert] = True
+        del self._probes[expert]
 
-    async def probe(self, expert: int, session: aiohttp.ClientSession) -> None:
-        """Asks for the expert's health. Any answer but an error of the server will do: not all servers have the path."""
-        one, wait = self._experts[expert], aiohttp.ClientTimeout(total=PROBE_SECONDS)
+    async def _ask(self, expert: int) -> str | None:
+        """Why the expert is not well. Any answer but an error of the server will do: not all have the path."""
+        assert self._session is not None
+        one, most = self._experts[expert], aiohttp.ClientTimeout(total=PROBE_SECONDS)
         try:
-            async with session.get(f"{one.url}/health", timeout=wait, headers=authorization(one)) as answer:
-                well, reason = answer.status < 500, f"its health is {answer.status}"
+            async with self._session.get(f"{one.url}/health", timeout=most, headers=authorization(one)) as answer:
+                return None if answer.status < 500 else f"its health is {answer.status}"
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            well, reason = False, described(error)
-        finally:
-            self._probing.pop(expert, None)
-        if well and not self.up[expert]:
-            LOGGER.warning("expert %s is up", one.name)
-            self.up[expert] = True
-        elif not well:
-            self.failed(expert, reason)
-            self._next_probe[expert] = time.monotonic() + 1.0
+            return described(error)
 
     async def close(self) -> None:
         """Ends the probes."""
-        tasks = list(self._probing.values())
-        for task in tasks:
+        for task in self._probes.values():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._probes.values(), return_exceptions=True)
 
 
 def authorization(expert: Expert) -> dict[str, str]:
