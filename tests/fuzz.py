@@ -1,5 +1,5 @@
 """jump == per-iteration == plain Python reference on random engines and workloads (`make fuzz CASES=n`), under every
-discipline.
+discipline, and V1 also with the options that vLLM has on by default.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from tests.reference.cases import MAX_ITERATIONS, MAX_REQUESTS, random_case
-from tests.reference.engine import ENGINES, simulate
+from tests.reference import caching, engine
+from tests.reference.cases import MAX_ITERATIONS, MAX_REQUESTS, VARIANTS, variant_case
 from tests.replaying import Batch
 
 CHUNK = 100
@@ -21,8 +21,13 @@ V0_FIELDS = ("ignored_iter", "finish_reason")
 DECIDED = ("sched", "np", "nd", "ctx", "preempted", "waiting", "used_blocks")
 
 
+def simulate(spec: dict[str, Any]) -> dict[str, Any]:
+    """By the plain Python reference that has this spec's options."""
+    return (caching if "enable_prefix_caching" in spec["config"] else engine).simulate(spec)
+
+
 def differences(specs: list[dict[str, Any]]) -> list[str]:
-    """What differs between the three ways on these specs of one discipline, in float64, exactly; a line each, with the
+    """What differs between the three ways on these specs of one variant, in float64, exactly; a line each, with the
     spec's index.
     """
     fields = FIELDS + (V0_FIELDS if specs[0]["engine"] == "V0" else ())
@@ -57,20 +62,20 @@ def differences(specs: list[dict[str, Any]]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", type=int, nargs="?", default=200, help="how many of each discipline (default 200)")
+    parser.add_argument("cases", type=int, nargs="?", default=200, help="how many of each variant (default 200)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     failed = 0
-    for engine in ENGINES:
+    for variant in VARIANTS:
         rng = np.random.default_rng(arguments.seed)
         done = 0
         while done < arguments.cases:
-            specs = [random_case(rng, engine=engine) for _ in range(min(CHUNK, arguments.cases - done))]
+            specs = [variant_case(rng, variant) for _ in range(min(CHUNK, arguments.cases - done))]
             for line in differences(specs):
                 failed += 1
                 print(line)
             done += len(specs)
-            print(f"{engine}: {done} of {arguments.cases} cases, {failed} differences", flush=True)
+            print(f"{variant}: {done} of {arguments.cases} cases, {failed} differences", flush=True)
     return 1 if failed else 0
 
 

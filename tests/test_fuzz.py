@@ -7,13 +7,12 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.fuzz import CHUNK, differences
-from tests.reference.cases import cases
-from tests.reference.engine import ENGINES
+from tests.reference.cases import VARIANTS, cases
 
 pytestmark = pytest.mark.usefixtures("optimised_programs")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("variant", VARIANTS)
 @hypothesis.settings(
     max_examples=3,
     derandomize=True,
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("optimised_programs")
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 @hypothesis.given(data=st.data())
-def test_jumps_iterations_and_reference_agree(engine, data):
+def test_jumps_iterations_and_reference_agree(variant, data):
     """3 batches of 100 cases (the first all of the simplest), each one vmapped program: only the first compiles."""
-    specs = data.draw(st.lists(cases(engine), min_size=CHUNK, max_size=CHUNK))
+    specs = data.draw(st.lists(cases(variant), min_size=CHUNK, max_size=CHUNK))
     assert differences(specs) == []

@@ -81,6 +81,8 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
     kind = kinds.pop()
     for index, request in enumerate(requests):
         _check_request(request, kind, f"{where}: requests[{index}]")
+        if engine.enable_prefix_caching and "segments" in request:
+            raise UserError(f"{where}: requests[{index}]: segments: shared prefixes are not simulated; leave them out")
     by_iteration = kind == "arrival_iteration"
     ids = np.argsort([request[kind] for request in requests], kind="stable")
     requests = [requests[index] for index in ids]
@@ -91,6 +93,7 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
         arrival_iteration=jnp.asarray(arrivals if by_iteration else times * 0, jnp.int32),
         prompt_tokens=jnp.asarray([request["prompt_len"] for request in requests], jnp.int32),
         output_tokens=jnp.asarray([request["output_len"] for request in requests], jnp.int32),
+        stop_token=jnp.asarray([request.get("max_tokens", 0) > request["output_len"] for request in requests]),
         count=jnp.int32(len(requests)),
         by_iteration=jnp.bool_(by_iteration),
         max_iterations=jnp.int32(run["max_iterations"]),

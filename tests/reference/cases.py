@@ -21,6 +21,15 @@ MAX_PROMPT = 96
 MAX_OUTPUT = 48
 MAX_ITERATIONS = 3000  # without full-prompt reservation two requests can preempt one another for ever
 
+_TODAY = {"enable_prefix_caching": False, "async_scheduling": False, "threshold_when_alone": False}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{engine: (engine, {}) for engine in ENGINES},
+    "V1 caching": ("V1", {**_TODAY, "enable_prefix_caching": True}),
+    "V1 async": ("V1", {**_TODAY, "async_scheduling": True}),
+    "V1 caching, async": ("V1", {**_TODAY, "enable_prefix_caching": True, "async_scheduling": True}),
+}
+"""Engines and options whose cases one program runs."""
+
 GRID = 2.0**-8  # seconds: coarse latency and arrivals are multiples of it, so that they meet often
 
 
@@ -175,10 +184,22 @@ def random_case(rng: np.random.Generator, num_requests: int | None = None, engin
     return {"engine": engine, "config": config, "requests": requests}
 
 
-def cases(engine: str = "V1") -> st.SearchStrategy[dict[str, Any]]:
-    """Hypothesis strategy of `random_case`; it shrinks towards fewer requests."""
+def variant_case(rng: np.random.Generator, variant: str, num_requests: int | None = None) -> dict[str, Any]:
+    """A `random_case` of a name of `VARIANTS`; with asynchronous scheduling, some requests end by a stop token."""
+    engine, options = VARIANTS[variant]
+    spec = random_case(rng, num_requests, engine)
+    spec["config"] |= options
+    if options.get("async_scheduling"):
+        for request in spec["requests"]:
+            if rng.random() < 0.4:
+                request["max_tokens"] = request["output_len"] + int(rng.integers(0, 30))
+    return spec
+
+
+def cases(variant: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Hypothesis strategy of `variant_case`; it shrinks towards fewer requests."""
     seeds, counts = st.integers(0, 2**32 - 1), st.integers(1, MAX_REQUESTS)
-    return st.builds(lambda seed, count: random_case(np.random.default_rng(seed), count, engine), seeds, counts)
+    return st.builds(lambda seed, count: variant_case(np.random.default_rng(seed), variant, count), seeds, counts)
 
 
 def _traits(spec: dict[str, Any], result: dict[str, Any]) -> list[str]:
