@@ -15,8 +15,6 @@ from jaxroute.evaluation.tuning import Tuning, tuned_routers
 from jaxroute.routers import rollout
 from jaxroute.routers.rollout import action_returns
 
-pytestmark = pytest.mark.usefixtures("programs_that_run_once")
-
 LENGTH = 30
 EPISODES = 3
 
