@@ -1,5 +1,6 @@
 """jump == per-iteration == plain Python reference on random engines and workloads (`make fuzz CASES=n`), under every
-discipline, and V1 also with the options that vLLM has on by default.
+discipline, and V1 also with the options that vLLM has on by default. With prompts that share prefixes, it is `replay`
+that equals the reference.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxroute.simulator.replay import replay
 from tests.reference import caching, engine
-from tests.reference.cases import MAX_ITERATIONS, MAX_REQUESTS, VARIANTS, variant_case
+from tests.reference.cases import MAX_ITERATIONS, MAX_REQUESTS, VARIANTS, sharing_case, variant_case
 from tests.replaying import Batch
 
 CHUNK = 100
+SHARING = "V1 sharing prefixes"
+"""Name of the cases of `replay` with prompts that share segments."""
+
+SUMMARY = ("iterations", "preemptions", "end_time", "cached_tokens")
 FIELDS = ("first_token_time", "finish_time", "preemptions", "emitted")
 V0_FIELDS = ("ignored_iter", "finish_reason")
 DECIDED = ("sched", "np", "nd", "ctx", "preempted", "waiting", "used_blocks")
@@ -60,18 +66,38 @@ def differences(specs: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def sharing_differences(specs: list[dict[str, Any]]) -> list[str]:
+    """What differs between the reference and `replay` on these specs with prefix caching; a line each."""
+    found = []
+    with jax.enable_x64(True):
+        for index, spec in enumerate(specs):
+            wanted, got = caching.simulate(spec), replay(spec)
+            requests = {
+                identifier: {**{field: request[field] for field in FIELDS}, "cached_tokens": request["cached_total"]}
+                for identifier, request in wanted["per_request"].items()
+            }
+            summary = {key: wanted["summary"][key] for key in SUMMARY}
+            if got != {"status": wanted["status"], "per_request": requests, "summary": summary}:
+                found.append(f"case {index}: the results differ: {got} instead of {requests}")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", type=int, nargs="?", default=200, help="how many of each variant (default 200)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     failed = 0
-    for variant in VARIANTS:
+    for variant in [*VARIANTS, SHARING]:
         rng = np.random.default_rng(arguments.seed)
         done = 0
         while done < arguments.cases:
-            specs = [variant_case(rng, variant) for _ in range(min(CHUNK, arguments.cases - done))]
-            for line in differences(specs):
+            number = min(CHUNK, arguments.cases - done)
+            if variant == SHARING:
+                specs = [sharing_case(rng) for _ in range(number)]
+            else:
+                specs = [variant_case(rng, variant) for _ in range(number)]
+            for line in (sharing_differences if variant == SHARING else differences)(specs):
                 failed += 1
                 print(line)
             done += len(specs)

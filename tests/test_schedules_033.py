@@ -1,13 +1,15 @@
 """The JAX engine equals vLLM 0.33's scheduler on its recorded schedules with prefix caching, asynchronous scheduling or
-both, both ways of advancing, in both precisions.
+both, both ways of advancing, in both precisions. `replay` equals all of its recordings.
 """
 
 from __future__ import annotations
 
 import json
 
+import jax
 import pytest
 
+from jaxroute.simulator.replay import replay
 from tests.test_schedules import FOLDER, REQUEST_FIELDS, WAYS, assert_equal, run
 
 pytestmark = pytest.mark.usefixtures("optimised_programs")
@@ -49,3 +51,19 @@ def test_schedule(results, name):
             record = {**record, "preempted": len(record["preempted"])}
             numbers = {key: number for key, number in zip(COMPACT, compact, strict=True) if key}
             assert numbers.items() <= record.items()
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "v033").glob("*.json")), ids=lambda path: path.stem)
+def test_replay_equals_every_recording(path):
+    """Also those whose prompts share segments: the engine runs block by block if prefix caching is on."""
+    recorded = json.loads(path.read_text())
+    cached = {"cached_tokens": "cached_total"} if recorded["config"]["enable_prefix_caching"] else {}
+    with jax.enable_x64(True):
+        got = replay(recorded)
+    assert got["status"] == recorded["status"]
+    assert got["summary"] == {key: recorded["summary"][key] for key in got["summary"]}
+    fields = {field: field for field in REQUEST_FIELDS} | cached
+    assert got["per_request"] == {
+        identifier: {ours: request[theirs] for ours, theirs in fields.items()}
+        for identifier, request in recorded["per_request"].items()
+    }

@@ -64,6 +64,7 @@ class EngineParams(struct.PyTreeNode):
     discipline: str = struct.field(pytree_node=False, default="vllm_v1")  # a name of `disciplines.DISCIPLINES`
     enable_prefix_caching: bool = struct.field(pytree_node=False, default=False)
     async_scheduling: bool = struct.field(pytree_node=False, default=False)
+    unhashed_first: bool = struct.field(pytree_node=False, default=True)  # rule B8: False before vLLM 0.23
     threshold_when_alone: bool = struct.field(pytree_node=False, default=True)  # rule A1: False since vLLM 0.31
 
 

@@ -26,11 +26,18 @@ DEFAULTS: dict[str, Any] = {
     "threshold_when_alone": True,
     "enable_prefix_caching": False,
     "async_scheduling": False,
+    "unhashed_first": True,
     "latency": [0.00390625, 2**-14, 2**-16, 2**-24],
 }
 """The latency is [c0, c1, c2, c3] or [c0, c1, c2, c3, knee, c4] of `LatencyModel`; the defaults are dyadic."""
 
-_NOT_IN_V0 = ("enable_chunked_prefill", "reserve_full_isl", "long_prefill_token_threshold", "threshold_when_alone")
+_NOT_IN_V0 = (
+    "enable_chunked_prefill",
+    "reserve_full_isl",
+    "long_prefill_token_threshold",
+    "threshold_when_alone",
+    "unhashed_first",
+)
 _ONLY_V1_DOES = ("enable_prefix_caching", "async_scheduling")
 # Recorded schedules have the key unchecked_budget, and the tests' random cases reach small budgets by it.
 _ONLY_IN_V0 = {"num_gpu_blocks": 10000, "watermark": 0.01, "async_output_proc": True, "unchecked_budget": False}
@@ -101,6 +108,7 @@ def engine_from_config(
         discipline=discipline,
         enable_prefix_caching=values["enable_prefix_caching"],
         async_scheduling=values["async_scheduling"],
+        unhashed_first=values["unhashed_first"],
         threshold_when_alone=values["threshold_when_alone"],
     )
 

@@ -168,7 +168,9 @@ def replay_by_iterations(
         # The limit is this iteration, so that no run of decodes follows it.
         most = jnp.minimum(recording.max_iterations, run.work.iterations + 1)
         done = jump(run.state, run.work, jnp.asarray(AFTER_ALL, float), params, most, stall)
-        waiting = total(done.before.unfinished() & (done.middle.position >= done.output.num_running))
+        # With asynchronous scheduling, a request may have its last token delivered while it waits (rule C7).
+        before = done.middle if run.state.flight is None else done.before
+        waiting = total(before.unfinished() & (before.position >= done.output.num_running))
         return run.replace(state=done.after, work=done.work_after), (done.output, done.runs, waiting)
 
     run, (outputs, took_place, waiting) = jax.lax.scan(step, _start(recording, params), length=num_iterations)
