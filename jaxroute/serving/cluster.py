@@ -66,9 +66,7 @@ def load_cluster(path: Path) -> Cluster:
     slots = tree.get("slots", SLOTS)
     if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
         raise UserError(f"{path}: slots must be a whole number of at least 1, not {slots!r}")
-    limit, scale = (
-        positive(path, key, tree[key]) if key in tree else None for key in ("latency_limit", "token_scale")
-    )
+    limit, scale = (positive(path, key, tree[key]) if key in tree else None for key in ("latency_limit", "token_scale"))
     model = _text(path, "model", tree.get("model", MODEL))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *engines)
     return Cluster(tuple(experts), stacked, model, slots, limit, scale)

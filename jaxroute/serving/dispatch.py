@@ -5,44 +5,17 @@ It knows nothing of HTTP: the front end and the sidecar both route by it.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from jaxroute.serving.call import Call, Outcome
 from jaxroute.serving.cluster import Cluster
 from jaxroute.serving.decision import Asked, Decider
-from jaxroute.serving.ledger import Ledger, Ticket
+from jaxroute.serving.ledger import Ledger
 from jaxroute.serving.openai import Completion, Limit, Refused
 from jaxroute.serving.predictions import Predictions
 from jaxroute.serving.statistics import Statistics
-
-Outcome = Literal["completed", "failed", "cancelled", "refused"]
-"""How a request that was sent ended: refused is a server's error about the request itself."""
-
-
-@dataclass
-class Call:
-    """A request at a server, or at one after the other."""
-
-    asked: Completion
-    arrival: float  # s, monotonic, as are all times
-    limit: Limit
-    predicted_scores: np.ndarray  # float32 [N]
-    predicted_lengths: np.ndarray  # int32 [N]
-    prompt_estimate: int
-    work: float  # s that its prediction and its decisions took
-    ticket: Ticket | None = None  # while it is at a server
-    sent: float = 0.0  # to the present server
-    first_token: float | None = None
-    tokens: int = 0
-    prompt_tokens: int | None = None  # once the server has said it
-
-    @property
-    def expert(self) -> int:
-        """The server that it is at."""
-        assert self.ticket is not None
-        return self.ticket.expert
 
 
 class Dispatcher:

@@ -13,7 +13,8 @@ import aiohttp
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from jaxroute.serving.dispatch import Call, Dispatcher, Outcome
+from jaxroute.serving.call import Call, Outcome
+from jaxroute.serving.dispatch import Dispatcher
 from jaxroute.serving.health import Health, authorization, described
 from jaxroute.serving.openai import (
     DONE,
