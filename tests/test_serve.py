@@ -76,6 +76,7 @@ def run_main(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             "profile: rtx409",
             "unknown profile",
         ),
+        ("latency: [0.015, 7.2e-5, 5e-5, 2.5e-5], ", "", "kv_blocks needs latency"),
         ("name: e0", "name: e1", "the name 'e1' occurs twice"),
         ("name: e0", "name: e0, api_key_env: NOT_SET", "the environment variable NOT_SET is not set"),
         ("slots: 64", "slots: 0", "slots must be"),

@@ -368,6 +368,31 @@ def test_more_requests_than_the_front_end_holds(tmp_path):
     asyncio.run(run())
 
 
+def test_a_server_of_which_only_the_url_is_known_is_measured(tmp_path):
+    async def run():
+        async with mock_servers(1, gap=0.02) as servers:
+            path = tmp_path / "c.yaml"
+            path.write_text(f"experts: [{{url: '{servers[0].url}/v1/', max_num_seqs: 40}}]\nslots: 64\n")
+            servers[0].faults = {"500": 1.0}
+            async with front_end(path) as (one, session):
+                assert (await post(session, CHAT))[0] == 503
+                async with asyncio.timeout(60):
+                    while not servers[0].bodies:
+                        await asyncio.sleep(0.05)
+                servers[0].faults = {}  # it is asked once more
+                async with asyncio.timeout(60):
+                    while not one.dispatcher.up[0]:
+                        await asyncio.sleep(0.05)
+                engines = one.dispatcher.decider.params.engines
+                assert engines.usable_blocks.tolist() == [800] and engines.max_model_len.tolist() == [4096]
+                assert engines.max_num_seqs.tolist() == [40]
+                assert 0.018 < float(engines.latency.base[0]) < 0.03  # a loaded machine is slower
+                assert one.dispatcher.ledger.shortest_iteration[0] == engines.latency.base[0]
+                assert (await post(session, CHAT))[0] == 200 and servers[0].bodies[-1]["model"] == "mock"
+
+    asyncio.run(run())
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 

@@ -188,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = uvloop.run(measure(arguments.parts or PARTS, arguments.router, arguments.quick))
     if arguments.json:
         write_text(
-            arguments.json, json.dumps({"machine": machine(argv, "live"), "router": arguments.router, **rows}, indent=2) + "\n"
+            arguments.json,
+            json.dumps({"machine": machine(argv, "live"), "router": arguments.router, **rows}, indent=2) + "\n",
         )
     return 0
 

@@ -23,7 +23,10 @@ START_SECONDS = 180
 
 def folders() -> tuple[Path, Path]:
     """The tools, and the environment with the model. Raises `UserError`."""
-    tools, live = (Path(os.environ.get(name, default)) for name, default in (("LIVE_TOOLS", "../shared/live"), ("LIVE", "build/live")))
+    tools, live = (
+        Path(os.environ.get(name, default))
+        for name, default in (("LIVE_TOOLS", "../shared/live"), ("LIVE", "build/live"))
+    )
     if not (tools / "start_sleep.sh").is_file():
         raise UserError(f"{tools}: has no start_sleep.sh; name the folder of the tools with LIVE_TOOLS")
     if not (live / "v33" / "bin" / "python").exists() or not (live / "tiny").is_dir():
