@@ -11,7 +11,15 @@ import aiohttp
 
 from tests.mock_servers import MockServer
 
-FAULTS = {"500": 0.02, "reset": 0.02, "reset early": 0.02, "hang": 0.01, "hang early": 0.01, "error event": 0.02, "cut": 0.02}
+FAULTS = {
+    "500": 0.02,
+    "reset": 0.02,
+    "reset early": 0.02,
+    "hang": 0.01,
+    "hang early": 0.01,
+    "error event": 0.02,
+    "cut": 0.02,
+}
 """Probabilities of the ways in which a server fails a request; about one in eight fails."""
 
 LEAVES = 0.1
@@ -57,7 +65,9 @@ async def one_client(session: aiohttp.ClientSession, number: int, rng: random.Ra
     return "broken"
 
 
-async def chaos(address: str, requests: int, at_once: int, servers: list[MockServer], kill_every: float = 0) -> Counter[str]:
+async def chaos(
+    address: str, requests: int, at_once: int, servers: list[MockServer], kill_every: float = 0
+) -> Counter[str]:
     """How many requests ended in each way. With `kill_every`, in s, a server crashes that often and comes back."""
     rng, ends = random.Random(1), Counter[str]()
     for number, server in enumerate(servers):

@@ -48,7 +48,9 @@ def write_cluster(path: Path, servers: Sequence[MockServer], slots: int = 64) ->
     return path
 
 
-def make_dispatcher(cluster: Cluster, router: str = "shortest_queue", log: Log | None = None, **options: Any) -> Dispatcher:
+def make_dispatcher(
+    cluster: Cluster, router: str = "shortest_queue", log: Log | None = None, **options: Any
+) -> Dispatcher:
     """A dispatcher of this cluster."""
     count, scores = len(cluster.experts), [expert.mean_score for expert in cluster.experts]
     env = RoutingEnvironment(num_experts=count, slots=cluster.slots, penalty="off", metrics="off", **options)
@@ -112,9 +114,7 @@ async def process(folder: Path, *arguments: str, fast: bool = True, **environmen
     env = {**os.environ, **(compile_fast() if fast else {}), **environment}
     errors = folder / "errors.txt"
     with errors.open("wb") as file:
-        running = await asyncio.create_subprocess_exec(
-            *command, stdout=asyncio.subprocess.PIPE, stderr=file, env=env
-        )
+        running = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=file, env=env)
     try:
         lines: list[str] = []
         assert running.stdout is not None

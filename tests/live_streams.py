@@ -22,7 +22,7 @@ class Seen(NamedTuple):
 
 
 def token_times(env: RoutingEnvironment, params: EnvParams, run: Run, actions: np.ndarray) -> list[list[float]]:
-    """For each request of the run, the times in s since the first arrival at which the plain engines emit its tokens."""
+    """For each request of the run, the times at which the plain engines emit its tokens, s since the first arrival."""
     times: list[list[float]] = [[] for _ in actions]
     cluster, _ = oracle(env, params, run, range(0), actions[:0], actions[:0])
     for expert in cluster.experts:

@@ -40,6 +40,8 @@ class MockServer:
         app.router.add_post("/v1/chat/completions", self._answer)
         app.router.add_post("/v1/completions", self._answer)
         app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
         silent = logging.getLogger("mock")  # a connection that is reset by a test is no error
         silent.disabled = True
         options: dict[str, Any] = {"access_log": None, "logger": silent, "handler_cancellation": True}
@@ -60,6 +62,12 @@ class MockServer:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": "mock", "max_model_len": 4096}]})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text='vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="801"} 1.0\n')
 
     def _fault(self) -> str | None:
         draw = self.random.random()
@@ -97,7 +105,7 @@ class MockServer:
         if fault == "hang early":
             await asyncio.sleep(3600)
         chat = request.path.endswith("chat/completions")
-        count, prompt = body.get("max_tokens", 5), 7
+        count, prompt = body.get("max_tokens", 5), 7 if chat else len(str(body["prompt"]).split())
         head = {"id": "cmpl-1", "created": 1, "model": body["model"]}
         if not body.get("stream"):
             choices = [{"index": 0, "text": "whole", "finish_reason": "stop"}]

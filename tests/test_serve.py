@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import aiohttp
 import pytest
@@ -72,7 +71,12 @@ def run_main(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("mean_score: 0.7", "mean_scor: 0.7", "experts[0]: unknown key 'mean_scor'; the nearest are mean_score"),
         ("mean_score: 0.7", "mean_score: 7", "mean_score must be at most 1"),
         ("kv_blocks: 875", "kv_blocks: -1", "kv_blocks must be a whole number"),
-        ("latency: [0.015, 7.2e-5, 5e-5, 2.5e-5], kv_blocks: 875, max_num_seqs: 64", "profile: rtx409", "unknown profile"),
+        (
+            "latency: [0.015, 7.2e-5, 5e-5, 2.5e-5], kv_blocks: 875, max_num_seqs: 64",
+            "profile: rtx409",
+            "unknown profile",
+        ),
+        ("latency: [0.015, 7.2e-5, 5e-5, 2.5e-5], ", "", "kv_blocks needs latency"),
         ("name: e0", "name: e1", "the name 'e1' occurs twice"),
         ("name: e0", "name: e0, api_key_env: NOT_SET", "the environment variable NOT_SET is not set"),
         ("slots: 64", "slots: 0", "slots must be"),

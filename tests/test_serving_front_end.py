@@ -6,6 +6,8 @@ import asyncio
 import io
 import json
 import logging
+import re
+import shutil
 
 import aiohttp
 import pytest
@@ -117,7 +119,13 @@ def test_errors_have_openais_format(tmp_path):
         ({**CHAT, "stream_options": 1}, 400, "stream_options must be"),
         ({**CHAT, "max_tokens": 200_000}, 400, "max_tokens is too large"),  # the server's own
     ]
-    limits = [("-5", "above 0"), ("nan", "above 0"), ("fast", "above 0"), ("ttft=500", "like 30"), ("ttft=1,tpot=-1", "above 0")]
+    limits = [
+        ("-5", "above 0"),
+        ("nan", "above 0"),
+        ("fast", "above 0"),
+        ("ttft=500", "like 30"),
+        ("ttft=1,tpot=-1", "above 0"),
+    ]
 
     async def run():
         path = write_cluster(tmp_path / "c.yaml", [MockServer()])
@@ -163,7 +171,9 @@ def test_models_health_metrics_and_status(tmp_path):
             async with session.get("/metrics") as answer:
                 text = await answer.text()
             assert 'jaxroute_ended_total{expert="e0",outcome="completed"} 1.0' in text
-            assert 'jaxroute_completion_tokens_total{expert="e0"} 5.0' in text and 'jaxroute_up{expert="e1"} 1.0' in text
+            assert (
+                'jaxroute_completion_tokens_total{expert="e0"} 5.0' in text and 'jaxroute_up{expert="e1"} 1.0' in text
+            )
             async with session.get("/status.json") as answer:
                 seen = await answer.json()
             assert [expert["completed"] for expert in seen["experts"]] == [1, 0] and seen["bars"][-1]["met"] == 1
@@ -354,5 +364,54 @@ def test_more_requests_than_the_front_end_holds(tmp_path):
                 answers = await asyncio.gather(*(post(session, CHAT) for _ in range(5)))
                 assert sorted(status for status, _, _ in answers) == [200, 200, 200, 429, 429]
                 assert one.open == 0
+
+    asyncio.run(run())
+
+
+def test_a_server_of_which_only_the_url_is_known_is_measured(tmp_path):
+    async def run():
+        async with mock_servers(1, gap=0.02) as servers:
+            path = tmp_path / "c.yaml"
+            path.write_text(f"experts: [{{url: '{servers[0].url}/v1/', max_num_seqs: 40}}]\nslots: 64\n")
+            servers[0].faults = {"500": 1.0}
+            async with front_end(path) as (one, session):
+                assert (await post(session, CHAT))[0] == 503
+                async with asyncio.timeout(60):
+                    while not servers[0].bodies:
+                        await asyncio.sleep(0.05)
+                servers[0].faults = {}  # it is asked once more
+                async with asyncio.timeout(60):
+                    while not one.dispatcher.up[0]:
+                        await asyncio.sleep(0.05)
+                engines = one.dispatcher.decider.params.engines
+                assert engines.usable_blocks.tolist() == [800] and engines.max_model_len.tolist() == [4096]
+                assert engines.max_num_seqs.tolist() == [40]
+                assert 0.018 < float(engines.latency.base[0]) < 0.03  # a loaded machine is slower
+                assert one.dispatcher.ledger.shortest_iteration[0] == engines.latency.base[0]
+                assert (await post(session, CHAT))[0] == 200 and servers[0].bodies[-1]["model"] == "mock"
+
+    asyncio.run(run())
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
+def test_the_status_page_in_a_browser(tmp_path):
+    async def run():
+        async with mock_servers(2) as servers, front_end(write_cluster(tmp_path / "c.yaml", servers)) as (one, session):
+            for _ in range(3):
+                await post(session, CHAT)
+            one.dispatcher.up[1] = False
+            options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
+            options += ("--virtual-time-budget=1500", "--dump-dom", str(session._base_url))
+            pipe = asyncio.subprocess.PIPE
+            browser = await asyncio.create_subprocess_exec(str(CHROMIUM), *options, stdout=pipe, stderr=pipe)
+            page = (await browser.communicate())[0].decode()
+            rows = re.findall(r"<tr>(.*?)</tr>", page)
+            cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
+            found = {row[0]: row[1:] for row in cells if row}
+            assert found["e0"][0] == "up" and found["e0"][5:7] == ["3", "3"] and found["e1"][0] == "down"
+            assert "Of 3 requests that ended, 3 met their limit" in page and "<rect" in page
 
     asyncio.run(run())

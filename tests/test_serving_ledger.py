@@ -167,7 +167,9 @@ def check(ledger: Ledger, state: Any, params: EnvParams, open_requests: list[Tic
     for expert, count in enumerate(engines.num_requests):
         numbers = [ticket.number for ticket in open_requests if ticket.expert == expert]
         assert set(queued.index[:count, expert]) <= set(numbers)
-        assert (np.diff(queued.index[:count, expert]) > 0).all() and (np.diff(queued.arrival[:count, expert]) >= 0).all()
+        assert (np.diff(queued.index[:count, expert]) > 0).all() and (
+            np.diff(queued.arrival[:count, expert]) >= 0
+        ).all()
         assert (engines.computed[:count, expert] <= (engines.prompt_tokens + engines.generated)[:count, expert]).all()
     assert np.isfinite(engines.clock).all() and np.isfinite(queued.arrival).all()
 

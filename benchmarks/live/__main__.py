@@ -19,7 +19,7 @@ from pathlib import Path
 import aiohttp
 import uvloop
 
-from benchmarks.harness import Parser, Row, machine
+from benchmarks.harness import Parser, Row
 from jaxroute.errors import command
 from jaxroute.files import write_text
 from tests.live_chaos import chaos
@@ -72,11 +72,11 @@ async def metric(session: aiohttp.ClientSession, name: str) -> dict[str, float]:
     return {line.rsplit(" ", 1)[0].removeprefix(name): float(line.rsplit(" ", 1)[1]) for line in found}
 
 
-async def run_chaos(session: aiohttp.ClientSession, servers: list[MockServer], quick: bool) -> Row:
+async def run_chaos(session: aiohttp.ClientSession, address: str, servers: list[MockServer], quick: bool) -> Row:
     """Servers fail and crash, clients leave; afterwards nothing is open."""
     requests = 1000 if quick else 10_000
     started = time.monotonic()
-    ends: Counter[str] = await chaos(str(session._base_url), requests, 48, servers, kill_every=1.0)
+    ends: Counter[str] = await chaos(address, requests, 48, servers, kill_every=1.0)
     open_after = -1.0
     for _ in range(200):
         open_after = sum((await metric(session, "jaxroute_open")).values())
@@ -103,7 +103,10 @@ async def run_decisions(session: aiohttp.ClientSession, quick: bool) -> Row:
             await asyncio.sleep(rng.expovariate(50))
     buckets = await metric(session, "jaxroute_decision_seconds_bucket")
     shares = {label.split('"')[1]: value / buckets['{le="+Inf"}'] for label, value in buckets.items()}
-    return {"requests": requests, "share within": {f"{1000 * float(le):g} ms": round(value, 4) for le, value in shares.items()}}
+    return {
+        "requests": requests,
+        "share within": {f"{1000 * float(le):g} ms": round(value, 4) for le, value in shares.items()},
+    }
 
 
 async def run_chunks(session: aiohttp.ClientSession, pid: int, quick: bool) -> Row:
@@ -115,7 +118,11 @@ async def run_chunks(session: aiohttp.ClientSession, pid: int, quick: bool) -> R
         assert await batch(session, requests, 8, tokens) == requests
         cpu[tokens] = (cpu_seconds(pid) - before) / requests
     chunk = (cpu[101] - cpu[1]) / 100
-    return {"requests": requests, "ms CPU a request": round(1e3 * (cpu[1] - chunk), 3), "ms CPU a chunk": round(1e3 * chunk, 4)}
+    return {
+        "requests": requests,
+        "ms CPU a request": round(1e3 * (cpu[1] - chunk), 3),
+        "ms CPU a chunk": round(1e3 * chunk, 4),
+    }
 
 
 async def run_streams(session: aiohttp.ClientSession, servers: list[MockServer]) -> Row:
@@ -143,7 +150,7 @@ async def measure(parts: Sequence[str], router: str, quick: bool) -> Row:
     rows: Row = {}
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
-            gap = 0.002 if part == "chaos" else 0.0
+            gap = 0.002 if part in ("chaos", "chunks") else 0.0  # chunks that come one by one
             async with mock_servers(3, gap) as servers:
                 for server in servers:
                     server.keep = False
@@ -155,7 +162,7 @@ async def measure(parts: Sequence[str], router: str, quick: bool) -> Row:
                     async with aiohttp.ClientSession(served.address, connector=connector) as session:
                         match part:
                             case "chaos":
-                                rows[part] = await run_chaos(session, servers, quick)
+                                rows[part] = await run_chaos(session, served.address, servers, quick)
                             case "decisions":
                                 rows[part] = await run_decisions(session, quick)
                             case "chunks":
@@ -180,7 +187,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.read(argv)
     rows = uvloop.run(measure(arguments.parts or PARTS, arguments.router, arguments.quick))
     if arguments.json:
-        write_text(arguments.json, json.dumps({"machine": machine(), "router": arguments.router, **rows}, indent=2) + "\n")
+        write_text(
+            arguments.json,
+            json.dumps({"machine": machine(argv, "live"), "router": arguments.router, **rows}, indent=2) + "\n",
+        )
     return 0
 
 

@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="jaxroute serve",
         description="Route requests to OpenAI-compatible servers, behind one OpenAI-compatible front end. "
         "The status page is at /, metrics are at /metrics.",
-        epilog="Example: jaxroute serve shortest_queue --cluster experts.yaml --port 8080. docs/serve.md has the format "
-        f"of the file. Routers: {', '.join(ROUTERS)}",
+        epilog="Example: jaxroute serve shortest_queue --cluster experts.yaml --port 8080. The file's format: "
+        f"docs/serve.md. Routers: {', '.join(ROUTERS)}",
     )
     parser.add_argument("router", metavar="ROUTER", help="name of a router, or folder that jaxroute train wrote")
     parser.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="YAML file of the experts")

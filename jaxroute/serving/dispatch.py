@@ -5,44 +5,18 @@ It knows nothing of HTTP: the front end and the sidecar both route by it.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
 
+import jax
 import numpy as np
 
+from jaxroute.serving.call import Call, Outcome
 from jaxroute.serving.cluster import Cluster
 from jaxroute.serving.decision import Asked, Decider
-from jaxroute.serving.ledger import Ledger, Ticket
+from jaxroute.serving.ledger import Ledger
 from jaxroute.serving.openai import Completion, Limit, Refused
 from jaxroute.serving.predictions import Predictions
 from jaxroute.serving.statistics import Statistics
-
-Outcome = Literal["completed", "failed", "cancelled", "refused"]
-"""How a request that was sent ended: refused is a server's error about the request itself."""
-
-
-@dataclass
-class Call:
-    """A request at a server, or at one after the other."""
-
-    asked: Completion
-    arrival: float  # s, monotonic, as are all times
-    limit: Limit
-    predicted_scores: np.ndarray  # float32 [N]
-    predicted_lengths: np.ndarray  # int32 [N]
-    prompt_estimate: int
-    work: float  # s that its prediction and its decisions took
-    ticket: Ticket | None = None  # while it is at a server
-    sent: float = 0.0  # to the present server
-    first_token: float | None = None
-    tokens: int = 0
-    prompt_tokens: int | None = None  # once the server has said it
-
-    @property
-    def expert(self) -> int:
-        """The server that it is at."""
-        assert self.ticket is not None
-        return self.ticket.expert
+from jaxroute.simulator.engine import EngineParams
 
 
 class Dispatcher:
@@ -61,14 +35,12 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
     ):
         """`limit` is that of requests without one of their own."""
-        engines = decider.params.engines
         self.cluster, self.decider, self.predictions, self.limit = cluster, decider, predictions, limit
         self.statistics, self.clock = statistics, clock
-        self.ledger = Ledger(len(cluster.experts), decider.env.slots, np.array(engines.latency.base, float))
+        self.ledger = Ledger(len(cluster.experts), decider.env.slots, np.zeros(len(cluster.experts)))
+        self._know(decider.params.engines)
         self.up = np.ones(len(cluster.experts), bool)
         self.last_progress = np.full(len(cluster.experts), self.clock())
-        longest = np.minimum(engines.max_model_len - 1, engines.usable_blocks * engines.block_size)
-        self._longest_prompt, self._model_len = int(longest.max()), np.asarray(engines.max_model_len)
 
     def warm_up(self) -> None:
         """Compiles the program of a decision, so that no request waits for it."""
@@ -163,7 +135,15 @@ class Dispatcher:
         if outcome == "failed":  # what comes next is another try
             call.first_token, call.tokens = None, 0
 
-    def use_engines(self, expert: int, engines: Any) -> None:
-        """Replaces the engine of an expert by `engines` (`EngineParams`, each field [N]), once it has been measured."""
-        self.decider.params = self.decider.params.replace(engines=engines)
+    def use_engine(self, expert: int, engine: EngineParams) -> None:
+        """Replaces the engine of an expert, each field [], once it has been measured."""
+        params = self.decider.params
+        engines = jax.tree.map(lambda all_of_them, own: all_of_them.at[expert].set(own), params.engines, engine)
+        self.decider.params = params.replace(engines=engines)
+        self._know(engines)
+
+    def _know(self, engines: EngineParams) -> None:
+        """Takes what is needed on the host from the engines."""
         self.ledger.shortest_iteration = np.array(engines.latency.base, float)
+        longest = np.minimum(engines.max_model_len - 1, engines.usable_blocks * engines.block_size)
+        self._longest_prompt, self._model_len = int(longest.max()), np.asarray(engines.max_model_len)

@@ -13,8 +13,10 @@ import aiohttp
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from jaxroute.serving.dispatch import Call, Dispatcher, Outcome
+from jaxroute.serving.call import Call, Outcome
+from jaxroute.serving.dispatch import Dispatcher
 from jaxroute.serving.health import Health, authorization, described
+from jaxroute.serving.measure import measure_engine, served_model
 from jaxroute.serving.openai import (
     DONE,
     KINDS,
@@ -27,6 +29,7 @@ from jaxroute.serving.openai import (
     parse_completion,
 )
 from jaxroute.serving.status import PAGE, status
+from jaxroute.simulator.engine_config import engine_from_config
 
 LOGGER = logging.getLogger("jaxroute.serving")
 
@@ -120,6 +123,7 @@ class FrontEnd:
         self.health = Health(dispatcher.cluster.experts, dispatcher.up)
         self.draining = False
         self.stopping = asyncio.Event()  # set, it shuts the server down
+        self._measuring = asyncio.Lock()
         self.open = 0  # requests for completions
         self._watched: set[Watched] = set()
         self._session: aiohttp.ClientSession | None = None
@@ -147,8 +151,23 @@ class FrontEnd:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0)
         wait = aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_seconds)
         self._session = aiohttp.ClientSession(connector=connector, timeout=wait, auto_decompress=True)
-        await self.health.start(self._session)
+        await self.health.start(self._session, self._learn)
         self._monitor = asyncio.create_task(self._watch())
+
+    async def _learn(self, number: int) -> None:
+        """Asks an expert for its model, and measures its engine, one after the other. Raises `UserError`."""
+        assert self._session is not None
+        expert = self.dispatcher.cluster.experts[number]
+        async with self._measuring:
+            if not expert.model:
+                expert.model = (await served_model(self._session, expert))[0]
+            if expert.measured_with is not None:
+                LOGGER.warning("expert %s is being measured", expert.name)
+                config = await measure_engine(self._session, expert, expert.measured_with)
+                self.dispatcher.use_engine(number, engine_from_config(config, f"expert {expert.name}"))
+                expert.measured_with = None
+                shown = ", ".join(f"{value:.4g}" for value in config["latency"])
+                LOGGER.warning("expert %s: latency [%s], %d KV blocks", expert.name, shown, config["num_gpu_blocks"])
 
     async def _stop(self, app: web.Application) -> None:
         assert self._monitor is not None and self._session is not None

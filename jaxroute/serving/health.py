@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 
 import aiohttp
 import numpy as np
 
+from jaxroute.errors import UserError
 from jaxroute.serving.cluster import Expert
 
 LOGGER = logging.getLogger("jaxroute.serving")
@@ -25,14 +27,19 @@ class Health:
         self._experts, self.up = experts, up
         self._failures = np.zeros(len(experts), int)  # since the last request that completed
         self._session: aiohttp.ClientSession | None = None
+        self._prepare: Callable[[int], Awaitable[None]] | None = None
         self._probes: dict[int, asyncio.Task[None]] = {}
 
-    async def start(self, session: aiohttp.ClientSession) -> None:
-        """Asks all experts; those that do not answer are down, and are asked again."""
-        self._session = session
+    async def start(self, session: aiohttp.ClientSession, prepare: Callable[[int], Awaitable[None]]) -> None:
+        """Asks all experts; those that do not answer are down, and are asked again.
+
+        An expert that is not known yet is down until it is up and `prepare`, given its number, has returned. An
+        exception of it is logged, and it is called again.
+        """
+        self._session, self._prepare = session, prepare
         for expert, reason in enumerate(await asyncio.gather(*map(self._ask, range(len(self._experts))))):
-            if reason is not None:
-                self.failed(expert, reason)
+            if reason is not None or not is_known(self._experts[expert]):
+                self.failed(expert, reason or "it is not known yet")
 
     def failed(self, expert: int, reason: str) -> None:
         """Takes the expert out, for the reason that the log has, until it answers again."""
@@ -50,11 +57,21 @@ class Health:
 
     async def _probe(self, expert: int, wait: float) -> None:
         await asyncio.sleep(wait)
-        while await self._ask(expert) is not None:
+        while await self._ask(expert) is not None or not await self._is_prepared(expert):
             await asyncio.sleep(PROBE_SECONDS)
         LOGGER.warning("expert %s is up", self._experts[expert].name)
         self.up[expert] = True
         del self._probes[expert]
+
+    async def _is_prepared(self, expert: int) -> bool:
+        assert self._prepare is not None
+        try:
+            if not is_known(self._experts[expert]):
+                await self._prepare(expert)
+        except UserError as error:
+            LOGGER.warning("expert %s is not known: %s", self._experts[expert].name, error)
+            await asyncio.sleep(10 * PROBE_SECONDS)
+        return is_known(self._experts[expert])
 
     async def _ask(self, expert: int) -> str | None:
         """Why the expert is not well. Any answer but an error of the server will do: not all have the path."""
@@ -71,6 +88,11 @@ class Health:
         for task in self._probes.values():
             task.cancel()
         await asyncio.gather(*self._probes.values(), return_exceptions=True)
+
+
+def is_known(expert: Expert) -> bool:
+    """Whether the expert's model and engine are known."""
+    return bool(expert.model) and expert.measured_with is None
 
 
 def authorization(expert: Expert) -> dict[str, str]:

@@ -7,9 +7,10 @@ sent, which is also the order of vLLM's queues: running requests, then waiting o
 All times are seconds on one monotonic clock, which the caller reads.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from flax import struct
 
 from jaxroute.environment.state import RECENT_COMPLETIONS, RECENT_GAPS
 
@@ -24,23 +25,27 @@ class Ticket(NamedTuple):
     number: int  # ascending over all requests
 
 
-class Facts(NamedTuple):
-    """The ledger at an instant, NumPy arrays for N experts with S slots; times are s relative to the instant."""
+Leaf = Any
+"""A NumPy array on the host, traced inside of a program."""
 
-    count: np.ndarray  # int32 [N], open requests
-    prompt_tokens: np.ndarray  # int32 [N, S], as are the following four; slots from `count` on mean nothing
-    most_tokens: np.ndarray  # output tokens at which the request ends at the latest
-    generated: np.ndarray  # tokens that have come
-    predicted_tokens: np.ndarray
-    behind: np.ndarray  # rounds of the expert's tokens since the last one of the request
-    index: np.ndarray  # int32 [N, S], number of the request, modulo 2**31
-    sent: np.ndarray  # float32 [N, S], <= 0
-    predicted_score: np.ndarray  # float32 [N, S]
-    round_start: np.ndarray  # float32 [N], <= 0, when the present round of tokens came
-    complete: np.ndarray  # bool [N], the round is so old that all of its tokens have come
-    step: np.ndarray  # int32 [], decisions before this one
-    recent_gap: np.ndarray  # float32 [], s
-    recent_latency: np.ndarray  # float32 [N], s per token
+
+class Facts(struct.PyTreeNode):
+    """The ledger at an instant, arrays for N experts with S slots; times are s relative to the instant."""
+
+    count: Leaf  # int32 [N], open requests
+    prompt_tokens: Leaf  # int32 [N, S], as are the following four; slots from `count` on mean nothing
+    most_tokens: Leaf  # output tokens at which the request ends at the latest
+    generated: Leaf  # tokens that have come
+    predicted_tokens: Leaf
+    behind: Leaf  # rounds of the expert's tokens since the last one of the request
+    index: Leaf  # int32 [N, S], number of the request, modulo 2**31
+    sent: Leaf  # float32 [N, S], <= 0
+    predicted_score: Leaf  # float32 [N, S]
+    round_start: Leaf  # float32 [N], <= 0, when the present round of tokens came
+    complete: Leaf  # bool [N], the round is so old that all of its tokens have come
+    step: Leaf  # int32 [], decisions before this one
+    recent_gap: Leaf  # float32 [], s
+    recent_latency: Leaf  # float32 [N], s per token
 
 
 class Ledger:

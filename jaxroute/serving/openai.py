@@ -14,7 +14,7 @@ KINDS = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
 """Paths of the API that are routed."""
 
 UNSTREAMED = ("prompt_logprobs", "use_beam_search", "best_of")
-"""Options of vLLM that it refuses in a stream; a request with one of them is sent as it is, so its progress is unseen."""
+"""Options that vLLM refuses in a stream. A request with one of them is sent as it is, so its progress is unseen."""
 
 DONE = b"data: [DONE]\n\n"
 
@@ -220,7 +220,7 @@ class EventParser:
 
 
 def client_event(event: dict[str, Any], data: bytes, asked: Completion) -> bytes | None:
-    """What the client gets of a server's event: without the usage that it did not ask for; None for an event of that."""
+    """What the client gets of a server's event, without the usage that it did not ask for; None: nothing."""
     if "usage" not in event or asked.wants_continuous_usage:
         return b"data: " + data + b"\n\n"
     if not event.get("choices"):
@@ -253,7 +253,7 @@ class Assembly:
         choices = []
         for _, choice in sorted(self._choices.items()):
             if self._kind == "chat":
-                message = {"role": "assistant", "content": None, **choice.pop("delta", {})}
+                message: dict[str, Any] = {"role": "assistant", "content": None, **choice.pop("delta", {})}
                 for call in message.get("tool_calls") or ():
                     call.pop("index", None)
                 if not message["content"] and message.get("tool_calls"):

@@ -9,7 +9,7 @@ from uuid import uuid4
 import numpy as np
 from aiohttp import web
 
-from jaxroute.serving.dispatch import Call, Outcome
+from jaxroute.serving.call import Call, Outcome
 from jaxroute.serving.front_end import FrontEnd
 from jaxroute.serving.openai import Completion, Limit, Refused, parse_limit, parse_object, shown
 

@@ -1,21 +1,17 @@
 """What is counted: for Prometheus, for the status page, and a log of every request for `jaxroute calibrate`."""
 
-from __future__ import annotations
-
 import collections
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from jaxroute.errors import UserError
-
-if TYPE_CHECKING:
-    from jaxroute.serving.dispatch import Call
+from jaxroute.serving.call import Call
 
 PERIOD = 5.0
 """Seconds of a bar on the status page."""
@@ -105,7 +101,9 @@ class Statistics:
     def _bar(self) -> dict[str, Any]:
         number = int((time.monotonic() - self._started) / PERIOD)
         if not self._bars or self._bars[-1]["number"] != number:
-            self._bars.append({"number": number, "arrived": 0, "completed": 0, "met": 0, "dropped": 0, "failed": 0, "qos": 0.0})
+            self._bars.append(
+                {"number": number, "arrived": 0, "completed": 0, "met": 0, "dropped": 0, "failed": 0, "qos": 0.0}
+            )
         return self._bars[-1]
 
     def arrived(self) -> None:
