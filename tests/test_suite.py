@@ -144,7 +144,7 @@ def test_a_part_is_the_router_alone(whole):
     router = make_router("index_rule", env, **index["parameters"])
     alone = evaluate_routers(env, params, {"one": router}, 3, 10)["one"]["qos"]
     np.testing.assert_allclose(index["qos"]["evaluation"], [alone], rtol=1e-6)
-    selected = evaluate_routers(env, params, {"one": router}, 2, 20)["one"]["qos"].mean()
+    selected = evaluate_routers(env, params, {"one": router}, 3, 20)["one"]["qos"].mean()
     assert rules["selection_qos"]["index_rule"] == pytest.approx(float(selected), rel=1e-6)
     others = {name: rules["selection_qos"][name] for name in TINY.rules}
     assert (
