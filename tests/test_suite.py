@@ -31,8 +31,6 @@ from tests.compiling import ROOT, compile_fast
 from tests.suiting import POINTS, TINY, parts
 from tests.test_train import refused
 
-pytestmark = pytest.mark.usefixtures("programs_that_run_once")
-
 CHANGED = "a version of a suite never changes; give what is new another name"
 
 

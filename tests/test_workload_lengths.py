@@ -18,8 +18,6 @@ from jaxroute.workload import PoissonArrivals, QuantileRequests, Request, Worklo
 from jaxroute.workload.trace_lengths import AZURE_CONVERSATION, MOONCAKE_CONVERSATION, Lengths
 from tests.test_workload import MEANS, stream
 
-pytestmark = pytest.mark.usefixtures("programs_that_run_once")
-
 DATA = Path(__file__).parents[2] / "shared" / "data"
 COUNT = 40_000
 FITTED = {

@@ -11,6 +11,7 @@ COMMANDS = {
     "calibrate": "estimate the engine of a real server from its request log",
     "predict": "train and apply predictors of output lengths and scores",
     "timeline": "draw one episode as a picture, a trace and a page",
+    "serve": "route the requests of clients to real servers",
     "replay": "simulate one engine on a recorded list of requests",
 }
 """Name -> one line on what the command does."""

@@ -22,6 +22,7 @@ from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError, require_known
 from jaxroute.files import read_yaml
 from jaxroute.simulator.catalogue import load_profile
+from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.engine_config import engine_from_config
 from jaxroute.workload.arrivals import Arrivals, MarkovArrivals, PoissonArrivals, TraceArrivals
 from jaxroute.workload.requests import FrozenRequests
@@ -117,36 +118,20 @@ ENGINE_KEYS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block
 def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnvironment, EnvParams]:
     """Experts from a YAML file; docs/environment.md describes its format."""
     path = _needs(path, "cluster", "a YAML file of experts (docs/environment.md)")
-    tree = _mapping(path, read_yaml(path), "the file", CLUSTER_KEYS)
+    tree = mapping(path, read_yaml(path), "the file", CLUSTER_KEYS)
     listed = tree.get("experts")
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{path}: experts: must be a list of one or more experts")
     engines, scores = [], []
     for index, entry in enumerate(listed):
         where = f"experts[{index}]"
-        expert = _mapping(path, entry, where, (*EXPERT_KEYS, *ENGINE_KEYS))
-        for key in ("mean_score",) if "profile" in expert else ("mean_score", "latency", "kv_blocks"):
-            if key not in expert:
-                raise UserError(f"{path}: {where}: {key} is missing")
-        scores.append(_positive(path, f"{where}: mean_score", expert["mean_score"]))
-        if "profile" in expert:
-            own = {key: expert[key] for key in (*ENGINE_KEYS, "latency", "kv_blocks") if key in expert}
-            if own:
-                raise UserError(f"{path}: {where}: the profile contains {next(iter(own))}; leave one of them out")
-            config = load_profile(str(expert["profile"]))["engine"]
-            engines.append(engine_from_config(config, f"{path}: {where}"))
-            continue
-        blocks = expert["kv_blocks"]
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
-            raise UserError(f"{path}: {where}: kv_blocks must be a whole number of at least 1, not {blocks!r}")
-        config = {
-            "latency": expert["latency"],
-            "num_gpu_blocks": blocks + 1,  # vLLM keeps one block
-            **{key: expert[key] for key in ENGINE_KEYS if key in expert},
-        }
-        engines.append(engine_from_config(config, f"{path}: {where}"))
+        expert = mapping(path, entry, where, (*EXPERT_KEYS, *ENGINE_KEYS))
+        if "mean_score" not in expert:
+            raise UserError(f"{path}: {where}: mean_score is missing")
+        scores.append(positive(path, f"{where}: mean_score", expert["mean_score"]))
+        engines.append(expert_engine(path, where, expert))
     rate, limit, scale = (
-        _positive(path, key, tree.get(key, default))
+        positive(path, key, tree.get(key, default))
         for key, default in (("rate", 3.0), ("latency_limit", 0.03), ("token_scale", 256.0))
     )
     try:
@@ -157,7 +142,33 @@ def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnv
     return environment_of(len(listed), options), params_of(workload, stacked, limit, scale)
 
 
-def _mapping(path: Path, tree: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
+def expert_engine(path: Path, where: str, expert: dict[str, Any]) -> EngineParams:
+    """The engine of an expert in a cluster's file, from its profile, or from latency, kv_blocks and `ENGINE_KEYS`.
+
+    `where` names the expert in errors. Raises `UserError`.
+    """
+    if "profile" in expert:
+        own = {key: expert[key] for key in (*ENGINE_KEYS, "latency", "kv_blocks") if key in expert}
+        if own:
+            raise UserError(f"{path}: {where}: the profile contains {next(iter(own))}; leave one of them out")
+        config = load_profile(str(expert["profile"]))["engine"]
+        return engine_from_config(config, f"{path}: {where}")
+    for key in ("latency", "kv_blocks"):
+        if key not in expert:
+            raise UserError(f"{path}: {where}: {key} is missing")
+    blocks = expert["kv_blocks"]
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+        raise UserError(f"{path}: {where}: kv_blocks must be a whole number of at least 1, not {blocks!r}")
+    config = {
+        "latency": expert["latency"],
+        "num_gpu_blocks": blocks + 1,  # vLLM keeps one block
+        **{key: expert[key] for key in ENGINE_KEYS if key in expert},
+    }
+    return engine_from_config(config, f"{path}: {where}")
+
+
+def mapping(path: Path, tree: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
+    """`tree`, a mapping with no other keys than `keys`. Raises `UserError`."""
     if not isinstance(tree, dict):
         raise UserError(f"{path}: {where}: must be a mapping with the keys {', '.join(keys)}")
     for key in tree:
@@ -165,7 +176,8 @@ def _mapping(path: Path, tree: Any, where: str, keys: Sequence[str]) -> dict[str
     return tree
 
 
-def _positive(path: Path, key: str, value: Any) -> float:
+def positive(path: Path, key: str, value: Any) -> float:
+    """`value`, a number above 0. Raises `UserError`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise UserError(f"{path}: {key} must be a number above 0, not {value!r}")
     return float(value)
