@@ -1,6 +1,7 @@
 """A tiny suite, and the command on it in a process of its own: `python -m tests.suiting [POINT SIGNAL] ARGUMENT ...`.
 
-Its two environments differ only in their rate, so that they share their programs.
+Its environments differ only in their rate, and its trainings and sets of episodes only in numbers, so that they share
+what is compiled.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ TRAINING = (
     "training.checkpoint_seconds=0",
     "training.validation_decisions=0",
     "agent.warmup_frames=100",
+    "environment.penalty=off",
     "network.kind=flat",
     "network.mlp=[8]",
 )
 TINY = Suite(
     name="tiny",
     environments=("paper-3", "overload-3"),
-    trained={"trained": TRAINING, "baseline_rl": (*TRAINING, "environment.penalty=off")},
+    trained={"trained": TRAINING, "baseline_rl": (*TRAINING, "agent.gamma=0.5")},
     seeds=(0, 4),
     decisions=1200,
     index_rule="index_rule",
-    rules=("shortest_queue", "score_minus_load"),
-    rule_decisions=1100,
-    ceiling="round_robin",
-    selection=Episodes(2, 30, 20),
+    rules=("shortest_queue", "round_robin"),
+    rule_decisions=1200,
+    ceiling="shortest_queue",
+    selection=Episodes(3, 30, 20),
     evaluation=Episodes(3, 30, 10),
-    short=Episodes(3, 20, 30),
+    short=Episodes(3, 30, 30),
 )
 POINTS = {
     "a part half written": Point("before", "jaxroute.files:os.replace", 8),  # after those of the folder and the rules

@@ -18,11 +18,14 @@ from jaxroute.commands import train
 from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import config_text, load_config, load_saved_config
 from jaxroute.console import report_console
+from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError, command, require_known
 from jaxroute.evaluation.episodes import evaluate_routers
 from jaxroute.evaluation.tuning import Tuning, tune_routers
 from jaxroute.files import read_json
-from jaxroute.routers import Parameters, make_router
+from jaxroute.routers import ROUTERS, Parameters, make_router
+from jaxroute.routers.choice import Router
 from jaxroute.runs.checkpoint import load_params
 from jaxroute.suites.description import SUITES, Suite, suite
 from jaxroute.suites.report import PICTURE, TABLE, write_report
@@ -125,8 +128,14 @@ def _jobs(chosen: Suite, environment: str, seeds: Sequence[int], folder: SuiteFo
         return rule((folder.part(environment, "rules") or {})["best_other_rule"])
 
     def ceiling() -> dict[str, Any]:
-        column = chosen.evaluate(lambda env, _: make_router(chosen.ceiling, env), [environment], ["short"])
-        return {"router": chosen.ceiling, "qos": column[environment]}
+        """A router that follows another one in its simulations follows the index rule."""
+
+        def router_for(env: RoutingEnvironment, _: EnvParams) -> Router:
+            index_rule = make_router(chosen.index_rule, env, **tuned(chosen.index_rule))
+            follows = {"policy": index_rule} if ROUTERS[chosen.ceiling].follows else {}
+            return make_router(chosen.ceiling, env, **follows)
+
+        return {"router": chosen.ceiling, "qos": chosen.evaluate(router_for, [environment], ["short"])[environment]}
 
     def training(column: str, seed: int) -> dict[str, Any]:
         return _trained(chosen, environment, column, seed, folder.path / "trainings")

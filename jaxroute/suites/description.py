@@ -40,7 +40,7 @@ class Suite:
     index_rule: str  # this and the following are names of routers
     rules: tuple[str, ...]  # the best of them is the best other rule
     rule_decisions: int  # that each of them is tuned with
-    ceiling: str
+    ceiling: str  # if it follows another router in its simulations, that is the index rule
     selection: Episodes  # on which the best rule is chosen
     evaluation: Episodes  # of every router but the ceiling, which takes too long
     short: Episodes  # of every router, the ceiling included
@@ -124,7 +124,7 @@ SUITES = {
             "lookahead",
         ),
         rule_decisions=400_000,
-        ceiling="clairvoyant",
+        ceiling="rollout_clairvoyant",
         selection=Episodes(8, 2500, 2_000_000),
         evaluation=Episodes(20, 5000, 1_000_000),
         short=Episodes(4, 1000, 3_000_000),
