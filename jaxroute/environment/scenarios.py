@@ -33,7 +33,7 @@ from jaxroute.workload.workload import Workload
 THREE, SIX = SCENARIOS["paper-3"], SCENARIOS["paper-6"]
 
 
-OF_EXPERTS = ("experts", "profile", "kv_cache_tokens", "discipline", "max_model_len")
+OF_EXPERTS = ("experts", "profile", "kv_cache_tokens", "discipline", "max_model_len", "engine")
 """Options that are arguments of `make_params`; all others are fields of the environment."""
 
 
