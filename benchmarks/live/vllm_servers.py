@@ -18,7 +18,7 @@ from pathlib import Path
 
 from jaxroute.errors import UserError
 
-START_SECONDS = 180
+START_SECONDS = 600
 
 
 def folders() -> tuple[Path, Path]:
