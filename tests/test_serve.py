@@ -12,13 +12,22 @@ import subprocess
 import sys
 
 import aiohttp
+import jax
+import numpy as np
 import pytest
 
 pytest.importorskip("uvloop", reason="needs the extra serve")
 pytest.importorskip("prometheus_client", reason="needs the extra serve")
 
+from jaxroute.agent.trainer import policy_router  # noqa: E402
 from jaxroute.calibration.logs import load_log  # noqa: E402
-from jaxroute.commands.serve import main  # noqa: E402
+from jaxroute.commands.serve import main, router_of  # noqa: E402
+from jaxroute.config.build import build_experiment  # noqa: E402
+from jaxroute.config.loader import config_text, load_config  # noqa: E402
+from jaxroute.runs.checkpoint import save_checkpoint  # noqa: E402
+from jaxroute.serving.cluster import load_cluster  # noqa: E402
+from jaxroute.serving.decision import Asked, Decider  # noqa: E402
+from jaxroute.serving.ledger import Ledger  # noqa: E402
 from jaxroute.serving.statistics import Log  # noqa: E402
 from tests.compiling import compile_fast  # noqa: E402
 from tests.live_front_end import front_end, process, write_cluster  # noqa: E402
@@ -135,6 +144,34 @@ def test_the_record_is_what_calibrate_reads(tmp_path):
     assert (log.measured["tpot"] > 0.0015).all()
     lines = [json.loads(line) for line in (tmp_path / "log.e0.jsonl").read_text().splitlines()]
     assert lines[-1]["outcome"] == "failed" and "five words" not in str(lines)
+
+
+@pytest.mark.parametrize("kind", ["han", "flat"])
+def test_a_run_is_a_router_with_its_own_limit_and_scale(tmp_path, kind):
+    network = [f"network.kind={kind}", "network.hidden=8", "network.heads=2", "network.layers=1", "network.mlp=[4]"]
+    config = load_config(None, [*network, "environment.slots=8", "environment.latency_limit=0.02"])
+    experiment, run = build_experiment(config), tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config_text(config))
+    observation, state = experiment.env.reset(jax.random.key(0), experiment.params)
+    trained = experiment.network.init(jax.random.key(1), observation)
+    save_checkpoint(run, trained)
+    path = write_cluster(tmp_path / "experts.yaml", [MockServer() for _ in range(3)])
+    env, router, params = router_of(str(run), load_cluster(path), never_drop=False)
+    assert float(params.latency_limit) == 10 and float(params.token_scale) == 256 and env.slots == 64
+    path.write_text(path.read_text().replace("latency_limit: 10", ""))
+    env, router, params = router_of(str(run), load_cluster(path), never_drop=False)
+    assert float(params.latency_limit) == pytest.approx(0.02)
+    # On an idle cluster of the same engines it decides as in the environment.
+    asked = Asked(
+        int(state.request.prompt_tokens),
+        np.asarray(state.request.predicted_output_tokens),
+        np.asarray(state.request.predicted_score),
+        0.02,
+    )
+    decided = Decider(env, router, params)(Ledger(3, env.slots, np.full(3, 0.015)), 1.0, asked, np.full(3, True))
+    wanted = int(policy_router(experiment.network, trained)(jax.random.key(0), observation, state, experiment.params))
+    assert decided.expert == (wanted if wanted < 3 else None)
 
 
 def test_the_sidecar_routes_for_others(tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from jaxroute.errors import UserError
 
-START_SECONDS = 180
+START_SECONDS = 600
 
 
 def folders() -> tuple[Path, Path]:
@@ -38,7 +38,10 @@ def folders() -> tuple[Path, Path]:
 def vllm_servers(
     latencies: Sequence[Sequence[float]], blocks: Sequence[int], scale: float, logs: Path, first_port: int = 8101
 ) -> Generator[list[str]]:
-    """The addresses of a server for each latency model and number of KV blocks. Answer e of a prompt is coded in its token e."""
+    """The addresses of a server for each latency model and number of KV blocks
+
+    Token e of a prompt says how long the answer of server e is.
+    """
     tools, live = folders()
     processes: list[subprocess.Popen[bytes]] = []
     addresses = [f"http://127.0.0.1:{first_port + number}" for number in range(len(latencies))]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 
-from jaxroute.agent.trainer import policy_router
 from jaxroute.config.build import build_network
 from jaxroute.config.loader import load_saved_config
 from jaxroute.environment.environment import RoutingEnvironment
@@ -76,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         raise UserError(f"{error.name} is missing; install it with pip install 'jaxroute[serve]'") from None
 
-    # A decision is a small program: threads of XLA would cost more than they give, and an asynchronous dispatch would
-    # let it wait behind other work.
+    # Dispatched asynchronously, a decision would wait for a thread that other work may keep from running.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_platforms", "cpu")
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, stream=sys.stderr)
@@ -86,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [expert.name for expert in cluster.experts]
     stored = None if arguments.predictor is None else load_predictor(arguments.predictor)
     predictions = Predictions(names, [expert.mean_score for expert in cluster.experts], stored)
-    env, router, params = _router(arguments.router, cluster, arguments.never_drop)
+    env, router, params = router_of(arguments.router, cluster, arguments.never_drop)
     log = None if arguments.record is None else Log(arguments.record, names)
     limit = Limit(per_token=float(params.latency_limit))
     dispatcher = Dispatcher(cluster, Decider(env, router, params), predictions, limit, Statistics(names, log))
@@ -111,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _router(name: str, cluster: Cluster, never_drop: bool) -> tuple[RoutingEnvironment, Router, EnvParams]:
+def router_of(name: str, cluster: Cluster, never_drop: bool) -> tuple[RoutingEnvironment, Router, EnvParams]:
     """The environment of the cluster, the router of this name or run folder, and parameters."""
     run, count = Path(name), len(cluster.experts)
     limit, scale, queue_nodes, network = LATENCY_LIMIT, TOKEN_SCALE, 10, None
