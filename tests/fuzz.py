@@ -1,5 +1,6 @@
 """jump == per-iteration == plain Python reference on random engines and workloads (`make fuzz CASES=n`), under every
-discipline.
+discipline, and V1 also with the options that vLLM has on by default. With prompts that share prefixes, it is `replay`
+that equals the reference.
 """
 
 from __future__ import annotations
@@ -11,18 +12,28 @@ from typing import Any
 import jax
 import numpy as np
 
-from tests.reference.cases import MAX_ITERATIONS, MAX_REQUESTS, random_case
-from tests.reference.engine import ENGINES, simulate
+from jaxroute.simulator.replay import replay
+from tests.reference import caching, engine
+from tests.reference.cases import MAX_ITERATIONS, MAX_REQUESTS, VARIANTS, sharing_case, variant_case
 from tests.replaying import Batch
 
 CHUNK = 100
+SHARING = "V1 sharing prefixes"
+"""Name of the cases of `replay` with prompts that share segments."""
+
+SUMMARY = ("iterations", "preemptions", "end_time", "cached_tokens")
 FIELDS = ("first_token_time", "finish_time", "preemptions", "emitted")
 V0_FIELDS = ("ignored_iter", "finish_reason")
 DECIDED = ("sched", "np", "nd", "ctx", "preempted", "waiting", "used_blocks")
 
 
+def simulate(spec: dict[str, Any]) -> dict[str, Any]:
+    """By the plain Python reference that has this spec's options."""
+    return (caching if "enable_prefix_caching" in spec["config"] else engine).simulate(spec)
+
+
 def differences(specs: list[dict[str, Any]]) -> list[str]:
-    """What differs between the three ways on these specs of one discipline, in float64, exactly; a line each, with the
+    """What differs between the three ways on these specs of one variant, in float64, exactly; a line each, with the
     spec's index.
     """
     fields = FIELDS + (V0_FIELDS if specs[0]["engine"] == "V0" else ())
@@ -55,22 +66,42 @@ def differences(specs: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def sharing_differences(specs: list[dict[str, Any]]) -> list[str]:
+    """What differs between the reference and `replay` on these specs with prefix caching; a line each."""
+    found = []
+    with jax.enable_x64(True):
+        for index, spec in enumerate(specs):
+            wanted, got = caching.simulate(spec), replay(spec)
+            requests = {
+                identifier: {**{field: request[field] for field in FIELDS}, "cached_tokens": request["cached_total"]}
+                for identifier, request in wanted["per_request"].items()
+            }
+            summary = {key: wanted["summary"][key] for key in SUMMARY}
+            if got != {"status": wanted["status"], "per_request": requests, "summary": summary}:
+                found.append(f"case {index}: the results differ: {got} instead of {requests}")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", type=int, nargs="?", default=200, help="how many of each discipline (default 200)")
+    parser.add_argument("cases", type=int, nargs="?", default=200, help="how many of each variant (default 200)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     failed = 0
-    for engine in ENGINES:
+    for variant in [*VARIANTS, SHARING]:
         rng = np.random.default_rng(arguments.seed)
         done = 0
         while done < arguments.cases:
-            specs = [random_case(rng, engine=engine) for _ in range(min(CHUNK, arguments.cases - done))]
-            for line in differences(specs):
+            number = min(CHUNK, arguments.cases - done)
+            if variant == SHARING:
+                specs = [sharing_case(rng) for _ in range(number)]
+            else:
+                specs = [variant_case(rng, variant) for _ in range(number)]
+            for line in (sharing_differences if variant == SHARING else differences)(specs):
                 failed += 1
                 print(line)
             done += len(specs)
-            print(f"{engine}: {done} of {arguments.cases} cases, {failed} differences", flush=True)
+            print(f"{variant}: {done} of {arguments.cases} cases, {failed} differences", flush=True)
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""The plain Python reference equals vLLM's own recorded schedules, V1's and V0's, field by field and bit by bit."""
+"""The plain Python references equal vLLM's own recorded schedules, V1's and V0's, field by field and bit by bit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.reference import caching
 from tests.reference.cases import MAX_OUTPUT, MAX_PROMPT, MAX_REQUESTS, random_case
 from tests.reference.engine import ENGINES, duration, simulate
 
 FOLDER = Path(__file__).parent / "data" / "vllm_schedules"
 SCHEDULES = sorted(FOLDER.glob("*.json"))
 V0_SCHEDULES = sorted((FOLDER / "v0").glob("*.json"))
+V033_SCHEDULES = sorted((FOLDER / "v033").glob("*.json"))
 
 
 def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def test_all_schedules_are_here():
-    assert len(SCHEDULES) == 15 and len(V0_SCHEDULES) == 9
+    assert len(SCHEDULES) == 15 and len(V0_SCHEDULES) == 9 and len(V033_SCHEDULES) == 26
 
 
 @pytest.mark.parametrize("path", SCHEDULES, ids=lambda path: path.stem)
@@ -47,6 +49,36 @@ def test_equals_recorded_vllm_v0_schedule(path: Path):
     assert recorded.keys() - ours.keys() == {"vllm_version", "engine", "config", "requests"}
     for record, wanted in zip(ours["iterations"], recorded["iterations"], strict=True):
         assert list(record["sched"]) == list(wanted["sched"]), "order of scheduling"
+
+
+@pytest.mark.parametrize("path", V033_SCHEDULES, ids=lambda path: path.stem)
+def test_equals_recorded_schedule_of_vllm_033(path: Path):
+    recorded = json.loads(path.read_text())
+    ours = caching.simulate(recorded)
+    for key in ("status", "usable_blocks", "summary"):
+        assert ours[key] == recorded[key]
+    assert ours["per_request"] == {id: without(r, "finish_reason") for id, r in recorded["per_request"].items()}
+    if recorded["iterations"] is None:
+        keys = ("np", "nd", "ctx", "used_blocks", "evicted", "preempted", "running", "waiting")
+        rows = [{**record, "preempted": len(record["preempted"])} for record in ours["iterations"]]
+        assert [[row[key] for key in keys] for row in rows] == recorded["compact"]
+        return
+    for record, wanted in zip(ours["iterations"], recorded["iterations"], strict=True):
+        assert record == wanted
+        assert list(record["sched"]) == list(wanted["sched"]), "order of scheduling"
+
+
+def test_without_caching_and_asynchronous_scheduling_it_is_the_older_engine():
+    rng = np.random.default_rng(5)
+    for _ in range(100):
+        spec = random_case(rng)
+        older, ours = simulate(spec), caching.simulate(spec)
+        assert (older["status"], older["usable_blocks"]) == (ours["status"], ours["usable_blocks"])
+        for record, wanted in zip(ours["iterations"], older["iterations"], strict=True):
+            assert wanted.items() <= record.items()
+        for identifier, request in older["per_request"].items():
+            assert request.items() <= ours["per_request"][identifier].items()
+        assert older["summary"].items() <= ours["summary"].items()
 
 
 def test_defaults_are_those_of_the_first_schedule():

@@ -203,7 +203,7 @@ def simulate(
     shape = (engines, lanes)
     never = jnp.full((count, lanes), NEVER, float)
     start = _Run(
-        state=empty_engine(num_slots, shape),
+        state=empty_engine(num_slots, shape, servers.engine),
         work=EngineWork.none(shape),
         number=jnp.zeros((num_slots, *shape), jnp.int32),
         routed=jnp.zeros(lanes, jnp.int32),

@@ -27,12 +27,13 @@ from jaxroute.simulator.engine_config import engine_from_config
 from jaxroute.workload.arrivals import Arrivals, MarkovArrivals, PoissonArrivals, TraceArrivals
 from jaxroute.workload.requests import FrozenRequests
 from jaxroute.workload.trace import load_trace
+from jaxroute.workload.trace_lengths import AZURE_CONVERSATION, MOONCAKE_CONVERSATION, Lengths
 from jaxroute.workload.workload import Workload
 
 THREE, SIX = SCENARIOS["paper-3"], SCENARIOS["paper-6"]
 
 
-OF_EXPERTS = ("experts", "profile", "kv_cache_tokens", "discipline", "max_model_len")
+OF_EXPERTS = ("experts", "profile", "kv_cache_tokens", "discipline", "max_model_len", "engine")
 """Options that are arguments of `make_params`; all others are fields of the environment."""
 
 
@@ -43,18 +44,21 @@ def _of_experts(
     profile: str | Sequence[str] = "paper",
     latency_limit: float = 0.030,
     middle: dict[str, float] | None = None,
+    lengths: Lengths | None = None,
+    engine: dict[str, Any] | None = None,
     **defaults: Any,
 ) -> tuple[RoutingEnvironment, EnvParams]:
     """Experts of `EXPERTS` with requests of the frozen generator; `options` override the other arguments.
 
     `middle` are factors of the first expert in the middle third of an episode, with the names of `Disturbances`.
+    `lengths` take the place of the generator's, and `engine` has further arguments of `make_params`.
     """
-    chosen: dict[str, Any] = {"experts": experts, "profile": profile}
+    chosen: dict[str, Any] = {"experts": experts, "profile": profile, **(engine or {})}
     chosen.update((key, options[key]) for key in OF_EXPERTS if key in options)
     experts = chosen["experts"]
     others = {key: value for key, value in options.items() if key not in OF_EXPERTS}
     env = environment_of(len(experts), others, **defaults)
-    params = make_params(**chosen, workload=frozen_workload(experts, arrivals), latency_limit=latency_limit)
+    params = make_params(**chosen, workload=frozen_workload(experts, arrivals, lengths), latency_limit=latency_limit)
     return env, params if middle is None else params.replace(disturbances=_middle(env, middle))
 
 
@@ -235,6 +239,34 @@ _scenario(
     arrivals=lambda: PoissonArrivals.create(40.0),
     profile=("rtxpro6000x2-qwen3-32b", "rtx4090-llama-3.1-8b", "rtxpro6000-llama-3.1-8b"),
     slots=96,
+)
+_scenario(
+    "memory-3",
+    "RTX 4090s with 14,000 tokens of KV cache, prompts of 1,100, 5.5 requests/s: what a queue holds, not its length",
+    arrivals=lambda: PoissonArrivals.create(5.5),
+    profile="rtx4090",
+    latency_limit=0.040,
+    lengths=AZURE_CONVERSATION,
+    engine={"kv_cache_tokens": 14_000},
+)
+_scenario(
+    "memory-6",
+    "as memory-3 with six experts at 13 requests/s: the best has a quarter of the KV cache of the largest",
+    arrivals=lambda: PoissonArrivals.create(13.0),
+    experts=SIX,
+    profile="rtx4090",
+    latency_limit=0.040,
+    lengths=AZURE_CONVERSATION,
+    engine={"kv_cache_tokens": (7_000, 14_000, 14_000, 14_000, 28_000, 28_000)},
+)
+_scenario(
+    "long-prompts-3",
+    "prompts of 3,200 tokens in bursts, KV caches of 14,000: four requests fill an expert, and some are best dropped",
+    arrivals=lambda: MarkovArrivals.create((0.75, 3.0), (25.0, 5.0)),
+    profile="rtx4090",
+    latency_limit=0.060,
+    lengths=MOONCAKE_CONVERSATION,
+    engine={"kv_cache_tokens": 14_000},
 )
 SCENARIOS["azure"] = THREE
 register("azure", _azure, 'the arrivals of a recorded trace, path="...csv", whose rate varies over hours')

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxroute.simulator.disciplines import rules
-from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, anywhere, lowest, total
+from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, anywhere, lowest, total
 from jaxroute.simulator.latency import decode_run, iteration_time, iterations_started_before, run_time
+from jaxroute.simulator.prefix_cache import after_finish, allocate
 from jaxroute.simulator.scheduler import SchedulerOutput
 
 
@@ -56,18 +57,39 @@ class Jump(NamedTuple):
 def run_iteration(
     state: EngineState, work: EngineWork, params: EngineParams
 ) -> tuple[EngineState, EngineWork, SchedulerOutput]:
-    """Schedules and executes one iteration, whose tokens appear at its end."""
+    """Schedules and executes one iteration, whose tokens appear at its end.
+
+    With asynchronous scheduling, it is scheduled, and the batch before it ends: that one's tokens appear (rule C1).
+    """
     own = rules(params)
     output = own.schedule(state, params)
     duration = iteration_time(
         params.latency, output.prefill_tokens, output.decodes, output.context_tokens.astype(state.clock.dtype)
     )
-    clock = state.clock + duration
     # Rule 6: a request whose computed tokens reach its length yields a token. Rule 3: a preempted request restarts.
-    computed = jnp.where(state.position < output.num_running, state.computed + output.tokens, 0)
+    computed = state.computed + output.tokens
+    if output.found is not None:
+        computed += output.found * params.block_size
+    computed = jnp.where(state.position < output.num_running, computed, 0)
     sampled = (output.tokens > 0) & (computed >= state.prompt_tokens + state.generated)
-    generated = state.generated + sampled
     nothing = output.prefill_tokens + output.decodes == 0
+    flight = state.flight
+    if flight is None:
+        clock = state.clock + duration
+    else:
+        sampled &= computed >= state.prompt_tokens + state.generated + flight.sampled
+        is_first = flight.duration == 0
+        # Without another batch, an empty iteration takes its time at once, and another one has yet to end.
+        duration = jnp.where(nothing & ~is_first, 0, duration)
+        clock = state.clock + jnp.where(is_first & nothing, duration, flight.duration)
+        delivered = flight.sampled & state.unfinished()
+        flight = flight.replace(
+            duration=jnp.where(nothing, 0, duration),
+            sampled=sampled,
+            unhashed=flight.sampled & (output.tokens > 0),
+        )
+        sampled, nothing = delivered, nothing & is_first
+    generated = state.generated + sampled
     after = state.replace(
         clock=clock,
         num_running=output.num_running,
@@ -76,7 +98,11 @@ def run_iteration(
         preemptions=state.preemptions + output.preempted,
         first_token_time=jnp.where(sampled & (state.generated == 0), clock, state.first_token_time),
         finish_time=jnp.where(sampled & (generated >= state.target_tokens), clock, state.finish_time),
+        flight=flight,
     )
+    if output.cache is not None:
+        finished = state.unfinished() & (after.finish_time < NEVER) & (state.position < output.num_running)
+        after = after.replace(cache=after_finish(after, output.cache, finished, params))
     after = own.after_iteration(state, after, output, work.iterations, params)
     work = EngineWork(
         iterations=work.iterations + 1,
@@ -142,13 +168,22 @@ def run_decodes(
         return total(jnp.where(running, own.held_blocks(state.computed + iterations, params), 0))
 
     plain = own.only_decodes(state, running, batch, blocks_after, params)
-    to_completion = lowest(jnp.where(running, state.target_tokens - state.generated, LARGE))
-    to_stall = stall_iterations - work.idle_iterations
+    left = state.target_tokens - state.generated
     gap = until - state.clock
     first, growth = decode_run(params.latency, batch, context.astype(state.clock.dtype))
+    flight = state.flight
+    if flight is None:
+        started = iterations_started_before(first, growth, jnp.maximum(gap, 0))
+    else:
+        left -= flight.known_end  # rule C3
+        # The first of these iterations is scheduled now, and the second one when the batch in flight ends.
+        later = gap - flight.duration
+        started = iterations_started_before(first, growth, jnp.maximum(later, 0))
+        started = jnp.where(flight.duration > 0, jnp.where(later > 0, started + 1, 1), started)
+    to_completion = lowest(jnp.where(running, left, LARGE))
+    to_stall = stall_iterations - work.idle_iterations
     count = jnp.minimum(
-        jnp.minimum(jnp.where(stalled, to_stall, to_completion), most_iterations - work.iterations),
-        iterations_started_before(first, growth, jnp.maximum(gap, 0)),
+        jnp.minimum(jnp.where(stalled, to_stall, to_completion), most_iterations - work.iterations), started
     )
     count = jnp.where((plain | stalled) & (gap > 0), count, 0)
     usable = params.usable_blocks - own.spare_blocks if own.spare_blocks else params.usable_blocks
@@ -162,15 +197,32 @@ def run_decodes(
     clock = state.clock + duration
     added = jnp.where(running, count, 0)
     generated = state.generated + added
+    first_token_time = state.first_token_time
+    if flight is not None:
+        # Each iteration ends the batch before it, so that the last one stays in flight.
+        flies = (flight.duration > 0) & (count > 0)
+        last = first + growth * (count - 1).astype(first.dtype)
+        clock += jnp.where(flies, flight.duration - last, 0)
+        delivers = (added > 0) & (state.generated == 0)
+        first_token_time = jnp.where(delivers, state.clock + flight.duration, first_token_time)
+        flight = flight.replace(
+            duration=jnp.where(flies, last, flight.duration), unhashed=flight.unhashed | (added > 0)
+        )
     finished = (added > 0) & (generated >= state.target_tokens)
     tokens = batch * count
     held = blocks_after(0) + (0.5 * tokens / params.block_size if own.grows else 0)
+    if state.cache is not None:
+        state = state.replace(cache=allocate(state.cache, blocks_after(count) - blocks_after(0)))
     state = state.replace(
         clock=clock,
         computed=state.computed + added,
         generated=generated,
+        first_token_time=first_token_time,
         finish_time=jnp.where(finished, clock, state.finish_time),
+        flight=flight,
     )
+    if state.cache is not None:
+        state = state.replace(cache=after_finish(state, state.cache, finished, params))
     work = work.replace(
         iterations=work.iterations + count,
         idle_iterations=jnp.where(stalled, work.idle_iterations + count, work.idle_iterations),
@@ -194,6 +246,8 @@ def jump(
     runs = may_run(state, work, until, params, most_iterations, stall_iterations)
     middle, work_middle, output = run_iteration(state, work, params)
     stalled = total((output.tokens > 0) | output.preempted) == 0
+    if state.flight is not None:
+        stalled &= state.flight.duration == 0
     if rules(params).ignores:
         stalled &= ~stalled  # all False, but not a constant, which Triton rejects
     run = run_decodes(middle, work_middle, stalled, until, params, most_iterations, stall_iterations)

@@ -36,9 +36,10 @@ def advance_engines(
 ) -> tuple[EngineState, EngineWork]:
     """`advance` without an observer; one kernel on an NVIDIA GPU, also under `jax.vmap`.
 
-    The results can differ only in unused slots, which the kernel does not write.
+    The results can differ only in unused slots, which the kernel does not write. With prefix caching or
+    asynchronous scheduling, GPUs run the loop too.
     """
-    if not HAS_TRITON:
+    if not HAS_TRITON or params.enable_prefix_caching or params.async_scheduling:
         return advance(state, work, until, params, most_iterations, stall_iterations)[:2]
     inputs = (state, work, until, params, jnp.int32(most_iterations), jnp.int32(stall_iterations))
     loop = lambda *inputs: advance(*inputs)[:2]  # noqa: E731

@@ -53,7 +53,7 @@ def route(
 ) -> tuple[EngineState, Tree, Admission]:
     """Sends a request to the `chosen` engines (bool [...]); it joins those that can finish it and have a free slot.
 
-    `request` is its payload: a tree like `payload`, with leaves that broadcast to [...].
+    `request` is its payload: a tree like `payload`, with leaves that broadcast to [...]. It ends by a stop token.
     """
     can_finish = rules(params).can_serve(prompt_tokens, output_tokens, params)
     free = engines.num_requests < engines.num_slots
@@ -61,7 +61,8 @@ def route(
         joined=chosen & can_finish & free, infeasible=chosen & ~can_finish, full=chosen & can_finish & ~free
     )
     now = jnp.zeros((), float)
-    engines, payload = join(engines, payload, admission.joined, prompt_tokens, output_tokens, request, now, params)
+    lengths = prompt_tokens, output_tokens
+    engines, payload = join(engines, payload, admission.joined, *lengths, request, now, params, stop_token=True)
     return engines, payload, admission
 
 
@@ -74,15 +75,18 @@ def join(
     request: Tree,
     at: jax.Array,
     params: EngineParams,
+    stop_token: jax.Array | bool = False,
 ) -> tuple[EngineState, Tree]:
     """Puts a request at the tail of `waiting` at time `at` (s) where `joins` (bool [...]), which need a free slot.
 
-    Unlike `route`, it checks nothing: a request that can never finish stalls its engine, as in vLLM.
+    Unlike `route`, it checks nothing: a request that can never finish stalls its engine, as in vLLM. `stop_token`: the
+    request ends by a stop token, which asynchronous scheduling does not know ahead.
     """
     here = joins & (engines.position == engines.num_requests)
     payload = jax.tree.map(lambda old, new: jnp.where(here, new, old), payload, request)
     target = target_tokens(prompt_tokens, output_tokens, rules(params).longest(params))
-    return append(engines, joins, prompt_tokens, target, at), payload
+    known_end = ~jnp.asarray(stop_token) | (prompt_tokens + target >= rules(params).longest(params))
+    return append(engines, joins, prompt_tokens, target, at, known_end), payload
 
 
 def run_until(
@@ -117,6 +121,14 @@ def collect(engines: EngineState, payload: Tree, params: EngineParams) -> tuple[
     finished = Finished(engines, payload, served, ignored)
     engines, payload = remove(engines, payload, done)
     return engines, payload, finished
+
+
+def restart(engines: EngineState, begins: jax.Array) -> EngineState:
+    """Idle engines at time 0 where `begins` (bool [...]): as after their creation."""
+    flight = engines.flight
+    if flight is not None:
+        flight = flight.replace(duration=jnp.where(begins, 0, flight.duration))
+    return engines.replace(clock=jnp.where(begins, 0, engines.clock), flight=flight)
 
 
 def shift_time(engines: EngineState, by: jax.Array, params: EngineParams) -> EngineState:

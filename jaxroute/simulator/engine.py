@@ -46,8 +46,8 @@ class LatencyModel(struct.PyTreeNode):
 class EngineParams(struct.PyTreeNode):
     """Options of an engine under vLLM's names.
 
-    Every field is traced, [...]: [] for one engine, [N] for a cluster. Only the discipline is static; it is the same
-    for the whole cluster.
+    Every field is traced, [...]: [] for one engine, [N] for a cluster. The fields at the end are static, and the same
+    for the whole cluster. Those after the discipline are for vllm_v1 (simulation.md section 1c).
     """
 
     latency: LatencyModel
@@ -62,6 +62,26 @@ class EngineParams(struct.PyTreeNode):
     watermark_blocks: jax.Array | None = None  # int32, vllm_v0: KV blocks that an admission must leave free
     async_output_proc: jax.Array | None = None  # bool, vllm_v0: stop conditions are checked one iteration later
     discipline: str = struct.field(pytree_node=False, default="vllm_v1")  # a name of `disciplines.DISCIPLINES`
+    enable_prefix_caching: bool = struct.field(pytree_node=False, default=False)
+    async_scheduling: bool = struct.field(pytree_node=False, default=False)
+    unhashed_first: bool = struct.field(pytree_node=False, default=True)  # rule B8: False before vLLM 0.23
+    threshold_when_alone: bool = struct.field(pytree_node=False, default=True)  # rule A1: False since vLLM 0.31
+
+
+class OwnBlocks(struct.PyTreeNode):
+    """The prefix cache of requests that share nothing, each of which can only find blocks of its own."""
+
+    found: jax.Array  # int32 [S, ...], cached blocks of a preempted request; 0 for others
+    ahead: jax.Array  # int32 [S, ...], free blocks that are allocated before these; means nothing where `found` is 0
+
+
+class Flight(struct.PyTreeNode):
+    """What asynchronous scheduling adds: the batch that is being executed while the next one is scheduled."""
+
+    duration: jax.Array  # float [...], s, which begin at `EngineState.clock`; 0 if there is no batch
+    sampled: jax.Array  # bool [S, ...], the batch yields a token of the request
+    unhashed: jax.Array  # bool [S, ...], its last computed token was in flight when it was scheduled (rule C6)
+    known_end: jax.Array  # bool [S, ...], the request ends by its length, which is known, and not by a stop token
 
 
 class EngineState(struct.PyTreeNode):
@@ -81,11 +101,18 @@ class EngineState(struct.PyTreeNode):
     preemptions: jax.Array  # int32 [S, ...]
     first_token_time: jax.Array  # float [S, ...], NEVER before it
     finish_time: jax.Array  # float [S, ...], NEVER before it, IGNORED for a request that was dropped
+    cache: OwnBlocks | None = None  # with `enable_prefix_caching`
+    flight: Flight | None = None  # with `async_scheduling`; clock is then the time at which the next batch is scheduled
 
     @property
     def num_slots(self) -> int:
         """S, the shape of the slot arrays (static)."""
         return self.prompt_tokens.shape[0]
+
+    @property
+    def next_start(self) -> jax.Array:
+        """float [...]: when the batch that is scheduled next starts, s."""
+        return self.clock if self.flight is None else self.clock + self.flight.duration
 
     @property
     def position(self) -> jax.Array:
@@ -102,8 +129,14 @@ def slot_positions(slots: jax.Array) -> jax.Array:
     return jnp.arange(slots.shape[0], dtype=jnp.int32).reshape(-1, *[1] * (slots.ndim - 1))
 
 
-def empty_engine(num_slots: int, shape: tuple[int, ...] = ()) -> EngineState:
-    """Idle engines with `num_slots` free slots each; `shape` is their trailing axes, () for one engine."""
+def empty_engine(num_slots: int, shape: tuple[int, ...] = (), params: EngineParams | None = None) -> EngineState:
+    """Idle engines with `num_slots` free slots each; `shape` is their trailing axes, () for one engine.
+
+    The static options of `params` say what the state consists of; without it, they have their defaults.
+    """
+    caching = params is not None and params.enable_prefix_caching
+    in_flight = params is not None and params.async_scheduling
+    no = jnp.zeros((num_slots, *shape), bool)
     integers = jnp.zeros((num_slots, *shape), jnp.int32)
     never = jnp.full((num_slots, *shape), NEVER, float)
     return EngineState(
@@ -117,6 +150,8 @@ def empty_engine(num_slots: int, shape: tuple[int, ...] = ()) -> EngineState:
         preemptions=integers,
         first_token_time=never,
         finish_time=never,
+        cache=OwnBlocks(integers, integers) if caching else None,
+        flight=Flight(jnp.zeros(shape, float), no, no, no) if in_flight else None,
     )
 
 
@@ -128,6 +163,11 @@ def blocks_for(tokens: jax.Array, block_size: jax.Array) -> jax.Array:
     """
     reciprocal = 1.0 / block_size.astype(jnp.float32)
     return jnp.floor((tokens + (block_size - 1)).astype(jnp.float32) * reciprocal + 0.5 * reciprocal).astype(jnp.int32)
+
+
+def full_blocks(tokens: jax.Array, block_size: jax.Array) -> jax.Array:
+    """KV blocks that `tokens` fill: floor(tokens / block_size), int32."""
+    return blocks_for(tokens + 1, block_size) - 1
 
 
 def total(values: jax.Array) -> jax.Array:

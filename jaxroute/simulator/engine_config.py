@@ -23,15 +23,25 @@ DEFAULTS: dict[str, Any] = {
     "max_model_len": 8192,
     "reserve_full_isl": True,
     "long_prefill_token_threshold": 0,
+    "threshold_when_alone": True,
+    "enable_prefix_caching": False,
+    "async_scheduling": False,
+    "unhashed_first": True,
     "latency": [0.00390625, 2**-14, 2**-16, 2**-24],
 }
 """The latency is [c0, c1, c2, c3] or [c0, c1, c2, c3, knee, c4] of `LatencyModel`; the defaults are dyadic."""
 
-_NOT_IN_V0 = ("enable_chunked_prefill", "reserve_full_isl", "long_prefill_token_threshold")
+_NOT_IN_V0 = (
+    "enable_chunked_prefill",
+    "reserve_full_isl",
+    "long_prefill_token_threshold",
+    "threshold_when_alone",
+    "unhashed_first",
+)
+_ONLY_V1_DOES = ("enable_prefix_caching", "async_scheduling")
 # Recorded schedules have the key unchecked_budget, and the tests' random cases reach small budgets by it.
 _ONLY_IN_V0 = {"num_gpu_blocks": 10000, "watermark": 0.01, "async_output_proc": True, "unchecked_budget": False}
 
-_PREFIX_CACHING = "enable_prefix_caching"
 _SMALLEST = {"long_prefill_token_threshold": 0, "max_model_len": 2}
 
 
@@ -39,7 +49,7 @@ def defaults_of(discipline: str) -> dict[str, Any]:
     """The options of an engine under this discipline, with their defaults.
 
     vllm_v0 has the options of vLLM 0.6, where max_num_batched_tokens (here None) is at least max_model_len. orca has
-    V1's options; the token budget, chunking and reserve_full_isl have no effect on it.
+    V1's options; the token budget, chunking, reserve_full_isl and the threshold have no effect on it.
     """
     if discipline != "vllm_v0":
         return DEFAULTS
@@ -58,9 +68,7 @@ def engine_from_config(
     defaults, null_blocks = defaults_of(discipline), DISCIPLINES[discipline].null_blocks
     least = {**_SMALLEST, "num_gpu_blocks": null_blocks + 1}
     for key in config:
-        require_known(key, [*defaults, _PREFIX_CACHING, *also_known], "engine option", f"{where}: ")
-    if config.get(_PREFIX_CACHING, False) is not False:
-        raise UserError(f"{where}: {_PREFIX_CACHING} must be false, as prefix caching is not simulated yet")
+        require_known(key, [*defaults, *also_known], "engine option", f"{where}: ")
     values = {**DEFAULTS, **defaults, **{key: value for key, value in config.items() if key in defaults}}
     if values["max_num_batched_tokens"] is None:
         longest = values["max_model_len"]
@@ -74,6 +82,9 @@ def engine_from_config(
             smallest = least.get(key, 1)
             if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < LARGE:
                 raise UserError(f"{where}: {key} must be a whole number of at least {smallest}, not {value!r}")
+    for key in _ONLY_V1_DOES:
+        if discipline != "vllm_v1" and values[key]:
+            raise UserError(f"{where}: {key} is simulated for the V1 engine only; leave it out, or false")
     watermark, is_async = None, None
     if discipline == "vllm_v0":
         _check_v0(values, where)
@@ -95,6 +106,10 @@ def engine_from_config(
         watermark_blocks=watermark,
         async_output_proc=is_async,
         discipline=discipline,
+        enable_prefix_caching=values["enable_prefix_caching"],
+        async_scheduling=values["async_scheduling"],
+        unhashed_first=values["unhashed_first"],
+        threshold_when_alone=values["threshold_when_alone"],
     )
 
 

@@ -22,6 +22,7 @@ class Recording(struct.PyTreeNode):
     arrival_iteration: jax.Array  # int32 [R], with `by_iteration`: joins before the iteration of this index
     prompt_tokens: jax.Array  # int32 [R]
     output_tokens: jax.Array  # int32 [R]
+    stop_token: jax.Array  # bool [R], the request ends by a stop token: its end is not known ahead
     count: jax.Array  # int32 []
     by_iteration: jax.Array  # bool [], whether arrivals are given by iteration instead of time
     max_iterations: jax.Array  # int32 []
@@ -56,11 +57,12 @@ class _Run(struct.PyTreeNode):
     ignored_iteration: jax.Array
 
 
-def _start(recording: Recording) -> _Run:
+def _start(recording: Recording, params: EngineParams) -> _Run:
     slots = recording.gap.shape[0]
     never, zeros = jnp.full(slots, NEVER, float), jnp.zeros(slots, float)
     ignored = jnp.full(slots, -1, jnp.int32)
-    return _Run(empty_engine(slots), EngineWork.none(), jnp.int32(0), zeros, never, never, jnp.int32(0), ignored)
+    engine = empty_engine(slots, params=params)
+    return _Run(engine, EngineWork.none(), jnp.int32(0), zeros, never, never, jnp.int32(0), ignored)
 
 
 def _note_times(run: _Run) -> _Run:
@@ -94,9 +96,11 @@ def _join(recording: Recording, run: _Run, params: EngineParams) -> _Run:
     state = shift_time(run.state, gap, params)
     # With arrivals by iteration, an idle engine advances the index, not the clock.
     at = jnp.where(recording.by_iteration, state.clock, 0)
-    prompt, output = recording.prompt_tokens[index], recording.output_tokens[index]
-    state, _ = join(state, (), jnp.bool_(True), prompt, output, (), at, params)
     to_index = recording.arrival_iteration[index] - run.work.iterations
+    if state.flight is not None:  # an engine that is idle until then ends its last batch first
+        at += jnp.where(recording.by_iteration & (to_index > run.skipped), state.flight.duration, 0)
+    prompt, output = recording.prompt_tokens[index], recording.output_tokens[index]
+    state, _ = join(state, (), jnp.bool_(True), prompt, output, (), at, params, recording.stop_token[index])
     # An engine that is already stalled when the last request joins runs one more iteration, which shows the stall.
     idle = jnp.minimum(run.work.idle_iterations, recording.stall_iterations - 1)
     return run.replace(
@@ -140,7 +144,7 @@ def replay_by_jumps(recording: Recording, params: EngineParams) -> ReplayOutcome
         run = run.replace(state=state, work=work)
         return jax.lax.cond(_is_due(recording, run, params), lambda: _join(recording, run, params), lambda: run), None
 
-    run, _ = jax.lax.scan(to_next_arrival, _start(recording), length=recording.gap.shape[0])
+    run, _ = jax.lax.scan(to_next_arrival, _start(recording, params), length=recording.gap.shape[0])
     after_all = jnp.asarray(AFTER_ALL, float)
     state, work, _ = run_until(
         run.state, after_all, params, run.work, recording.max_iterations, recording.stall_iterations
@@ -164,8 +168,10 @@ def replay_by_iterations(
         # The limit is this iteration, so that no run of decodes follows it.
         most = jnp.minimum(recording.max_iterations, run.work.iterations + 1)
         done = jump(run.state, run.work, jnp.asarray(AFTER_ALL, float), params, most, stall)
-        waiting = total(done.middle.unfinished() & (done.middle.position >= done.output.num_running))
+        # With asynchronous scheduling, a request may have its last token delivered while it waits (rule C7).
+        before = done.middle if run.state.flight is None else done.before
+        waiting = total(before.unfinished() & (before.position >= done.output.num_running))
         return run.replace(state=done.after, work=done.work_after), (done.output, done.runs, waiting)
 
-    run, (outputs, took_place, waiting) = jax.lax.scan(step, _start(recording), length=num_iterations)
+    run, (outputs, took_place, waiting) = jax.lax.scan(step, _start(recording, params), length=num_iterations)
     return _outcome(recording, run, params), outputs, took_place, waiting

@@ -14,9 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.errors import UserError, require_known
+from jaxroute.simulator.block_engine import BlockRequest, run_block_engine
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import LARGE, EngineParams
 from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.simulator.gpus import GPUS
+from jaxroute.simulator.presets import PRESETS, seats_and_budget
 from jaxroute.simulator.recorded import Recording, ReplayOutcome, replay_by_jumps
 from jaxroute.workload import load_trace
 from jaxroute.workload.content import open_content
@@ -24,7 +27,7 @@ from jaxroute.workload.files import MOST_TOKENS
 from jaxroute.workload.formats import recognise
 
 ENGINES = {"V1": "vllm_v1", "V0": "vllm_v0", "orca": "orca"}
-"""Disciplines by their names in a file's `engine`."""
+"""Disciplines by their names in a file's `engine`, which may also name a version (`presets.PRESETS`)."""
 
 RUN_DEFAULTS = {"max_iterations": 1_000_000, "stall_iterations": 3}
 """Options of a run in addition to the engine's (`engine_config.DEFAULTS`)."""
@@ -64,7 +67,17 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
     Raises `UserError`, which names the request.
     """
     config, requests = spec["config"], spec["requests"]
-    discipline = ENGINES[require_known(spec.get("engine", "V1"), ENGINES, "engine", f"{where}: key engine: ")]
+    name = require_known(spec.get("engine", "V1"), [*ENGINES, *PRESETS], "engine", f"{where}: key engine: ")
+    if name in PRESETS:
+        preset, gpu = PRESETS[name], spec.get("gpu")
+        if gpu is not None:
+            require_known(gpu, GPUS, "GPU", f"{where}: key gpu: ")
+        discipline = preset.discipline
+        config = {**preset.switches, **seats_and_budget(preset, gpu), **config}
+    elif "gpu" in spec:
+        raise UserError(f"{where}: key gpu: it is for an engine of {', '.join(PRESETS)}, not {name}; leave it out")
+    else:
+        discipline = ENGINES[name]
     engine = engine_from_config(config, f"{where}: config", tuple(RUN_DEFAULTS), discipline)
     run = {key: config.get(key, default) for key, default in RUN_DEFAULTS.items()}
     for key, value in run.items():
@@ -91,6 +104,7 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
         arrival_iteration=jnp.asarray(arrivals if by_iteration else times * 0, jnp.int32),
         prompt_tokens=jnp.asarray([request["prompt_len"] for request in requests], jnp.int32),
         output_tokens=jnp.asarray([request["output_len"] for request in requests], jnp.int32),
+        stop_token=jnp.asarray([request.get("max_tokens", 0) > request["output_len"] for request in requests]),
         count=jnp.int32(len(requests)),
         by_iteration=jnp.bool_(by_iteration),
         max_iterations=jnp.int32(run["max_iterations"]),
@@ -127,6 +141,23 @@ def _check_request(request: Any, kind: str, where: str) -> None:
             raise UserError(f"{where}: {key} must be a {'whole ' if whole else ''}number, not {value!r}")
         if value < (0 if key == kind else 1) or (whole and value > MOST_TOKENS):
             raise UserError(f"{where}: {key} is out of range: {value!r}")
+    most = request.get("max_tokens", request["output_len"])
+    if isinstance(most, bool) or not isinstance(most, int) or most < request["output_len"]:
+        raise UserError(f"{where}: max_tokens must be a whole number of at least output_len, not {most!r}")
+    if "output_segment" in request and not _is_count(request["output_segment"]):
+        raise UserError(f"{where}: output_segment must be a number from 0, not {request['output_segment']!r}")
+    segments = request.get("segments", [[0, request["prompt_len"]]])
+    if not isinstance(segments, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_count, pair)) for pair in segments
+    ):
+        raise UserError(f"{where}: segments must be a list of [id, tokens], whole numbers from 0, not {segments!r}")
+    if sum(tokens for _, tokens in segments) != request["prompt_len"]:
+        total = sum(tokens for _, tokens in segments)
+        raise UserError(f"{where}: segments have {total} tokens, but prompt_len is {request['prompt_len']}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def result(outcome: ReplayOutcome, ids: np.ndarray, times: np.ndarray, engine: EngineParams) -> dict[str, Any]:
@@ -169,8 +200,49 @@ def _v0_end(ignored_iteration: int, finish: float | None) -> dict[str, Any]:
     return {"ignored_iter": None, "finish_reason": None if finish is None else "FINISHED_LENGTH_CAPPED"}
 
 
+def _replay_by_blocks(
+    spec: Mapping[str, Any], engine: EngineParams, recording: Recording, ids: np.ndarray
+) -> dict[str, Any]:
+    """The JSON of a run with prefix caching, which depends on the content of the prompts."""
+    by_iteration = bool(recording.by_iteration)
+    requests = []
+    for index in ids.tolist():
+        request = spec["requests"][index]
+        prompt, output = request["prompt_len"], request["output_len"]
+        segments = [(identity, tokens) for identity, tokens in request.get("segments", [(("prompt", index), prompt)])]
+        content = [*segments, (request.get("output_segment", ("output", index)), output)]
+        arrival = request["arrival_iteration" if by_iteration else "arrival_time"]
+        requests.append(BlockRequest(arrival, prompt, output, request.get("max_tokens", output), content))
+    limits = int(recording.max_iterations), int(recording.stall_iterations)
+    run = run_block_engine(engine, requests, by_iteration, *limits)
+    return {
+        "status": run.status,
+        "per_request": {
+            str(ids[position]): {
+                "first_token_time": requests[position].first_token_time,
+                "finish_time": requests[position].finish_time,
+                "preemptions": requests[position].preemptions,
+                "emitted": requests[position].generated,
+                "cached_tokens": requests[position].cached,
+            }
+            for position in np.argsort(ids)
+        },
+        "summary": {
+            "iterations": run.iterations,
+            "preemptions": sum(request.preemptions for request in requests),
+            "end_time": run.end,
+            "cached_tokens": sum(request.cached for request in requests),
+        },
+    }
+
+
 def replay(spec: Mapping[str, Any], where: str = "spec") -> dict[str, Any]:
-    """Runs a spec (see `load_spec`) in JAX's current precision; returns the JSON that the command writes."""
+    """Runs a spec (see `load_spec`); returns the JSON that the command writes.
+
+    With prefix caching, the engine runs block by block (`block_engine`); without, in JAX's current precision.
+    """
     engine, recording, ids, times = engine_and_recording(spec, where)
+    if engine.enable_prefix_caching:
+        return _replay_by_blocks(spec, engine, recording, ids)
     outcome = jax.jit(replay_by_jumps)(recording, engine)
     return result(jax.device_get(outcome), ids, times, engine)

@@ -18,7 +18,19 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.engine import LARGE, EngineParams, EngineState, anywhere, blocks_for, lowest, prefix_sum, total
+from jaxroute.simulator.engine import (
+    LARGE,
+    EngineParams,
+    EngineState,
+    Flight,
+    OwnBlocks,
+    anywhere,
+    blocks_for,
+    lowest,
+    prefix_sum,
+    total,
+)
+from jaxroute.simulator.prefix_cache import after_schedule, allocate, held_blocks
 
 
 class SchedulerOutput(struct.PyTreeNode):
@@ -32,12 +44,17 @@ class SchedulerOutput(struct.PyTreeNode):
     context_tokens: jax.Array  # int32 [...], ctx
     used_blocks: jax.Array  # int32 [...], KV blocks held during the iteration
     ignored: jax.Array | None = None  # bool [S, ...], vllm_v0: dropped because they can never fit
+    found: jax.Array | None = None  # int32 [S, ...], prefix caching: cached blocks of an admitted request
+    cache: OwnBlocks | None = None  # prefix caching: the cache afterwards
 
 
-def prefill_limit(params: EngineParams) -> jax.Array:
-    """Maximum tokens of one request per iteration, int32 [...]: the long-prefill threshold, if it is set."""
+def prefill_limit(state: EngineState, params: EngineParams) -> jax.Array:
+    """Maximum tokens of one request per iteration, int32 [...]: the long-prefill threshold, if it is set (rule A1)."""
     threshold = params.long_prefill_token_threshold
-    return jnp.where(threshold > 0, threshold, LARGE)
+    limited = threshold > 0
+    if not params.threshold_when_alone:
+        limited &= total(state.unfinished()) > 1
+    return jnp.where(limited, threshold, LARGE)
 
 
 def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
@@ -46,20 +63,26 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
     unfinished = state.unfinished()
     running = position < state.num_running
     length = state.prompt_tokens + state.generated
-
-    # Rules 2 and 4: tokens that each request asks for.
-    room = jnp.where(running, params.max_model_len - 1 - state.computed, LARGE)
-    wanted = jnp.minimum(jnp.minimum(length - state.computed, prefill_limit(params)), room)
-    wanted = jnp.where(unfinished, jnp.maximum(wanted, 0), 0)
+    may_get = unfinished
+    if state.flight is not None:  # rules C2 and C3
+        length += state.flight.sampled
+        may_get &= ~_ends_when_delivered(state, state.flight)
+    limit = prefill_limit(state, params)
     budget = params.max_num_batched_tokens
 
-    def take_turns(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        _, unfinished, wanted, _ = carry
+    def asked(computed: jax.Array) -> jax.Array:
+        """Rules 2 and 4: the tokens that each request asks for."""
+        room = jnp.where(running, params.max_model_len - 1 - computed, LARGE)
+        wanted = jnp.minimum(jnp.minimum(length - computed, limit), room)
+        return jnp.where(may_get, jnp.maximum(wanted, 0), 0)
+
+    def in_turn(unfinished: jax.Array, wanted: jax.Array, computed: jax.Array) -> tuple[jax.Array, ...]:
+        """Which requests pass, the tokens of each, and the first position that fails."""
         # Each request gets what the requests before it leave of the budget.
         capped = jnp.minimum(wanted, budget)
         tokens = jnp.clip(budget - (prefix_sum(capped) - capped), 0, wanted)
         # Rules 3 and 5: blocks held afterwards by all requests up to here; an admission also counts its whole prompt.
-        blocks = jnp.where(unfinished, blocks_for(state.computed + tokens, params.block_size), 0)
+        blocks = jnp.where(unfinished, blocks_for(computed + tokens, params.block_size), 0)
         blocks_up_to = prefix_sum(blocks)
         fits = blocks_up_to <= params.usable_blocks
         whole = blocks_up_to - blocks + blocks_for(length, params.block_size)
@@ -68,34 +91,102 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
         seated = prefix_sum(unfinished) <= params.max_num_seqs
         passes = fits & (running | ((tokens > 0) & unchunked & whole_fits & seated))
         failed = lowest(jnp.where(unfinished & ~passes, position, LARGE))
-        # All True, but not a constant, which Triton rejects as the result of a round of a loop.
-        return ample | ~ample, passes, tokens, jnp.minimum(failed, state.num_requests)
+        return passes, tokens, jnp.minimum(failed, state.num_requests)
 
     # Usually there are enough tokens, seats and blocks for every request, and the sequential rules change nothing. They
     # are a loop of at most one round: under `vmap`, a loop is skipped if no engine needs it, and a branch is not. The
     # loop must carry and change its inputs, because XLA computes whatever a loop does not change ahead of it.
+    wanted = asked(state.computed)
     most = jnp.where(running | ~params.reserve_full_isl, state.computed + wanted, length)
     most_blocks = total(jnp.where(unfinished, blocks_for(most, params.block_size), 0))
     ample = (
         (total(wanted) <= budget) & (most_blocks <= params.usable_blocks) & (total(unfinished) <= params.max_num_seqs)
     )
-    all_at_once = (ample, unfinished, wanted, state.num_requests)
-    _, _, tokens, num_running = jax.lax.while_loop(lambda carry: anywhere(~carry[0]), take_turns, all_at_once)
+    computed, found, ahead = state.computed, None, None
+    if state.cache is None:
 
-    blocks = blocks_for(state.computed + tokens, params.block_size)
+        def take_turns(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            _, unfinished, wanted, _ = carry
+            # All True, but not a constant, which Triton rejects as the result of a round of a loop.
+            return ample | ~ample, *in_turn(unfinished, wanted, state.computed)
+
+        all_at_once = (ample, unfinished, wanted, state.num_requests)
+        _, _, tokens, num_running = jax.lax.while_loop(lambda carry: anywhere(~carry[0]), take_turns, all_at_once)
+    else:
+        tokens, num_running, found, ahead = _with_own_blocks(state, params, ample, wanted, asked, in_turn)
+        computed = computed + found * params.block_size
+
+    blocks = blocks_for(computed + tokens, params.block_size)
     scheduled = unfinished & (position < num_running)
     tokens = jnp.where(scheduled, tokens, 0)
-    decode = (tokens == 1) & (state.generated > 0) & (state.computed == length - 1)
+    has_token = state.generated > 0
+    if state.flight is not None:
+        has_token |= state.flight.sampled
+    decode = (tokens == 1) & has_token & (computed == length - 1)
     decodes = total(decode)
-    return SchedulerOutput(
+    output = SchedulerOutput(
         num_running=num_running,
         tokens=tokens,
         preempted=unfinished & running & (position >= num_running),
         prefill_tokens=total(tokens) - decodes,
         decodes=decodes,
-        context_tokens=total(jnp.where(tokens > 0, state.computed + tokens, 0)),
+        context_tokens=total(jnp.where(tokens > 0, computed + tokens, 0)),
         used_blocks=total(jnp.where(scheduled, blocks, 0)),
     )
+    if found is not None and ahead is not None:
+        found = jnp.where(scheduled, found, 0)
+        need = jnp.where(scheduled, blocks - found - held_blocks(state, params), 0)
+        output = output.replace(found=found, cache=after_schedule(state, output.preempted, found, ahead, need, params))
+    return output
+
+
+def _ends_when_delivered(state: EngineState, flight: Flight) -> jax.Array:
+    """bool [S, ...]: the token in flight is known to be the last one (rule C3)."""
+    return flight.sampled & flight.known_end & (state.generated + 1 >= state.target_tokens)
+
+
+def _with_own_blocks(
+    state: EngineState,
+    params: EngineParams,
+    ample: jax.Array,
+    wanted: jax.Array,
+    asked: Callable[[jax.Array], jax.Array],
+    in_turn: Callable[..., tuple[jax.Array, ...]],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(tokens, boundary, blocks found, `OwnBlocks.ahead`) with prefix caching of requests that share nothing.
+
+    What a request finds depends on the blocks that the requests before it take. So one request that may find blocks is
+    looked up after the other, in order of the queue; the last round decides for all.
+    """
+    cache, position, unfinished = state.cache, state.position, state.unfinished()
+    assert cache is not None
+    held = held_blocks(state, params)
+    owners = unfinished & (position >= state.num_running) & (cache.found > 0)
+    ample &= total(owners) == 0
+
+    def look_up_next(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        done, found, ahead, last, _, _ = carry
+        computed = state.computed + found * params.block_size
+        _, tokens, failed = in_turn(unfinished, asked(computed), computed)
+        # The request that was looked up last takes its blocks out of the queue, if it is admitted (rule B5).
+        at_last = position == last
+        taken = jnp.where(failed > last, total(jnp.where(at_last, found, 0)), 0)
+        behind = ahead > total(jnp.where(at_last, ahead, 0))
+        ahead = jnp.where(behind, ahead - taken, ahead)
+        following = lowest(jnp.where(owners & (position > last), position, LARGE))
+        goes_on = (following <= failed) & (following < LARGE) & (failed >= state.num_running)
+        before = unfinished & (position < following)
+        blocks = blocks_for(computed + tokens, params.block_size) - held - found
+        evicted = total(jnp.where(before, blocks, 0)) - ahead
+        left = jnp.maximum(cache.found - jnp.maximum(evicted, 0), 0)
+        looked_up = jnp.where(goes_on & (position == following), left, found)
+        new = (~goes_on, looked_up, ahead, jnp.where(goes_on, following, last), tokens, failed)
+        return jax.tree.map(lambda new, old: jnp.where(done, old, new), new, carry)
+
+    nothing = jnp.zeros_like(state.computed)
+    start = (ample, nothing, cache.ahead, jnp.full_like(state.num_requests, -1), wanted, state.num_requests)
+    _, found, ahead, _, tokens, num_running = jax.lax.while_loop(lambda carry: anywhere(~carry[0]), look_up_next, start)
+    return tokens, num_running, found, ahead
 
 
 def only_decodes(
@@ -108,25 +199,44 @@ def only_decodes(
     """bool [...]: while memory suffices, the next iterations only decode `running` (bool [S, ...], `batch` requests,
     int32 [...]) and admit nobody. `blocks_after(n)` are the KV blocks that these requests hold after n iterations.
     """
-    decoding = (state.generated > 0) & (state.computed == state.prompt_tokens + state.generated - 1)
+    length = state.prompt_tokens + state.generated
+    if state.flight is None:
+        decoding = (state.generated > 0) & (state.computed == length - 1)
+    else:
+        decoding = state.flight.sampled & (state.computed == length)
     plain = (total(running & decoding) == batch) & (batch > 0) & (batch <= params.max_num_batched_tokens)
-    return plain & _is_blocked(state, batch, blocks_after(1), params)
+    return plain & _is_blocked(state, batch, blocks_after, params)
 
 
-def _is_blocked(state: EngineState, batch: jax.Array, next_blocks: jax.Array, params: EngineParams) -> jax.Array:
-    """bool [...]: the head of `waiting` cannot join a batch of `batch` decodes that will hold `next_blocks`.
+def _is_blocked(
+    state: EngineState, batch: jax.Array, blocks_after: Callable[[jax.Array | int], jax.Array], params: EngineParams
+) -> jax.Array:
+    """bool [...]: the head of `waiting` cannot join a batch of `batch` decodes that hold `blocks_after` n iterations.
 
-    Rules 4 and 5. This remains so while the batch only decodes: seats and budget do not change, and blocks only
-    decrease.
+    Rules 4 and 5. This remains so while the batch only decodes: seats and budget do not change, blocks only decrease,
+    and a block that the head finds no longer is one that it then needs.
     """
     head = state.position == state.num_running  # never a finished request, which was running
+    nobody = state.num_running == state.num_requests
+    if state.flight is not None:  # rule C7: it may have waited
+        waiting = state.unfinished() & (state.position >= state.num_running)
+        head = state.position == lowest(jnp.where(waiting, state.position, LARGE))
+        nobody = total(waiting) == 0
     length = total(jnp.where(head, state.prompt_tokens + state.generated, 0))
+    next_blocks = blocks_after(1)
     budget = params.max_num_batched_tokens - batch
-    wanted = jnp.minimum(length, prefill_limit(params))
-    tokens = jnp.minimum(wanted, budget)
-    held = jnp.where(params.reserve_full_isl, jnp.maximum(length, tokens), tokens)
+    if state.cache is None:
+        wanted = jnp.minimum(length, prefill_limit(state, params))
+        tokens = jnp.minimum(wanted, budget)
+        held = jnp.where(params.reserve_full_isl, jnp.maximum(length, tokens), tokens)
+    else:
+        left = allocate(state.cache, next_blocks - blocks_after(0)).found
+        found = total(jnp.where(head, left, 0)) * params.block_size
+        wanted = jnp.minimum(length - found, prefill_limit(state, params))
+        tokens = jnp.minimum(wanted, budget)
+        held = jnp.where(params.reserve_full_isl, length, found + tokens)
     return (
-        (state.num_running == state.num_requests)
+        nobody
         | (tokens <= 0)
         | ((tokens < wanted) & ~params.enable_chunked_prefill)
         | (batch >= params.max_num_seqs)

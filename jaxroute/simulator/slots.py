@@ -3,20 +3,42 @@
 import jax
 import jax.numpy as jnp
 
-from jaxroute.simulator.engine import NEVER, EngineState, Tree, prefix_sum, total
+from jaxroute.simulator.engine import NEVER, EngineState, Flight, Tree, prefix_sum, total
 
 
 def append(
-    state: EngineState, joins: jax.Array, prompt_tokens: jax.Array, target_tokens: jax.Array, at: jax.Array
+    state: EngineState,
+    joins: jax.Array,
+    prompt_tokens: jax.Array,
+    target_tokens: jax.Array,
+    at: jax.Array,
+    known_end: jax.Array | bool = True,
 ) -> EngineState:
     """Puts a request at the tail of `waiting` at time `at` (s) where `joins` (bool [...]); all arguments are [...].
 
     The caller has checked that a slot is free. An idle engine starts at the arrival; a busy engine keeps its clock.
+    `known_end`: the request ends by its length, and not by a stop token (rules C3 and C4).
     """
     here = joins & (state.position == state.num_requests)
+    cache = state.cache
+    if cache is not None:
+        cache = cache.replace(found=jnp.where(here, 0, cache.found))
+    clock, flight = state.clock, state.flight
+    if flight is not None:
+        # A last batch, of which nothing was left, ends before an idle engine notices the arrival.
+        ended = joins & (at > clock)
+        clock = jnp.where(ended, clock + flight.duration, clock)
+        flight = Flight(
+            duration=jnp.where(ended, 0, flight.duration),
+            sampled=flight.sampled & ~here,
+            unhashed=flight.unhashed & ~here,
+            known_end=jnp.where(here, known_end, flight.known_end),
+        )
     return state.replace(
+        cache=cache,
+        flight=flight,
         num_requests=state.num_requests + joins,
-        clock=jnp.where(joins, jnp.maximum(state.clock, at), state.clock),
+        clock=jnp.where(joins, jnp.maximum(clock, at), clock),
         prompt_tokens=jnp.where(here, prompt_tokens, state.prompt_tokens),
         target_tokens=jnp.where(here, target_tokens, state.target_tokens),
         generated=jnp.where(here, 0, state.generated),

@@ -116,7 +116,7 @@ def _replay(env: RoutingEnvironment, rows: int, routed: Routed, params: EnvParam
     """Runs the engines on the decisions; records at most `rows` jumps and the results of the requests."""
     shape, length = (env.slots, env.num_experts), env.episode_length
     never, floats, none = jnp.full(length, jnp.nan, float), jnp.zeros(shape, float), jnp.zeros(length, jnp.int32)
-    engines = empty_engine(env.slots, (env.num_experts,))
+    engines = empty_engine(env.slots, (env.num_experts,), params.engines)
     results = Results(never, never, never, none, none, none > 0)
     carried = _Carried(jnp.zeros(shape, jnp.int32), floats, floats)
 
@@ -166,7 +166,7 @@ def _run(
         put = lambda rows, row: rows.at[log.count].set(row, mode="drop")  # noqa: E731
         log = Log(jax.tree.map(put, log.jumps, _row(done, index, params.engines)), log.count + 1)
         starts = done.runs & (done.output.tokens > 0) & (admitted == NEVER)
-        return jnp.where(starts, done.before.clock, admitted), log
+        return jnp.where(starts, done.before.next_start, admitted), log
 
     engines, _, (admitted, log) = run_until(engines, until, params.engines, on_jump=note, seen=(carried.admitted, log))
     engines, carried, finished = collect(engines, carried.replace(admitted=admitted), params.engines)
@@ -194,13 +194,13 @@ def _row(done: Jump, index: jax.Array, params: EngineParams) -> JumpRow:
     blocks = lambda tokens: total(jnp.where(decoding, rules(params).held_blocks(tokens, params), 0))  # noqa: E731
     iteration = Pieces(
         expert=jnp.arange(len(batch)),
-        start=done.before.clock,
-        end=middle.clock,
+        start=done.before.next_start,
+        end=middle.next_start,
         iterations=jnp.ones_like(batch),
         prefill_tokens=output.prefill_tokens,
         decodes=output.decodes,
         context=output.context_tokens,
-        first=middle.clock - done.before.clock,
+        first=middle.next_start - done.before.next_start,
         growth=jnp.zeros_like(growth),
         blocks=output.used_blocks,
         last_blocks=output.used_blocks,
@@ -209,8 +209,8 @@ def _row(done: Jump, index: jax.Array, params: EngineParams) -> JumpRow:
         preempted=total(output.preempted),
     )
     run = iteration._replace(
-        start=middle.clock,
-        end=after.clock,
+        start=middle.next_start,
+        end=after.next_start,
         iterations=done.work_after.iterations - done.work_middle.iterations,
         prefill_tokens=jnp.zeros_like(batch),
         decodes=batch,

@@ -21,6 +21,15 @@ MAX_PROMPT = 96
 MAX_OUTPUT = 48
 MAX_ITERATIONS = 3000  # without full-prompt reservation two requests can preempt one another for ever
 
+_TODAY = {"enable_prefix_caching": False, "async_scheduling": False, "threshold_when_alone": False}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{engine: (engine, {}) for engine in ENGINES},
+    "V1 caching": ("V1", {**_TODAY, "enable_prefix_caching": True}),
+    "V1 async": ("V1", {**_TODAY, "async_scheduling": True}),
+    "V1 caching, async": ("V1", {**_TODAY, "enable_prefix_caching": True, "async_scheduling": True}),
+}
+"""Engines and options whose cases one program runs."""
+
 GRID = 2.0**-8  # seconds: coarse latency and arrivals are multiples of it, so that they meet often
 
 
@@ -175,10 +184,59 @@ def random_case(rng: np.random.Generator, num_requests: int | None = None, engin
     return {"engine": engine, "config": config, "requests": requests}
 
 
-def cases(engine: str = "V1") -> st.SearchStrategy[dict[str, Any]]:
-    """Hypothesis strategy of `random_case`; it shrinks towards fewer requests."""
+def _with_stop_tokens(rng: np.random.Generator, requests: list[dict[str, Any]]) -> None:
+    for request in requests:
+        if rng.random() < 0.4:
+            request["max_tokens"] = request["output_len"] + int(rng.integers(0, 30))
+
+
+def variant_case(rng: np.random.Generator, variant: str, num_requests: int | None = None) -> dict[str, Any]:
+    """A `random_case` of a name of `VARIANTS`; with asynchronous scheduling, some requests end by a stop token."""
+    engine, options = VARIANTS[variant]
+    spec = random_case(rng, num_requests, engine)
+    spec["config"] |= options
+    if options.get("async_scheduling"):
+        _with_stop_tokens(rng, spec["requests"])
+    return spec
+
+
+def _share(rng: np.random.Generator, requests: list[dict[str, Any]]) -> None:
+    """Gives the prompts segments: shared beginnings, answers of earlier requests, repeated prompts, or nothing."""
+    pool = [[identity, int(rng.integers(1, 49))] for identity in range(int(rng.integers(1, 4)))]
+    before: list[list[list[int]]] = []  # the segments of each earlier request, prompt and output
+    for index, request in enumerate(requests):
+        kind = rng.choice(["pool", "turn", "repeat", "nothing"], p=[0.4, 0.3, 0.15, 0.15])
+        beginning = [pool[int(rng.integers(len(pool)))]]
+        if kind in ("turn", "repeat") and before:
+            beginning = before[int(rng.integers(len(before)))]
+            beginning = beginning[:-1] if kind == "repeat" else beginning
+        if kind != "nothing":
+            segments, left = [], request["prompt_len"]
+            for identity, tokens in beginning:
+                segments.append([identity, min(tokens, left)])
+                left -= segments[-1][1]
+            request["segments"] = [*segments, [1000 + index, left]]
+        if rng.random() < 0.8:
+            request["output_segment"] = int(rng.integers(50, 53)) if rng.random() < 0.2 else 2000 + index
+        own = request.get("segments", [[3000 + index, request["prompt_len"]]])
+        output = request.get("output_segment", 4000 + index)
+        before.append([*own, [output, int(rng.integers(1, request["output_len"] + 1))]])
+
+
+def sharing_case(rng: np.random.Generator) -> dict[str, Any]:
+    """A `random_case` of V1 with prefix caching and prompts that share segments; some with asynchronous scheduling."""
+    spec = random_case(rng)
+    options = ("async_scheduling", "threshold_when_alone", "unhashed_first")
+    spec["config"] |= {"enable_prefix_caching": True, **{option: bool(rng.random() < 0.5) for option in options}}
+    _share(rng, spec["requests"])
+    _with_stop_tokens(rng, spec["requests"])
+    return spec
+
+
+def cases(variant: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Hypothesis strategy of `variant_case`; it shrinks towards fewer requests."""
     seeds, counts = st.integers(0, 2**32 - 1), st.integers(1, MAX_REQUESTS)
-    return st.builds(lambda seed, count: random_case(np.random.default_rng(seed), count, engine), seeds, counts)
+    return st.builds(lambda seed, count: variant_case(np.random.default_rng(seed), variant, count), seeds, counts)
 
 
 def _traits(spec: dict[str, Any], result: dict[str, Any]) -> list[str]:
