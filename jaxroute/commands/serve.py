@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from jaxroute.agent.trainer import policy_router
 from jaxroute.config.build import build_network
 from jaxroute.config.loader import load_saved_config
 from jaxroute.environment.environment import RoutingEnvironment
