@@ -105,13 +105,25 @@ def test_bad_arguments_are_one_clear_line(tmp_path, capsys):
     path = write_cluster(tmp_path / "experts.yaml", [MockServer()])
     assert "unknown router 'shortest_que'" in run_main(capsys, "shortest_que", "--cluster", str(path))
     assert "has no config.yaml" in run_main(capsys, str(tmp_path), "--cluster", str(path))
-    assert "true lengths" in run_main(capsys, "clairvoyant", "--cluster", str(path))
+    for name in ("clairvoyant", "rollout_clairvoyant"):
+        assert "true lengths" in run_main(capsys, name, "--cluster", str(path))
+    assert "too slow" in run_main(capsys, "rollout", "--cluster", str(path))
     assert "cannot be read" in run_main(capsys, "shortest_queue", "--cluster", str(tmp_path / "no.yaml"))
     assert "must be from 0" in run_main(capsys, "shortest_queue", "--cluster", str(path), "--port", "70000")
     predictor = ("--predictor", str(tmp_path))
     assert "jaxroute predict train" in run_main(capsys, "shortest_queue", "--cluster", str(path), *predictor)
     record = ("--record", str(tmp_path / "no" / "log.jsonl"))
     assert "cannot be written" in run_main(capsys, "shortest_queue", "--cluster", str(path), *record)
+
+
+def test_options_that_streams_do_not_show_are_left_out(tmp_path):
+    path = write_cluster(tmp_path / "experts.yaml", [MockServer(), MockServer()])
+    engine = {"latency": [0.01, 1e-5, 1e-5, 1e-7], "num_gpu_blocks": 900, "async_scheduling": True}
+    (tmp_path / "own.yaml").write_text(json.dumps({"name": "own", "engine": engine}))
+    old = "latency: [0.015, 7.2e-5, 5e-5, 2.5e-5], kv_blocks: 875, max_num_seqs: 64"
+    path.write_text(path.read_text().replace(old, f"profile: {tmp_path / 'own.yaml'}", 1))
+    engines = load_cluster(path).engines
+    assert not engines.async_scheduling and engines.usable_blocks.tolist() == [899, 875]
 
 
 def test_a_port_in_use_is_one_clear_line(tmp_path):

@@ -33,9 +33,9 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import make
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import command
-from jaxroute.evaluation.tuning import tune_routers
+from jaxroute.evaluation.tuning import tuned_routers
 from jaxroute.files import write_text
-from jaxroute.routers import ROUTERS, make_router
+from jaxroute.routers import ROUTERS
 from jaxroute.routers.choice import Router
 from jaxroute.runs.checkpoint import load_params
 from jaxroute.serving.call import Call
@@ -223,7 +223,7 @@ def compared(env: RoutingEnvironment, params: EnvParams, run: Run, chosen: np.nd
 def router_of(name: str, env: RoutingEnvironment, params: EnvParams) -> Router:
     """A router by name, tuned in the simulator, or that of a run's folder."""
     if name in ROUTERS:
-        return make_router(name, env, **tune_routers(env, params, [name], decisions=TUNING)[name].parameters)
+        return tuned_routers(env, params, [name], decisions=TUNING)[name]
     network = build_network(load_saved_config(Path(name) / "config.yaml").network)
     return policy_router(network, load_params(Path(name), network, env, params))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from jaxroute.agent.trainer import policy_router
 from jaxroute.config.build import build_network
 from jaxroute.config.loader import load_saved_config
 from jaxroute.environment.environment import RoutingEnvironment
@@ -16,7 +17,7 @@ from jaxroute.environment.registry import make, params_of
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError, command, require_known
 from jaxroute.predictor.store import load_predictor
-from jaxroute.routers import ROUTERS, make_router
+from jaxroute.routers import ROUTERS, SLOW, make_router
 from jaxroute.routers.choice import Router
 from jaxroute.runs.checkpoint import load_params
 from jaxroute.serving.cluster import Cluster, load_cluster
@@ -28,7 +29,7 @@ from jaxroute.workload import FrozenRequests, PoissonArrivals, Workload
 LATENCY_LIMIT, TOKEN_SCALE = 0.03, 256.0
 """s per output token, and tokens that count as 1, unless the cluster's file or the run has others."""
 
-NEEDS_THE_TRUTH = ("clairvoyant", "clairvoyant+admission")
+NEEDS_THE_TRUTH = tuple(name for name, spec in ROUTERS.items() if spec.knows_future or "clairvoyant" in name)
 
 
 @command
@@ -127,6 +128,8 @@ def router_of(name: str, cluster: Cluster, never_drop: bool) -> tuple[RoutingEnv
         scale = float(trained.token_scale)
     elif name in NEEDS_THE_TRUTH:
         raise UserError(f"{name} routes by true lengths, which no live request has; lookahead uses predicted ones")
+    elif name in SLOW:
+        raise UserError(f"{name} simulates thousands of decisions for each of its own, and is too slow; use lookahead")
     env = RoutingEnvironment(
         num_experts=count,
         slots=cluster.slots,
