@@ -242,7 +242,7 @@ _scenario(
 )
 _scenario(
     "memory-3",
-    "RTX 4090s with 14,000 tokens of KV cache, prompts of 1,100, 5.5 requests/s: what a queue holds, not its length",
+    "prompts of 1,100 tokens, KV caches of 14,000: what a queue holds counts, not how many requests it has",
     arrivals=lambda: PoissonArrivals.create(5.5),
     profile="rtx4090",
     latency_limit=0.040,
@@ -251,7 +251,7 @@ _scenario(
 )
 _scenario(
     "memory-6",
-    "as memory-3 with six experts at 13 requests/s: the best has a quarter of the KV cache of the largest",
+    "as memory-3 with six experts, of which the best has a quarter of the KV cache of the largest",
     arrivals=lambda: PoissonArrivals.create(13.0),
     experts=SIX,
     profile="rtx4090",
@@ -261,7 +261,7 @@ _scenario(
 )
 _scenario(
     "long-prompts-3",
-    "prompts of 3,200 tokens in bursts, KV caches of 14,000: four requests fill an expert, and some are best dropped",
+    "prompts of 3,200 tokens in bursts: four requests fill a KV cache of 14,000, and some are best dropped",
     arrivals=lambda: MarkovArrivals.create((0.75, 3.0), (25.0, 5.0)),
     profile="rtx4090",
     latency_limit=0.060,
