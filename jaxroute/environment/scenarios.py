@@ -192,17 +192,17 @@ _scenario(
 )
 _scenario(
     "bursts-3",
-    "2 requests/s, with bursts of 8 requests/s that last five seconds on average: each phase needs another policy",
+    "2 requests/s, with bursts of 8 requests/s that last some five seconds: each phase needs another policy",
     arrivals=lambda: MarkovArrivals.create((2.0, 8.0), (25.0, 5.0)),
 )
 _scenario(
     "slowdown-3",
-    "the best expert is three times as slow in the middle third of an episode; its features show its current speed",
+    "the best expert is three times as slow in the middle third of an episode; its features show its speed",
     middle={"slowness": 3.0},
 )
 _scenario(
     "failure-3",
-    "the best expert hangs in the middle third of an episode: requests sent there miss the limit until it recovers",
+    "the best expert hangs in the middle third of an episode: requests there miss the limit until it recovers",
     middle={"slowness": FAILED},
 )
 _scenario(
@@ -235,7 +235,7 @@ _scenario(
 )
 _scenario(
     "measured-3",
-    "servers calibrated from logs at 40 requests/s, 30 ms per token: the best model is slow and can serve only few",
+    "servers calibrated from logs at 40 requests/s, 30 ms per token: the best model is slow and serves only few",
     arrivals=lambda: PoissonArrivals.create(40.0),
     profile=("rtxpro6000x2-qwen3-32b", "rtx4090-llama-3.1-8b", "rtxpro6000-llama-3.1-8b"),
     slots=96,
