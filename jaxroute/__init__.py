@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxroute.agent.router_network import ActorCritic
     from jaxroute.agent.trainer import make_trainer, policy_router
     from jaxroute.config.build import build_experiment
+    from jaxroute.suites.description import suite
     from jaxroute.sweeps.driver import train_trials
     from jaxroute.timelines.write import write_timeline
 
@@ -57,6 +58,7 @@ __all__ = [
     "policy_router",
     "predicted_engine",
     "register",
+    "suite",
     "train_trials",
     "write_timeline",
 ]
@@ -68,6 +70,7 @@ _IMPORTED_LATER = {
     "build_experiment": "jaxroute.config.build",
     "make_trainer": "jaxroute.agent.trainer",
     "policy_router": "jaxroute.agent.trainer",
+    "suite": "jaxroute.suites.description",
     "train_trials": "jaxroute.sweeps.driver",
     "write_timeline": "jaxroute.timelines.write",
 }

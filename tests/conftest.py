@@ -14,6 +14,8 @@ import jax
 import pytest
 from matplotlib.figure import Figure
 
+from tests.compiling import AS_USERS_GET, FAST_FLAG
+
 # A folder of compiled programs for each process of pytest and those that its tests start: what two of them run is
 # compiled once, and the user's own folder is left alone. Workers of pytest-xdist have one each: JAX does not write a
 # file at once, and another worker might read half of it. All go with the first process.
@@ -26,8 +28,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-# Most programs of the tests run for milliseconds, and compile in half the time without optimisation.
+# Most programs of the tests run for milliseconds: they compile in half the time without optimisation, and with this
+# flag in half of that. XLA reads its flags when the first program is compiled.
 jax.config.update("jax_disable_most_optimizations", True)
+if FAST_FLAG not in os.environ.get("XLA_FLAGS", ""):  # workers have it from the first process
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_FLAG}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,23 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def optimised_programs() -> Iterator[None]:
-    """For files that test programs as users get them."""
+    """For files that test programs as users get them, where these are made during a test."""
     jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture(scope="module")
-def programs_that_run_once() -> Iterator[None]:
-    """For files in which the package's own programs run once: these get the tests' compiler options too."""
-    from jaxroute.evaluation import episodes  # not above: a worker measures coverage only after it read this file
-    from tests.rollouts import CHEAP_COMPILE
-
-    jit = functools.partial(jax.jit, compiler_options=CHEAP_COMPILE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", jit)
-        patch.setattr(episodes, "_program", jit(episodes.run_episodes, static_argnums=0))
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=AS_USERS_GET))
         yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

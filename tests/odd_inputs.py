@@ -155,7 +155,7 @@ def other_unit(example: Example, rng: np.random.Generator) -> Odd:
     if example.name == "aiperf":
         return Odd("other unit", _write(example, rows), None)  # its nanoseconds are whole numbers
     scaled = [(time * scale, prompt, output) for time, prompt, output in figures(REQUESTS)]
-    clock = example.name in ("LLMServingSim", "guidellm")
+    clock = example.name in ("jaxroute serve", "LLMServingSim", "guidellm")
     if clock and not small:
         return Odd("other unit", _write(example, rows), None)  # beyond the year 5138
     said = "requests/s; were they sent at once" if small else "one request every"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import numpy as np
 
 from jaxroute.simulator.recorded import Recording, replay_by_iterations, replay_by_jumps
 from jaxroute.simulator.replay import engine_and_recording, result
+from tests.compiling import AS_USERS_GET
 
-_by_jumps = jax.jit(jax.vmap(replay_by_jumps))
-_by_iterations = jax.jit(jax.vmap(replay_by_iterations, in_axes=(0, 0, None)), static_argnums=2)
+_jit = functools.partial(jax.jit, compiler_options=AS_USERS_GET)
+_by_jumps = _jit(jax.vmap(replay_by_jumps))
+_by_iterations = _jit(jax.vmap(replay_by_iterations, in_axes=(0, 0, None)), static_argnums=2)
 
 
 def _pad(recording: Recording, size: int) -> Recording:

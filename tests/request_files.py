@@ -211,6 +211,26 @@ EXAMPLES = [
         "num_decode_tokens",
     ),
     Example(
+        "jaxroute serve",
+        "jsonl",
+        lambda i, r: {
+            "request_id": f"1f-{i}",
+            "sent_time": START + r.time / 1000,
+            "first_token_time": START + (r.time + r.ttft) / 1000,
+            "finish_time": START + _last(r),
+            "prompt_tokens": r.prompt,
+            "completion_tokens": r.output,
+            "outcome": "completed",
+        },
+        "sent_time",
+        "prompt_tokens",
+        "completion_tokens",
+        ("first_token_time", "finish_time"),
+        "request_id",
+        ordered=False,
+        failed=True,
+    ),
+    Example(
         "LLMServingSim",
         "jsonl",
         lambda i, r: {
@@ -284,5 +304,5 @@ EXAMPLES = [
 ]
 """All formats; both forms of Azure's dates."""
 
-TIMED = ("jaxroute", "recorded server", "LLMServingSim", "vLLM benchmark", "guidellm", "aiperf")
+TIMED = ("jaxroute", "recorded server", "jaxroute serve", "LLMServingSim", "vLLM benchmark", "guidellm", "aiperf")
 """Names of the formats with times of tokens."""

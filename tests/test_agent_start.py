@@ -13,8 +13,6 @@ from jaxroute.agent.start import Validator, linear_start
 from jaxroute.agent.trainer import policy_router
 from jaxroute.environment.observation import EXPERT_FEATURES
 
-pytestmark = pytest.mark.usefixtures("programs_that_run_once")
-
 NETWORK = RouterNetwork(hidden=8, heads=2, layers=1, mlp=(8,))
 
 
@@ -26,12 +24,12 @@ def small():
 def test_the_first_policy_is_the_linear_one(small):
     env, params = small
     keys = jax.random.split(jax.random.key(0), 64)
-    observation, _ = jax.vmap(env.reset, (0, None))(keys, params)
+    observation, _ = jax.jit(jax.vmap(env.reset, (0, None)))(keys, params)
     weights = jnp.asarray(np.random.default_rng(0).normal(size=len(EXPERT_FEATURES) + 1), jnp.float32)
     first = jax.tree.map(lambda leaf: leaf[0], observation)
-    variables = with_linear_policy(NETWORK.init(jax.random.key(1), first), 20 * weights)
+    variables = with_linear_policy(jax.jit(NETWORK.init)(jax.random.key(1), first), 20 * weights)
     router = policy_router(NETWORK, variables)
-    ours = jax.vmap(lambda seen: router(None, seen, None, None))(observation)
+    ours = jax.jit(jax.vmap(lambda seen: router(None, seen, None, None)))(observation)
     values = np.concatenate([observation.expert @ weights[:-1], np.full((64, 1), weights[-1])], axis=1)
     best, second = np.sort(np.where(observation.action_mask, values, -np.inf), axis=1).T[[-1, -2]]
     clear = best - second > 0.05  # the perceptron adds almost 0
@@ -55,9 +53,9 @@ def test_the_search_improves_and_repeats_itself(small):
 
 def test_validation_tells_good_from_bad(small):
     env, params = small
-    validator = Validator(env, params, None, decisions=6 * 60)
-    observation, _ = env.reset(jax.random.key(0), params)
-    variables = NETWORK.init(jax.random.key(1), observation)
+    validator = Validator(env, params, None, decisions=4 * 60)  # as below, so that a program is compiled once
+    observation, _ = jax.jit(env.reset)(jax.random.key(0), params)
+    variables = jax.jit(NETWORK.init)(jax.random.key(1), observation)
     zero = jnp.zeros(len(EXPERT_FEATURES) + 1)
     drops = policy_router(NETWORK, with_linear_policy(variables, zero.at[-1].set(50.0)))
     serves = policy_router(
@@ -75,9 +73,9 @@ def test_environments_that_differ_are_all_validated(small):
     rates = jnp.linspace(0.5, 30, 8)
     many = params.replace(workload=params.workload.replace(arrivals=arrivals.replace(rate=rates)))
     axes = axes.replace(workload=axes.workload.replace(arrivals=arrivals.replace(rate=0)))
-    observation, _ = env.reset(jax.random.key(0), params)
+    observation, _ = jax.jit(env.reset)(jax.random.key(0), params)
     weights = jnp.zeros(len(EXPERT_FEATURES) + 1).at[EXPERT_FEATURES.index("predicted_score")].set(50.0)
-    router = policy_router(NETWORK, with_linear_policy(NETWORK.init(jax.random.key(1), observation), weights))
+    router = policy_router(NETWORK, with_linear_policy(jax.jit(NETWORK.init)(jax.random.key(1), observation), weights))
     mixed = Validator(env, many, axes, decisions=4 * 60).qos(router)
     alone = [
         Validator(

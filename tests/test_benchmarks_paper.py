@@ -14,8 +14,6 @@ from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_config
 from jaxroute.routers import ROUTERS
 
-pytestmark = pytest.mark.usefixtures("programs_that_run_once")
-
 TINY = (
     "training.frames=64",
     "training.start_decisions=0",

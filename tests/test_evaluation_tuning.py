@@ -11,8 +11,6 @@ from jaxroute.evaluation import tuning
 from jaxroute.evaluation.tuning import Tuning, tune_routers
 from jaxroute.routers import ROUTERS, make_router
 
-pytestmark = pytest.mark.usefixtures("programs_that_run_once")
-
 
 @pytest.fixture(scope="module")
 def scenario():

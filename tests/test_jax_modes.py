@@ -134,6 +134,6 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 
 def test_automatic_and_explicit_sharding():
     environment = compile_fast()
-    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     ran = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

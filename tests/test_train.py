@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,12 +13,11 @@ import numpy as np
 import pytest
 
 from jaxroute.commands import evaluate, train
+from jaxroute.config import build
 from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_saved_config
 from jaxroute.runs.checkpoint import load_params
 from jaxroute.runs.progress import TrainingProgress
-
-pytestmark = pytest.mark.usefixtures("programs_that_run_once")
 
 TINY = [
     "training.frames=200",
@@ -25,6 +26,7 @@ TINY = [
     "training.batch_size=16",
     "training.steps_per_chunk=25",
     "training.start_decisions=960",
+    "training.improvement_decisions=1",
     "training.validation_decisions=60",
     "training.validations=2",
     "evaluation.routers=[trained,round_robin,shortest_queue,bert_router,random]",
@@ -38,6 +40,14 @@ TINY = [
     "network.mlp=[8]",
     "evaluation.episodes=3",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> Iterator[None]:
+    """Trainings of one configuration, but for what is traced, share the programs of their trainer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "make_trainer", functools.cache(build.make_trainer))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +110,13 @@ def test_same_seed_same_numbers(run, tmp_path):
 def test_whole_queues_on_the_jraph_path(tmp_path):
     """Trained and evaluated; the dense path takes the checkpoint."""
     folder = tmp_path / "graphs"
-    changes = ["network.kind=han_jraph", "environment.queue_nodes=all", "evaluation.routers=[trained]"]
+    changes = [
+        "network.kind=han_jraph",
+        "environment.queue_nodes=all",
+        "evaluation.routers=[trained]",
+        "training.start_decisions=0",  # both are others' subjects, and take longer to compile than the training
+        "training.validation_decisions=0",
+    ]
     assert train.main([*TINY, *changes, "--out", str(folder)]) == 0
     assert records(folder)[1]["critic_loss"] > 0
     routers = json.loads((folder / "evaluation.json").read_text())["routers"]

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a router and evaluate it",
     "sweep": "train with many settings and seeds at once",
+    "suite": "train and evaluate on every environment of a suite",
     "evaluate": "evaluate a trained router and others on the same episodes",
     "calibrate": "estimate the engine of a real server from its request log",
     "predict": "train and apply predictors of output lengths and scores",
     "timeline": "draw one episode as a picture, a trace and a page",
+    "serve": "route the requests of clients to real servers",
     "replay": "simulate one engine on a recorded list of requests",
 }
 """Name -> one line on what the command does."""

@@ -15,8 +15,8 @@ from jaxroute.console import print_notes, report_console
 from jaxroute.errors import UserError, command
 from jaxroute.evaluation.episodes import EpisodeValues, evaluate_routers
 from jaxroute.evaluation.tables import print_evaluation
-from jaxroute.evaluation.tuning import Tuning, tune_routers
-from jaxroute.routers import ROUTERS, make_router
+from jaxroute.evaluation.tuning import Tuning, tuned_routers
+from jaxroute.routers import ROUTERS, SLOW
 from jaxroute.runs.checkpoint import load_params
 
 
@@ -31,12 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that jaxroute train wrote")
     parser.add_argument("--episodes", type=int, help="fresh episodes, 2 or more (default: as in the run)")
     parser.add_argument("--seed", type=int, help="seed of the request streams (default: as in the run)")
-    parser.add_argument("--routers", metavar="NAMES", help="all, or names separated by commas (default: as in the run)")
+    parser.add_argument("--routers", metavar="NAMES", help=(
+        f"names separated by commas, or all, which are those without {', '.join(SLOW)} (default: as in the run)"
+    ))  # fmt: skip
     arguments = parser.parse_args(argv)
     if not (arguments.run / "config.yaml").is_file():
         raise UserError(f"{arguments.run}: has no config.yaml; give a folder that jaxroute train wrote")
 
-    names = ",".join(["trained", *ROUTERS]) if arguments.routers == "all" else arguments.routers
+    fast = [name for name in ROUTERS if name not in SLOW]
+    names = ",".join(["trained", *fast]) if arguments.routers == "all" else arguments.routers
     routers = None if names is None else f"[{names}]"
     given = {"episodes": arguments.episodes, "seed": arguments.seed, "routers": routers}
     overrides = [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
@@ -63,14 +66,9 @@ def compare(config: Config, experiment: Experiment, params: Any, console: Consol
             spent = "kept" if tuning.kept else f"{tuning.decisions:,} decisions, {tuning.seconds:.0f} s"
             console.print(f"tuned {name}: {numbers} ({spent})", highlight=False)
 
-    rules = [name for name in evaluation.routers if name != "trained"]
-    tunings = tune_routers(env, env_params, rules, decisions=decisions(config.training), done=tuned)
-    routers = {
-        name: policy_router(experiment.network, params)
-        if name == "trained"
-        else make_router(name, env, **tunings[name].parameters)
-        for name in evaluation.routers
-    }
+    trained = policy_router(experiment.network, params)
+    names, budget = evaluation.routers, decisions(config.training)
+    routers = tuned_routers(env, env_params, names, trained=trained, decisions=budget, done=tuned)
 
     def done(name: str, values: EpisodeValues) -> None:
         console.print(f"evaluated {name}: QoS {values['qos'].mean():.4f}", highlight=False)
@@ -79,5 +77,6 @@ def compare(config: Config, experiment: Experiment, params: Any, console: Consol
 
 
 def decisions(training: TrainingConfig) -> int:
-    """Simulated decisions of a training, with the search for its start and all validations."""
-    return training.frames + training.start_decisions + (training.validations + 1) * training.validation_decisions
+    """Simulated decisions of a training, with the search for its start, the start's improvement and all validations."""
+    validated = (training.validations + 2) * training.validation_decisions
+    return training.frames + training.start_decisions + training.improvement_decisions + validated

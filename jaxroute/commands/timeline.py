@@ -9,8 +9,8 @@ from jaxroute.config.build import Experiment, build_experiment, build_network
 from jaxroute.config.loader import load_config, load_saved_config
 from jaxroute.console import print_notes, report_console
 from jaxroute.errors import UserError, command, require_known
-from jaxroute.evaluation.tuning import tune_routers
-from jaxroute.routers import ROUTER_LABELS, ROUTERS, make_router
+from jaxroute.evaluation.tuning import tuned_routers
+from jaxroute.routers import ROUTER_LABELS, ROUTERS
 from jaxroute.routers.choice import Router
 from jaxroute.runs.checkpoint import load_params
 from jaxroute.runs.run_folder import prepare_run_folder
@@ -58,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_notes(console, experiment.notes)
     env, params = experiment.env, experiment.params
     routers: dict[str, Router] = {}
-    tunings = tune_routers(env, params, [name for name in names if name not in networks])
+    rules = tuned_routers(env, params, [name for name in names if name not in networks])
     for name in names:
         if name in networks:
             routers["Trained" if len(runs) == 1 else f"Trained, {name}"] = networks[name]
         else:
-            routers[ROUTER_LABELS[name]] = make_router(name, env, **tunings[name].parameters)
+            routers[ROUTER_LABELS[name]] = rules[name]
     seed, title = config.evaluation.seed, config.environment.id
     for episode in write_timeline(arguments.out, env, params, routers, experiment.experts, seed, title):
         counts = [f"{(episode.requests.fate == fate).sum()} {name}" for fate, name in enumerate(FATES)]

@@ -140,6 +140,7 @@ class TrainingConfig:
 
     frames: Count  # decisions over all environments, without those of the start and of validation
     start_decisions: Whole  # decisions of the search for a linear policy to start from; 0: starts at random
+    improvement_decisions: Whole  # decisions in which the start's best two actions are compared; 0: it is not improved
     validation_decisions: Whole  # decisions of a validation of the greedy policy; 0: the last policy is kept
     validations: Count  # number of validations during the training, evenly spread
     num_envs: Count

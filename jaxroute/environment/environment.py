@@ -1,6 +1,7 @@
 """The routing environment: one step handles one arriving request, which the action sends to an expert or drops."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,13 +12,17 @@ from jaxroute.environment.metrics import empty_totals, totals_first, totals_last
 from jaxroute.environment.settings import Settings
 from jaxroute.environment.spaces import Discrete, Space, observation_space
 from jaxroute.environment.state import EnvParams, EnvState, QueuedRequests
-from jaxroute.environment.step import Observation, observe_batch, step
+from jaxroute.environment.step import Observation, drain, observe_batch, step
 from jaxroute.environment.turns import Arrival
 from jaxroute.simulator.engine import empty_engine
 
 DYNAMICS_VERSION = 2
 """Version of what environments compute, independent of the package's version. Only results of equal versions can be
 compared. A change of the observations, rewards or requests of a key increases it (tests/test_contract.py)."""
+
+# Programs trace a step once for each `jax.vmap` around it. With this they share what is traced for equal shapes, in one
+# program and with all others of the process; the programs are the same without it.
+_traced_once = partial(jax.jit, static_argnums=0, inline=True)
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,25 @@ class RoutingEnvironment(Settings):
         """The observation of a state, equal to the one that `reset` or `step` returned with it."""
         return over_batch(self._observe)(state.replace(totals=None), params.replace(workload=None))
 
+    @in_own_modes
+    def drain(self, state: EnvState, params: EnvParams) -> jax.Array:
+        """QoS, float [], of the requests at the experts if they run to their ends without further arrivals."""
+        return over_batch(self._drain)(state.replace(totals=None), params.replace(workload=None))
+
     def queue_lengths(self, state: EnvState) -> jax.Array:
         """int32 [N]: number of requests running or waiting at each expert."""
         return state.engines.num_requests
 
+    @_traced_once
     def _observe(self, state: EnvState, params: EnvParams) -> Observation:
         """Like `observe`, with all leaves [B, ...]."""
         return observe_batch(self, batch_last(state), batch_last(params))
 
+    def _drain(self, state: EnvState, params: EnvParams) -> jax.Array:
+        """Like `drain`, with all leaves [B, ...]."""
+        return drain(batch_last(state), batch_last(params))
+
+    @_traced_once
     def _step(self, state: EnvState, action: jax.Array, arrival: Arrival, first: Arrival, params: EnvParams):
         """Like `step`, with all leaves [B, ...]. `params` has no workload; `first` begins the next episode."""
         truncated = state.step + 1 >= self.episode_length

@@ -14,7 +14,8 @@ from jaxroute.errors import UserError, require_known
 from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.profiles import EXPERTS, cluster, engine_profiles
 from jaxroute.workload.arrivals import Arrivals, PoissonArrivals
-from jaxroute.workload.requests import FrozenRequests
+from jaxroute.workload.requests import FrozenRequests, QuantileRequests
+from jaxroute.workload.trace_lengths import Lengths
 from jaxroute.workload.workload import Workload
 
 PAPER_PENALTY = {"chatglm-6b": (6.8e-5, 2.5e-5)}
@@ -63,10 +64,11 @@ def make_params(
     )
 
 
-def frozen_workload(experts: Sequence[str], arrivals: Arrivals) -> Workload:
-    """Requests of the frozen generator for these experts, with these arrivals."""
+def frozen_workload(experts: Sequence[str], arrivals: Arrivals, lengths: Lengths | None = None) -> Workload:
+    """Requests of the frozen generator for these experts, with these arrivals, and other `lengths` if given."""
     scores = [EXPERTS[require_known(expert, EXPERTS, "expert")].mean_score for expert in experts]
-    return Workload.create(arrivals, FrozenRequests.create(scores))
+    requests = FrozenRequests.create(scores) if lengths is None else QuantileRequests.create(lengths, scores)
+    return Workload.create(arrivals, requests)
 
 
 def params_of(

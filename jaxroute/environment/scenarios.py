@@ -20,10 +20,12 @@ from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError, require_known
 from jaxroute.files import read_yaml
 from jaxroute.simulator.catalogue import load_profile
+from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.engine_config import engine_from_config, stack_engines
 from jaxroute.workload.arrivals import Arrivals, MarkovArrivals, PoissonArrivals, TraceArrivals
 from jaxroute.workload.requests import FrozenRequests
 from jaxroute.workload.trace import load_trace
+from jaxroute.workload.trace_lengths import AZURE_CONVERSATION, MOONCAKE_CONVERSATION, Lengths
 from jaxroute.workload.workload import Workload
 
 THREE, SIX = SCENARIOS["paper-3"], SCENARIOS["paper-6"]
@@ -40,18 +42,21 @@ def _of_experts(
     profile: str | Sequence[str] = "paper",
     latency_limit: float = 0.030,
     middle: dict[str, float] | None = None,
+    lengths: Lengths | None = None,
+    engine: dict[str, Any] | None = None,
     **defaults: Any,
 ) -> tuple[RoutingEnvironment, EnvParams]:
     """Experts of `EXPERTS` with requests of the frozen generator; `options` override the other arguments.
 
     `middle` are factors of the first expert in the middle third of an episode, with the names of `Disturbances`.
+    `lengths` take the place of the generator's, and `engine` has further arguments of `make_params`.
     """
-    chosen: dict[str, Any] = {"experts": experts, "profile": profile}
+    chosen: dict[str, Any] = {"experts": experts, "profile": profile, **(engine or {})}
     chosen.update((key, options[key]) for key in OF_EXPERTS if key in options)
     experts = chosen["experts"]
     others = {key: value for key, value in options.items() if key not in OF_EXPERTS}
     env = environment_of(len(experts), others, **defaults)
-    params = make_params(**chosen, workload=frozen_workload(experts, arrivals), latency_limit=latency_limit)
+    params = make_params(**chosen, workload=frozen_workload(experts, arrivals, lengths), latency_limit=latency_limit)
     return env, params if middle is None else params.replace(disturbances=_middle(env, middle))
 
 
@@ -111,36 +116,20 @@ ENGINE_KEYS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block
 def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnvironment, EnvParams]:
     """Experts from a YAML file; docs/environment.md describes its format."""
     path = _needs(path, "cluster", "a YAML file of experts (docs/environment.md)")
-    tree = _mapping(path, read_yaml(path), "the file", CLUSTER_KEYS)
+    tree = mapping(path, read_yaml(path), "the file", CLUSTER_KEYS)
     listed = tree.get("experts")
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{path}: experts: must be a list of one or more experts")
     engines, scores = [], []
     for index, entry in enumerate(listed):
         where = f"experts[{index}]"
-        expert = _mapping(path, entry, where, (*EXPERT_KEYS, *ENGINE_KEYS))
-        for key in ("mean_score",) if "profile" in expert else ("mean_score", "latency", "kv_blocks"):
-            if key not in expert:
-                raise UserError(f"{path}: {where}: {key} is missing")
-        scores.append(_positive(path, f"{where}: mean_score", expert["mean_score"]))
-        if "profile" in expert:
-            own = {key: expert[key] for key in (*ENGINE_KEYS, "latency", "kv_blocks") if key in expert}
-            if own:
-                raise UserError(f"{path}: {where}: the profile contains {next(iter(own))}; leave one of them out")
-            config = load_profile(str(expert["profile"]))["engine"]
-            engines.append(engine_from_config(config, f"{path}: {where}"))
-            continue
-        blocks = expert["kv_blocks"]
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
-            raise UserError(f"{path}: {where}: kv_blocks must be a whole number of at least 1, not {blocks!r}")
-        config = {
-            "latency": expert["latency"],
-            "num_gpu_blocks": blocks + 1,  # vLLM keeps one block
-            **{key: expert[key] for key in ENGINE_KEYS if key in expert},
-        }
-        engines.append(engine_from_config(config, f"{path}: {where}"))
+        expert = mapping(path, entry, where, (*EXPERT_KEYS, *ENGINE_KEYS))
+        if "mean_score" not in expert:
+            raise UserError(f"{path}: {where}: mean_score is missing")
+        scores.append(positive(path, f"{where}: mean_score", expert["mean_score"]))
+        engines.append(expert_engine(path, where, expert))
     rate, limit, scale = (
-        _positive(path, key, tree.get(key, default))
+        positive(path, key, tree.get(key, default))
         for key, default in (("rate", 3.0), ("latency_limit", 0.03), ("token_scale", 256.0))
     )
     try:
@@ -151,7 +140,33 @@ def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnv
     return environment_of(len(listed), options), params_of(workload, stacked, limit, scale)
 
 
-def _mapping(path: Path, tree: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
+def expert_engine(path: Path, where: str, expert: dict[str, Any]) -> EngineParams:
+    """The engine of an expert in a cluster's file, from its profile, or from latency, kv_blocks and `ENGINE_KEYS`.
+
+    `where` names the expert in errors. Raises `UserError`.
+    """
+    if "profile" in expert:
+        own = {key: expert[key] for key in (*ENGINE_KEYS, "latency", "kv_blocks") if key in expert}
+        if own:
+            raise UserError(f"{path}: {where}: the profile contains {next(iter(own))}; leave one of them out")
+        config = load_profile(str(expert["profile"]))["engine"]
+        return engine_from_config(config, f"{path}: {where}")
+    for key in ("latency", "kv_blocks"):
+        if key not in expert:
+            raise UserError(f"{path}: {where}: {key} is missing")
+    blocks = expert["kv_blocks"]
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+        raise UserError(f"{path}: {where}: kv_blocks must be a whole number of at least 1, not {blocks!r}")
+    config = {
+        "latency": expert["latency"],
+        "num_gpu_blocks": blocks + 1,  # vLLM keeps one block
+        **{key: expert[key] for key in ENGINE_KEYS if key in expert},
+    }
+    return engine_from_config(config, f"{path}: {where}")
+
+
+def mapping(path: Path, tree: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
+    """`tree`, a mapping with no other keys than `keys`. Raises `UserError`."""
     if not isinstance(tree, dict):
         raise UserError(f"{path}: {where}: must be a mapping with the keys {', '.join(keys)}")
     for key in tree:
@@ -159,7 +174,8 @@ def _mapping(path: Path, tree: Any, where: str, keys: Sequence[str]) -> dict[str
     return tree
 
 
-def _positive(path: Path, key: str, value: Any) -> float:
+def positive(path: Path, key: str, value: Any) -> float:
+    """`value`, a number above 0. Raises `UserError`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise UserError(f"{path}: {key} must be a number above 0, not {value!r}")
     return float(value)
@@ -221,6 +237,34 @@ _scenario(
     arrivals=lambda: PoissonArrivals.create(40.0),
     profile=("rtxpro6000x2-qwen3-32b", "rtx4090-llama-3.1-8b", "rtxpro6000-llama-3.1-8b"),
     slots=96,
+)
+_scenario(
+    "memory-3",
+    "RTX 4090s with 14,000 tokens of KV cache, prompts of 1,100, 5.5 requests/s: what a queue holds, not its length",
+    arrivals=lambda: PoissonArrivals.create(5.5),
+    profile="rtx4090",
+    latency_limit=0.040,
+    lengths=AZURE_CONVERSATION,
+    engine={"kv_cache_tokens": 14_000},
+)
+_scenario(
+    "memory-6",
+    "as memory-3 with six experts at 13 requests/s: the best has a quarter of the KV cache of the largest",
+    arrivals=lambda: PoissonArrivals.create(13.0),
+    experts=SIX,
+    profile="rtx4090",
+    latency_limit=0.040,
+    lengths=AZURE_CONVERSATION,
+    engine={"kv_cache_tokens": (7_000, 14_000, 14_000, 14_000, 28_000, 28_000)},
+)
+_scenario(
+    "long-prompts-3",
+    "prompts of 3,200 tokens in bursts, KV caches of 14,000: four requests fill an expert, and some are best dropped",
+    arrivals=lambda: MarkovArrivals.create((0.75, 3.0), (25.0, 5.0)),
+    profile="rtx4090",
+    latency_limit=0.060,
+    lengths=MOONCAKE_CONVERSATION,
+    engine={"kv_cache_tokens": 14_000},
 )
 SCENARIOS["azure"] = THREE
 register("azure", _azure, 'the arrivals of a recorded trace, path="...csv", whose rate varies over hours')

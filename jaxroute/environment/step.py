@@ -4,6 +4,8 @@ The B environments are the last axis of all arrays here, [slots, experts, B], ex
 record of the totals, where they are the first axis (see `batching`).
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -48,6 +50,7 @@ def step(
     return take_both(lambda state, turn: take_turn(settings, state, turn, params), state, decision, end)
 
 
+@partial(jax.jit, static_argnums=0, inline=True)  # a step takes it twice: what is traced for equal shapes is shared
 def take_turn(settings: Settings, state: EnvState, turn: Turn, params: EnvParams) -> Taken:
     """A turn of the participating environments, on any number of slots that holds all of their requests."""
     now = params.at(state.step)
@@ -59,6 +62,13 @@ def take_turn(settings: Settings, state: EnvState, turn: Turn, params: EnvParams
     state = _count(settings, state, finished, completed, work, now)
     state = _move_on(state, turn, qos, now)
     return Taken(state, observe_batch(settings, state, params), qos, credit, jnp.where(joined, penalty, 0))
+
+
+def drain(state: EnvState, params: EnvParams) -> jax.Array:
+    """QoS, float [B], of the requests that have joined, if the engines run until they are empty."""
+    now = params.at(state.step)
+    _, finished, _ = _run(state, jnp.full(state.step.shape, AFTER_ALL), now)
+    return _reward(_completed(finished), now)[0]
 
 
 def observe_batch(settings: Settings, state: EnvState, params: EnvParams) -> Observation:

@@ -85,17 +85,23 @@ def follow_episodes(
 ) -> tuple[dict[str, jax.Array], Any]:
     """Metrics of one episode per key under policy `which` (int32 []), and [T, episodes] of what `note` returns.
 
-    `which` has no batch axis, so `switch` runs only that policy.
+    `which` has no batch axis, so `switch` runs only that policy. The arrival of decision d has the key
+    `fold_in(environment's key, d)`. A policy with `knows_future` receives that key of the environment.
     """
     env_keys, router_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     fold_in = jax.vmap(jax.random.fold_in, (0, None))
     # `switch` hashes its branches, and a pytree with traced leaves cannot be hashed.
-    branches = [lambda *inputs, policy=policy: policy(*inputs) for policy in policies]
-    route = jax.vmap(partial(jax.lax.switch, which, branches), (0, 0, 0, None))
+    branches = [
+        lambda own, env_key, *inputs, policy=policy: policy(
+            env_key if getattr(policy, "knows_future", False) else own, *inputs
+        )
+        for policy in policies
+    ]
+    route = jax.vmap(partial(jax.lax.switch, which, branches), (0, 0, 0, 0, None))
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, Any]:
         observation, before = carry
-        actions = route(fold_in(router_keys, index), observation, before, params)
+        actions = route(fold_in(router_keys, index), env_keys, observation, before, params)
         step_keys = fold_in(env_keys, index)
         observation, state, *_, info = jax.vmap(env.step, (0, 0, 0, None))(step_keys, before, actions, params)
         return (observation, state), note(before.request, actions, info["elapsed"])

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxroute.errors import UserError, require_known
 from jaxroute.evaluation.episodes import for_search, run_episodes
 from jaxroute.files import cache_folder, write_text
 from jaxroute.routers import ROUTERS, Parameters, make_router
+from jaxroute.routers.choice import Router
 
 DECISIONS = 400_000
 """Simulated decisions for each router: as many as `training.frames` of `configs/default.yaml`."""
@@ -85,6 +86,32 @@ def tune_routers(
             _write(paths[name], found[name])
         done(name, found[name])
     return {name: found[name] for name in paths}
+
+
+def tuned_routers(
+    env: RoutingEnvironment,
+    params: EnvParams,
+    names: Sequence[str],
+    *,
+    trained: Router | None = None,
+    decisions: int = DECISIONS,
+    done: Callable[[str, Tuning], None] = lambda name, tuning: None,
+) -> dict[str, Router]:
+    """The routers of these names with their best parameters (`tune_routers`), "trained" among them if it is given.
+
+    A router that follows another one in its simulations follows `trained`, or without it a tuned rule.
+    """
+    rules = [name for name in names if name != "trained"]
+    followed = {name: rule for name in rules if (rule := ROUTERS[name].follows)}
+    to_tune = dict.fromkeys([*rules, *(() if trained else followed.values())])
+    tunings = tune_routers(env, params, list(to_tune), decisions=decisions, done=done)
+    routers: dict[str, Any] = {"trained": trained}
+    for name in to_tune:
+        if name not in followed:
+            routers[name] = make_router(name, env, **tunings[name].parameters)
+    for name, rule in followed.items():
+        routers[name] = make_router(name, env, policy=trained or routers[rule])
+    return {name: routers[name] for name in names}
 
 
 def _tunable(name: str, env: RoutingEnvironment) -> bool:

@@ -1,4 +1,4 @@
-"""Routers by name: the paper's heuristics, rules of current systems, and three that run the simulator forward."""
+"""Routers by name: the paper's heuristics, rules of current systems, and those that run the simulator forward."""
 
 import inspect
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from jax.core import Tracer
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.errors import UserError, require_known
-from jaxroute.routers import paper, planning, serving
-from jaxroute.routers.choice import RuleRouter
+from jaxroute.routers import paper, planning, rollout, serving
+from jaxroute.routers.choice import Router, RuleRouter
 
 Parameters = dict[str, float | int]
-"""Parameters of a rule, by name."""
+"""Numbers of a rule, by name."""
 
 
 class Range(NamedTuple):
@@ -34,6 +34,8 @@ class RouterSpec(NamedTuple):
     ranges: dict[str, Range] = {}  # of the parameters that tuning searches
     fixed: Parameters = {}  # parameters that make_router sets, unless they are given
     choices: Callable[[int], list[Parameters]] = lambda num_experts: [{}]  # of N experts, tried too
+    follows: str | None = None  # the router that its parameter `policy` is, unless another one is given
+    knows_future: bool = False  # see `RuleRouter`
 
 
 def _pairs(num_experts: int) -> list[Parameters]:
@@ -41,6 +43,8 @@ def _pairs(num_experts: int) -> list[Parameters]:
     pairs = list(combinations(range(num_experts), 2)) or [(0, 0)]
     return [{"strong": strong, "weak": weak} for strong, weak in pairs]
 
+
+_EXPERTS = ("strong", "weak")  # parameters that are the number of an expert
 
 _ADMISSION = {"admission": Range(0.5, 2, log=True)}
 
@@ -76,11 +80,15 @@ _RULES = {
     "block": RouterSpec(planning.block, "Block"),
     "lookahead": RouterSpec(planning.lookahead, "Lookahead"),
     "clairvoyant": RouterSpec(planning.clairvoyant, "Clairvoyant"),
+    "rollout": RouterSpec(rollout.rollout, "Rollout", follows="index_rule+admission"),
+    "rollout_clairvoyant": RouterSpec(
+        rollout.rollout_clairvoyant, "Rollout, clairvoyant", follows="index_rule+admission", knows_future=True
+    ),
 }
 """A new router is one entry here; configuration, help texts, tables and pictures follow from it."""
 
 # `bert_router` with admission is `feasible_best`, and the planning routers drop on their own.
-_WITHOUT_ADMISSION = ("bert_router", "feasible_best", "lookahead", "clairvoyant")
+_WITHOUT_ADMISSION = ("bert_router", "feasible_best", "lookahead", "clairvoyant", "rollout", "rollout_clairvoyant")
 _WITH_ADMISSION = {
     f"{name}+admission": spec._replace(
         label=f"{spec.label} + admission", ranges={**spec.ranges, **_ADMISSION}, fixed={"admission": 1.0}
@@ -94,25 +102,33 @@ ROUTERS = {**_RULES, **_WITH_ADMISSION}
 ROUTER_LABELS = {"trained": "Trained", **{name: spec.label for name, spec in ROUTERS.items()}}
 
 
+SLOW = tuple(name for name, spec in ROUTERS.items() if spec.follows)
+"""Routers that simulate thousands of decisions for each of their own."""
+
+
 def make_router(name: str, env: RoutingEnvironment, **parameters: Any) -> RuleRouter:
     """The router of this name for `env`. `parameters` override the defaults of its rule, and may be traced.
 
     Every router has a parameter `admission`: requests are dropped unless some expert's predicted latency is below it
-    times the limit (`RuleRouter`). The default is to admit all, and 1 for names that end in +admission.
+    times the limit (`RuleRouter`). The default is to admit all, and 1 for names that end in +admission. The rollouts
+    have a parameter `policy`, any router; the default is index_rule+admission.
 
     Raises:
         UserError: no router has this name, the router has no such parameter, or a value cannot be one of it.
     """
     spec = ROUTERS[require_known(name, ROUTERS, "router")]
     rule, parameters = spec.rule, {**spec.fixed, **parameters}
+    policy: Router | None = parameters.pop("policy", None) if spec.follows else None
     own = {key: value for key, value in inspect.signature(rule).parameters.items() if value.kind is value.KEYWORD_ONLY}
     for key, value in parameters.items():
         require_known(key, [*own, "admission"], f"parameter of the router {name}")
         if not isinstance(value, Tracer):
-            _check_value(
-                f"{name}: {key}", value, env.num_experts if key in own and isinstance(own[key].default, int) else None
-            )
-    return RuleRouter(rule, env, parameters)
+            _check_value(f"{name}: {key}", value, env.num_experts if key in _EXPERTS else None)
+    if spec.follows:
+        if policy is not None and not callable(policy):
+            raise UserError(f"router {name}: policy must be a router, not {policy!r}")
+        parameters["policy"] = make_router(spec.follows, env) if policy is None else policy
+    return RuleRouter(rule, env, parameters, spec.knows_future)
 
 
 def _check_value(what: str, value: Any, num_experts: int | None) -> None:

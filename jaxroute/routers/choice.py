@@ -26,6 +26,8 @@ class RuleRouter(struct.PyTreeNode):
     rule: Callable[..., jax.Array] = struct.field(pytree_node=False)
     env: RoutingEnvironment = struct.field(pytree_node=False)
     parameters: dict[str, Any]  # parameters of the rule, and `admission`, by name, traced
+    # its key is that of the environment in the episode, from which the requests to come can be sampled
+    knows_future: bool = struct.field(pytree_node=False, default=False)
 
     @in_own_modes
     def __call__(self, key: jax.Array, observation: Any, state: EnvState, params: EnvParams) -> jax.Array:

@@ -1,7 +1,8 @@
 """Requests and their arrivals: `Workload.sample` draws the next arrival from a key, inside jit and vmap.
 
 Arrivals are a Poisson process, a process with bursts, a recorded trace, or have piecewise constant rates. Requests come
-from the frozen generator of the paper's scenarios, from a table of recorded answers, or from the lengths of the trace.
+from the frozen generator of the paper's scenarios, from quantiles of the lengths of public traces, from a table of
+recorded answers, or from the lengths of the trace.
 The loaders read recorded answers and traces.
 """
 
@@ -9,7 +10,7 @@ from jaxroute.workload.arrivals import MarkovArrivals, PiecewiseArrivals, Poisso
 from jaxroute.workload.frozen import predict_with_frozen_errors
 from jaxroute.workload.mixinstruct import load_mixinstruct
 from jaxroute.workload.request import Request
-from jaxroute.workload.requests import FrozenRequests, TableRequests, TraceRequests
+from jaxroute.workload.requests import FrozenRequests, QuantileRequests, TableRequests, TraceRequests
 from jaxroute.workload.table import RequestTable, Trace
 from jaxroute.workload.trace import load_trace
 from jaxroute.workload.workload import Workload
@@ -19,6 +20,7 @@ __all__ = [
     "MarkovArrivals",
     "PiecewiseArrivals",
     "PoissonArrivals",
+    "QuantileRequests",
     "Request",
     "RequestTable",
     "TableRequests",

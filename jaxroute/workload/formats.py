@@ -79,6 +79,14 @@ FORMATS = (
             start="queued_s", identity="request_id", shared="shared_prefix_tokens", earliest=-math.inf,
         ),
     ),
+    Format(
+        "jaxroute serve",
+        Columns(
+            "sent_time", "prompt_tokens", "completion_tokens", first="first_token_time", last="finish_time",
+            identity="request_id", failed="failed or cancelled",
+        ),
+        ordered=False,
+    ),
     Format("Azure LLM", Columns("TIMESTAMP", "ContextTokens", "GeneratedTokens", unit="date")),
     Format("Mooncake", Columns("timestamp", "input_length", "output_length", unit="ms")),
     Format(

@@ -6,6 +6,7 @@ Request`, which `Workload` calls; `row` is the arrival's row in the trace, which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -30,6 +31,7 @@ from jaxroute.workload.frozen import (
 )
 from jaxroute.workload.request import Request
 from jaxroute.workload.table import RequestTable
+from jaxroute.workload.trace_lengths import Lengths
 
 
 def _mixture(num_experts: int) -> np.ndarray:
@@ -110,6 +112,66 @@ class FrozenRequests(struct.PyTreeNode):
             predicted_output_tokens=_tokens(LOG_OUTPUT_MEAN + predicted_output),
             predicted_score=self.score_mean + predicted_score,
         )
+
+
+class QuantileRequests(struct.PyTreeNode):
+    """Requests with lengths drawn from Q quantiles at equal steps of the level; the rest is as in the frozen generator.
+
+    A normal of the frozen generator gives the level of the prompt, and one for each expert that of its output: so
+    outputs of one request at different experts are alike (the normals have a correlation of .5), and independent of the
+    prompt. Between two quantiles the logarithm of the length is linear in the level; lengths are rounded. The predicted
+    length has the frozen generator's error, as in `TraceRequests`, within the smallest and the largest length.
+    """
+
+    log_prompt: jax.Array  # float [Q], logarithms of the quantiles in tokens, traced
+    log_output: jax.Array  # float [Q], traced
+    score_mean: jax.Array  # float [N], each expert's mean score, 0 to 1, traced
+
+    @classmethod
+    def create(cls, lengths: Lengths, score_mean: Sequence[float] | np.ndarray) -> QuantileRequests:
+        """From quantiles and each expert's mean score, [N] from 0 to 1. Raises `UserError`."""
+        return cls(
+            log_prompt=jnp.asarray(np.log(lengths.prompt_tokens), float),
+            log_output=jnp.asarray(np.log(lengths.output_tokens), float),
+            score_mean=_mean_scores(score_mean),
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return self.score_mean.shape[-1]
+
+    @property
+    def draws(self) -> int:
+        """The number of uniforms of one request, the same as of the frozen generator."""
+        return 3 + 3 * self.num_experts
+
+    def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
+        """A request from `uniforms` [draws]."""
+        del row
+        prompt, (output, predicted_output, score, predicted_score) = _deviations(uniforms, self.num_experts)
+        log_prompt = _at_normal(self.log_prompt, prompt / LOG_PROMPT_STD)
+        log_output = _at_normal(self.log_output, output / math.hypot(LOG_OUTPUT_SHARED_STD, LOG_OUTPUT_STD))
+        log_predicted = jnp.clip(log_output + predicted_output - output, self.log_output[0], self.log_output[-1])
+        return Request(
+            prompt_tokens=_rounded(log_prompt),
+            output_tokens=_rounded(log_output),
+            score=jnp.clip(self.score_mean + score, 0.0, 1.0),
+            predicted_output_tokens=_rounded(log_predicted),
+            predicted_score=self.score_mean + predicted_score,
+        )
+
+
+def _at_normal(quantiles: jax.Array, normal: jax.Array) -> jax.Array:
+    """What has the same level among `quantiles` [Q] as standard `normal` variates [...]."""
+    steps = quantiles.shape[0] - 1
+    place = steps * jax.scipy.special.ndtr(normal)
+    below = jnp.minimum(place.astype(jnp.int32), steps - 1)
+    return quantiles[below] + (place - below) * (quantiles[below + 1] - quantiles[below])
+
+
+def _rounded(log_tokens: jax.Array) -> jax.Array:
+    return jnp.round(jnp.exp(log_tokens)).astype(jnp.int32)
 
 
 class TableRequests(struct.PyTreeNode):

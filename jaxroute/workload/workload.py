@@ -11,7 +11,9 @@ from flax import struct
 from jaxroute.errors import UserError
 from jaxroute.workload.arrivals import Arrivals, TraceArrivals, WorkloadState
 from jaxroute.workload.request import Request
-from jaxroute.workload.requests import FrozenRequests, TableRequests, TraceRequests
+from jaxroute.workload.requests import FrozenRequests, QuantileRequests, TableRequests, TraceRequests
+
+Requests = FrozenRequests | QuantileRequests | TableRequests | TraceRequests
 
 
 class Workload(struct.PyTreeNode):
@@ -21,7 +23,7 @@ class Workload(struct.PyTreeNode):
     """
 
     arrivals: Arrivals
-    requests: FrozenRequests | TableRequests | TraceRequests
+    requests: Requests
     true_lengths: bool = struct.field(
         pytree_node=False, default=False
     )  # static: predicted lengths are the true lengths
@@ -30,7 +32,7 @@ class Workload(struct.PyTreeNode):
     def create(
         cls,
         arrivals: Arrivals,
-        requests: FrozenRequests | TableRequests | TraceRequests,
+        requests: Requests,
         true_lengths: bool = False,
     ) -> Workload:
         """Raises `UserError` for requests with a trace's lengths without that trace's arrivals."""

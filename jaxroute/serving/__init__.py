@@ -1,0 +1,1 @@
+"""Live traffic: routers in front of real OpenAI-compatible servers (`jaxroute serve`)."""

@@ -1,0 +1,1 @@
+"""Suites of environments on which routers are compared: frozen descriptions, their results, tables and pictures."""
