@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.environment.disturbances import FAILED, Disturbances
@@ -23,7 +21,7 @@ from jaxroute.errors import UserError, require_known
 from jaxroute.files import read_yaml
 from jaxroute.simulator.catalogue import load_profile
 from jaxroute.simulator.engine import EngineParams
-from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.simulator.engine_config import engine_from_config, stack_engines
 from jaxroute.workload.arrivals import Arrivals, MarkovArrivals, PoissonArrivals, TraceArrivals
 from jaxroute.workload.requests import FrozenRequests
 from jaxroute.workload.trace import load_trace
@@ -138,7 +136,7 @@ def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnv
         workload = Workload.create(PoissonArrivals.create(rate), FrozenRequests.create(scores))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *engines)
+    stacked = stack_engines(engines, f"{path}: experts")
     return environment_of(len(listed), options), params_of(workload, stacked, limit, scale)
 
 
