@@ -117,15 +117,15 @@ def _publish(folder: SuiteFolder) -> None:
 def _jobs(chosen: Suite, environment: str, seeds: Sequence[int], folder: SuiteFolder, console: Console) -> list[_Job]:
     """The parts of one environment. Each reads those before it from the folder."""
 
+    def rules() -> dict[str, Any]:
+        return folder.part(environment, "rules") or {}
+
     def tuned(name: str) -> Parameters:
-        return (folder.part(environment, "rules") or {})["parameters"][name]
+        return rules()["parameters"][name]
 
     def rule(name: str) -> dict[str, Any]:
         column = chosen.evaluate(lambda env, _: make_router(name, env, **tuned(name)), [environment])
         return {"router": name, "parameters": tuned(name), "qos": column[environment]}
-
-    def best_other_rule() -> dict[str, Any]:
-        return rule((folder.part(environment, "rules") or {})["best_other_rule"])
 
     def ceiling() -> dict[str, Any]:
         """A router that follows another one in its simulations follows the index rule."""
@@ -143,7 +143,7 @@ def _jobs(chosen: Suite, environment: str, seeds: Sequence[int], folder: SuiteFo
     jobs: list[_Job] = [
         _Job(environment, "rules", lambda: _rules(chosen, environment, console)),
         _Job(environment, "index_rule", lambda: rule(chosen.index_rule)),
-        _Job(environment, "best_other_rule", best_other_rule),
+        _Job(environment, "best_other_rule", lambda: rule(rules()["best_other_rule"])),
         _Job(environment, "ceiling", ceiling),
     ]
     for column in chosen.trained:
