@@ -64,7 +64,9 @@ def vllm_servers(
         for address, process in zip(addresses, processes, strict=True):
             while not _is_up(address):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise UserError(f"{logs}: a server did not start; its log is there")
+                    log = logs / f"server_{address.rsplit(':', 1)[1]}.log"
+                    last = log.read_text(errors="replace").splitlines()[-1:]
+                    raise UserError(f"the server at {address} did not start: {' '.join(last)[:300]}")
                 time.sleep(1)
         yield addresses
     finally:
