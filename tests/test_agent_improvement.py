@@ -15,7 +15,7 @@ from jaxroute.agent.sac import policy_logits
 from jaxroute.environment.observation import EXPERT_FEATURES
 
 NETWORK = RouterNetwork(hidden=8, heads=2, layers=1, mlp=(8,))
-COUNT = 8
+COUNT, COPIES = 8, 256
 SCORE = EXPERT_FEATURES.index("predicted_score")
 
 
@@ -56,13 +56,13 @@ def test_a_policy_learns_which_of_two_actions_leads(comparisons):
     """Leads that one feature decides: after the improvement, the policy follows them where the linear one did not."""
     expert = np.array(comparisons.observation.expert)
     rng = np.random.default_rng(0)
-    repeated = jax.tree.map(lambda leaf: np.concatenate([leaf] * 64), comparisons.observation)
-    rows = len(expert) * 64
+    repeated = jax.tree.map(lambda leaf: np.concatenate([leaf] * COPIES), comparisons.observation)
+    rows = len(expert) * COPIES
     expert = rng.normal(size=(rows, *expert.shape[1:])).astype(np.float32)
     repeated = repeated.replace(expert=expert, action_mask=np.ones((rows, 4), bool))
     better = np.sign(expert[:, 0, 3] - expert[:, 2, 3])
     lead = np.stack([better, np.full(rows, -2), -better, np.full(rows, -2)], axis=1).astype(np.float32)
-    weights = jnp.zeros(len(EXPERT_FEATURES) + 1).at[0].set(1.0)
+    weights = jnp.zeros(len(EXPERT_FEATURES) + 1).at[0].set(0.02)
     first = jax.tree.map(lambda leaf: leaf[0], repeated)
     variables = with_linear_policy(NETWORK.init(jax.random.key(0), first), weights)
 

@@ -14,7 +14,7 @@ from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_config
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.metrics import TIMINGS
-from jaxroute.environment.registry import SCENARIOS, make_params
+from jaxroute.environment.registry import SCENARIOS, make, make_params
 from jaxroute.errors import UserError
 from jaxroute.simulator.presets import PRESETS, seats_and_budget
 from jaxroute.workload.arrivals import TraceArrivals
@@ -85,3 +85,18 @@ def test_an_unknown_or_contradictory_preset_is_one_line():
         make_params(SCENARIOS["paper-3"], engine="vllm-0.33", discipline="orca")
     with pytest.raises(UserError, match="unknown GPU 'h1'"):
         seats_and_budget(PRESETS["vllm-0.33"], "h1")
+
+
+def test_experts_of_different_switches_are_one_line(tmp_path):
+    paths = []
+    for switch in (True, False):
+        engine = f"{{latency: [0.01, 0, 0, 0], num_gpu_blocks: 99, async_scheduling: {str(switch).lower()}}}"
+        paths.append(tmp_path / f"{switch}.yaml")
+        paths[-1].write_text(f"engine: {engine}\n")
+    experts = "".join(f"  - {{mean_score: 0.7, profile: {path}}}\n" for path in paths)
+    file = tmp_path / "experts.yaml"
+    file.write_text(f"experts:\n{experts}")
+    with pytest.raises(UserError, match=r"experts.yaml: experts: async_scheduling must be the same for all experts"):
+        make("cluster", path=file)
+    with pytest.raises(UserError, match="experts: async_scheduling must be the same for all experts"):
+        make_params(SCENARIOS["paper-3"][:2], profile=[str(path) for path in paths])

@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.environment.disturbances import FAILED, Disturbances
@@ -23,7 +21,7 @@ from jaxroute.errors import UserError, require_known
 from jaxroute.files import read_yaml
 from jaxroute.simulator.catalogue import load_profile
 from jaxroute.simulator.engine import EngineParams
-from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.simulator.engine_config import engine_from_config, stack_engines
 from jaxroute.workload.arrivals import Arrivals, MarkovArrivals, PoissonArrivals, TraceArrivals
 from jaxroute.workload.requests import FrozenRequests
 from jaxroute.workload.trace import load_trace
@@ -138,7 +136,7 @@ def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnv
         workload = Workload.create(PoissonArrivals.create(rate), FrozenRequests.create(scores))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *engines)
+    stacked = stack_engines(engines, f"{path}: experts")
     return environment_of(len(listed), options), params_of(workload, stacked, limit, scale)
 
 
@@ -192,17 +190,17 @@ _scenario(
 )
 _scenario(
     "bursts-3",
-    "2 requests/s, with bursts of 8 requests/s that last five seconds on average: each phase needs another policy",
+    "2 requests/s, with bursts of 8 requests/s that last some five seconds: each phase needs another policy",
     arrivals=lambda: MarkovArrivals.create((2.0, 8.0), (25.0, 5.0)),
 )
 _scenario(
     "slowdown-3",
-    "the best expert is three times as slow in the middle third of an episode; its features show its current speed",
+    "the best expert is three times as slow in the middle third of an episode; its features show its speed",
     middle={"slowness": 3.0},
 )
 _scenario(
     "failure-3",
-    "the best expert hangs in the middle third of an episode: requests sent there miss the limit until it recovers",
+    "the best expert hangs in the middle third of an episode: requests there miss the limit until it recovers",
     middle={"slowness": FAILED},
 )
 _scenario(
@@ -235,14 +233,14 @@ _scenario(
 )
 _scenario(
     "measured-3",
-    "servers calibrated from logs at 40 requests/s, 30 ms per token: the best model is slow and can serve only few",
+    "servers calibrated from logs at 40 requests/s, 30 ms per token: the best model is slow and serves only few",
     arrivals=lambda: PoissonArrivals.create(40.0),
     profile=("rtxpro6000x2-qwen3-32b", "rtx4090-llama-3.1-8b", "rtxpro6000-llama-3.1-8b"),
     slots=96,
 )
 _scenario(
     "memory-3",
-    "RTX 4090s with 14,000 tokens of KV cache, prompts of 1,100, 5.5 requests/s: what a queue holds, not its length",
+    "prompts of 1,100 tokens, KV caches of 14,000: what a queue holds counts, not how many requests it has",
     arrivals=lambda: PoissonArrivals.create(5.5),
     profile="rtx4090",
     latency_limit=0.040,
@@ -251,7 +249,7 @@ _scenario(
 )
 _scenario(
     "memory-6",
-    "as memory-3 with six experts at 13 requests/s: the best has a quarter of the KV cache of the largest",
+    "as memory-3 with six experts, of which the best has a quarter of the KV cache of the largest",
     arrivals=lambda: PoissonArrivals.create(13.0),
     experts=SIX,
     profile="rtx4090",
@@ -261,7 +259,7 @@ _scenario(
 )
 _scenario(
     "long-prompts-3",
-    "prompts of 3,200 tokens in bursts, KV caches of 14,000: four requests fill an expert, and some are best dropped",
+    "prompts of 3,200 tokens in bursts: four requests fill a KV cache of 14,000, and some are best dropped",
     arrivals=lambda: MarkovArrivals.create((0.75, 3.0), (25.0, 5.0)),
     profile="rtx4090",
     latency_limit=0.060,

@@ -11,14 +11,11 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxroute.errors import UserError, require_known
 from jaxroute.simulator import catalogue
 from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine import EngineParams
-from jaxroute.simulator.engine_config import BLOCK_SIZE, engine_from_config
+from jaxroute.simulator.engine_config import BLOCK_SIZE, engine_from_config, stack_engines
 from jaxroute.simulator.gpus import GPUS, MEMORY_USED
 from jaxroute.simulator.presets import PRESETS, seats_and_budget
 
@@ -183,4 +180,4 @@ def cluster(
         if preset is not None:
             config |= {**preset.switches, **(seats_and_budget(preset, profile.gpu) if profile.gpu else {})}
         engines.append(engine_from_config(config, f"expert {expert}", discipline=discipline))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *engines)
+    return stack_engines(engines, "experts")

@@ -9,7 +9,7 @@ from jaxroute.suites.results import Results
 
 TABLE, PICTURE = "table.md", "leads.png"
 _COLOURS = (TRAINED_COLOUR, OTHER_COLOUR, "#d1495b", "#edae49", "#66a182", "#6a4c93")
-_LOWEST = -20.0  # %, where the picture ends; a lead below it is written beside the edge
+_LOWEST = -10.0  # %, where the picture ends; a lead below it is written beside the edge
 _RULES = ("index_rule", "best_other_rule", "ceiling")
 
 
@@ -74,7 +74,8 @@ def leads_picture(path: Path, results: Results) -> None:
             if lead is not None and rule is not None and rule.mean > 0:
                 leads[column, environment] = Interval(*(100 * value / rule.mean for value in lead))
     environments = [name for name in results.suite.environments if any(pair[1] == name for pair in leads)]
-    with picture(path, 9, 1.5 + (0.25 + 0.22 * len(names)) * len(environments)) as figure:
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # so that no line crosses the text
+    with picture(path, 9, 1.4 + (0.15 + 0.19 * len(names)) * len(environments)) as figure:
         axes = figure.subplots()
         axes.axvline(0, color=INK, linewidth=1)
         for number, column in enumerate(names):
@@ -83,22 +84,22 @@ def leads_picture(path: Path, results: Results) -> None:
             for row, environment in enumerate(environments):
                 if (column, environment) in leads:
                     mean, half = leads[column, environment]
-                    y = row + (number - (len(names) - 1) / 2) * 0.7 / len(names)
+                    y = row + (number - (len(names) - 1) / 2) * 0.8 / len(names)
                     x, text = max(mean, _LOWEST), f"{mean:+.1f} ± {half:.1f}"
                     if mean > _LOWEST:
                         axes.errorbar(x, y, xerr=half, color=colour, marker="o", markersize=5, capsize=3, linewidth=1.6)
                     else:
                         axes.plot(x, y, color=colour, marker="<", markersize=6)
                     shift = max(mean + half, x), y
-                    axes.annotate(text, shift, (8, 0), textcoords="offset points", va="center", fontsize=8)
+                    axes.annotate(text, shift, (8, 0), textcoords="offset points", va="center", fontsize=8, bbox=box)
         axes.set(
             title=f"{results.suite.name}: lead over the best rule",
             xlabel="QoS less that of the best rule, % of it; paired 95 % interval over episodes",
             yticks=range(len(environments)),
             yticklabels=environments,
+            ylim=(len(environments) - 0.5, -0.5),
         )
         axes.margins(x=0.15)
-        axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         figure.legend(loc="outside lower left", ncols=4, fontsize=9)
@@ -128,4 +129,4 @@ def _lead(results: Results, column: str, environment: str) -> str:
 
 
 def _share(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"
+    return "-" if share is None else f"{round(100 * share)} %"
