@@ -137,7 +137,7 @@ async def run_live(
     times = np.concatenate([[0.0], np.cumsum(run.info["elapsed"][:-1])]) * scale
 
     async def send(session: aiohttp.ClientSession, number: int) -> None:
-        body: dict[str, Any] = {"prompt": prompt_of(run, number), "max_tokens": 4000, "user": str(number)}
+        body: dict[str, Any] = {"prompt": prompt_of(run, number), "max_tokens": 300, "user": str(number)}
         usage = {"include_usage": True, "continuous_usage_stats": True}
         body |= {"stream": True, "stream_options": usage}
         sent = time.monotonic()
@@ -244,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     workload = dataclasses.replace(params.workload, arrivals=PoissonArrivals.create(arguments.rate))
     params = params.replace(workload=workload)
     if arguments.blocks:
-        params = with_engines(params, usable_blocks=[arguments.blocks] * env.num_experts)
+        own = {"usable_blocks": arguments.blocks, "max_model_len": min(16 * arguments.blocks, 8192)}
+        params = with_engines(params, **{key: [value] * env.num_experts for key, value in own.items()})
     key, nobody = jax.random.key(20), np.full(arguments.requests, env.num_experts, np.int32)
     engines = params.engines
     columns = (engines.latency.base, engines.latency.per_prefill_token, engines.latency.per_decode)
@@ -255,7 +256,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (
         tempfile.TemporaryDirectory() as folder,
         vllm_servers(
-            latencies.round(9).tolist(), np.asarray(engines.usable_blocks).tolist(), arguments.scale, Path(folder)
+            latencies.round(9).tolist(),
+            np.asarray(engines.usable_blocks).tolist(),
+            int(engines.max_model_len[0]),
+            arguments.scale,
+            Path(folder),
         ) as addresses,
     ):
         for name in arguments.routers:

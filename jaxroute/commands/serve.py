@@ -79,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Dispatched asynchronously, a decision would wait for a thread that other work may keep from running.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_platforms", "cpu")
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, stream=sys.stderr)
 
     cluster = load_cluster(arguments.cluster)
     names = [expert.name for expert in cluster.experts]
@@ -106,6 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"model {cluster.model} at http://{arguments.host}:{port}/v1; status at http://{arguments.host}:{port}/")
         sys.stdout.flush()
 
+    logger, handler = logging.getLogger("jaxroute.serving"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
     uvloop.run(serve(front_end, arguments.host, arguments.port, arguments.drain_seconds, ready))
     return 0
 
