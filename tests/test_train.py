@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 
 from jaxroute.commands import evaluate, train
-from jaxroute.config import build
 from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_saved_config
 from jaxroute.runs.checkpoint import load_params
@@ -40,14 +37,6 @@ TINY = [
     "network.mlp=[8]",
     "evaluation.episodes=3",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs() -> Iterator[None]:
-    """Trainings of one configuration, but for what is traced, share the programs of their trainer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "make_trainer", functools.cache(build.make_trainer))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Builds the environment, network and learner that a configuration describes."""
 
 from dataclasses import asdict, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -94,9 +95,14 @@ def _build(config: Config) -> Experiment:
     return Experiment(env, params, network, Hyperparameters(**agent), sac, notes, varied, axes, experts, [])
 
 
+# A few per process, so that trainings that differ only in numbers are compiled once.
+_trainer = lru_cache(maxsize=4)(make_trainer)
+
+
 def build_trainer(experiment: Experiment) -> Trainer:
     """The training program of an experiment."""
-    return make_trainer(experiment.env, experiment.network, experiment.sac, experiment.params_axes)
+    axes: Any = experiment.params_axes  # numbers and None: hashable, which its type does not say
+    return _trainer(experiment.env, experiment.network, experiment.sac, axes)
 
 
 def build_network(config: NetworkConfig) -> nn.Module:
