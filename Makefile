@@ -14,7 +14,7 @@ SETS ?= gymnax-0 gymnax gymnasium sb3 rejax ray optuna
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test coverage lint package docs loggers fuzz bench bench-device compat clean
+.PHONY: help install train test coverage lint package docs loggers fuzz bench live bench-device compat clean
 
 help:
 	@echo "make train            train and evaluate a router (ARGS=\"--seed 1\": options of jaxroute train)"
@@ -27,6 +27,7 @@ help:
 	@echo "make compat           test what needs extras, each in its own virtual environment (SETS=\"gymnax sb3\" for some)"
 	@echo "make fuzz CASES=n     compare n random engines with the reference simulator"
 	@echo "make bench            run the benchmarks, half an hour (ARGS=--quick: two minutes)"
+	@echo "make live             jaxroute serve in front of real vLLM servers, against the simulator (ROUTERS=\"NAME ...\")"
 	@echo "make bench-device     checks and rates on this machine's GPU (benchmarks/README.md)"
 	@echo "make install          only make the virtual environment $(VENV) with $(PYTHON)"
 	@echo "make clean            remove it, and caches"
@@ -88,6 +89,18 @@ fuzz: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Real vLLM servers that sleep instead of running a model, in an environment of their own (3 GB). LIVE_TOOLS has the
+# scripts that make it and start them.
+LIVE ?= build/live
+LIVE_TOOLS ?= ../shared/live
+ROUTERS ?= index_rule shortest_queue round_robin bert_router
+
+live: $(READY)
+	mkdir -p $(LIVE)
+	test -d $(LIVE)/v33 || bash $(LIVE_TOOLS)/setup_vllm.sh $(LIVE)/v33 0.33.0
+	test -d $(LIVE)/tiny || $(LIVE)/v33/bin/python $(LIVE_TOOLS)/mkmodel.py $(LIVE)/tiny
+	LIVE=$(LIVE) LIVE_TOOLS=$(LIVE_TOOLS) $(BIN)/python -m benchmarks.live.cluster $(ROUTERS) $(ARGS)
 
 bench-device: $(READY)
 	$(BIN)/python -m benchmarks.device $(ARGS)

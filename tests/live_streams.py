@@ -11,7 +11,7 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams, EnvState
 from jaxroute.serving.estimate import environment_state
 from jaxroute.serving.ledger import Ledger, Ticket
-from tests.rollouts import Run, oracle
+from tests.rollouts import CHEAP_COMPILE, Run, oracle
 
 
 class Seen(NamedTuple):
@@ -40,7 +40,7 @@ def token_times(env: RoutingEnvironment, params: EnvParams, run: Run, actions: n
     return times
 
 
-estimate = jax.jit(environment_state)
+estimate = jax.jit(environment_state, compiler_options=CHEAP_COMPILE)
 
 
 def watch(

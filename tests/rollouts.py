@@ -88,7 +88,9 @@ def configs_of(engines: EngineParams) -> list[dict[str, Any]]:
 
     def own_options(i: int) -> dict[str, Any]:
         if not is_v0:
-            return {}
+            names = ("enable_prefix_caching", "async_scheduling", "threshold_when_alone", "unhashed_first")
+            own = {name: getattr(engines, name) for name in names}
+            return own if own["enable_prefix_caching"] or own["async_scheduling"] else {}
         watermark = (engines.watermark_blocks[i] + 0.5) / engines.usable_blocks[i]
         return {"watermark": float(watermark), "async_output_proc": bool(engines.async_output_proc[i])}
 

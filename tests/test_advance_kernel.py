@@ -105,7 +105,8 @@ def test_a_batch_of_clusters_and_vmaps_of_it():
     ):
         got, got_work = jax.jit(run)(state, work, until, options)
         jax.tree.map(lambda *both: assert_equal(*both, relative=1e-6), got_work, wanted_work)
-        for name in EngineState.__dataclass_fields__:
+        assert state.cache is None and state.flight is None, "the kernel hands over to the loop"
+        for name in EngineState.__dataclass_fields__.keys() - {"cache", "flight"}:
             before, after, expected = (np.asarray(getattr(queues, name)) for queues in (state, got, wanted))
             here = in_use if after.ndim == 3 else ...
             assert_equal(after[here], expected[here], relative=1e-6)
@@ -133,3 +134,13 @@ def test_lowers_for_cuda_as_one_kernel(x64, discipline):
     assert cuda.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 1
     assert "stablehlo.while" not in cuda
     assert "custom_call" not in cpu and "stablehlo.while" in cpu
+
+
+@pytest.mark.parametrize("option", ["enable_prefix_caching", "async_scheduling"])
+def test_hands_over_to_the_loop_with_the_options_of_today(option):
+    _, work, until, params = cluster(2, 4, 8)
+    params = params.replace(**{option: True})
+    state = empty_engine(8, (2, 4), params)
+    with an_h100():
+        cuda = jax.jit(advance_engines).trace(state, work, until, params).lower(lowering_platforms=("cuda",)).as_text()
+    assert "gpu.triton" not in cuda and "stablehlo.while" in cuda

@@ -61,6 +61,18 @@ def test_v0_without_a_config_is_vllm_06_on_a_gpu():
     assert got["per_request"]["0"]["finish_time"] < got["summary"]["end_time"]
 
 
+def test_the_engine_of_a_version_has_its_defaults_and_the_config_comes_first():
+    requests = [{"arrival_time": 0.0, "prompt_len": 40, "output_len": 3, "segments": [[1, 40]]}] * 2
+    today = replay({"engine": "vllm-0.33", "gpu": "h100", "config": {}, "requests": requests})
+    switches = {"enable_prefix_caching": True, "async_scheduling": True, "threshold_when_alone": False}
+    assert today == replay({"config": switches, "requests": requests})
+    assert today["summary"]["cached_tokens"] == 32 and today["per_request"]["0"]["cached_tokens"] == 0
+    off = {"engine": "vllm-0.33", "config": {"enable_prefix_caching": False}, "requests": requests}
+    assert "cached_tokens" not in replay(off)["summary"]
+    older = {"engine": "vllm-0.6", "config": {}, "requests": requests[:1]}
+    assert replay(older) == replay({**older, "engine": "V0"})
+
+
 def test_orca_reserves_the_longest_sequence_and_stalls_without_room_for_one():
     requests = [{"arrival_time": 0.0, "prompt_len": 20, "output_len": 3}] * 3
     config = {"block_size": 16, "num_gpu_blocks": 2 * 512 + 1}
@@ -93,7 +105,10 @@ def spec(config: dict | None = None, engine: str = "V1", **request) -> str:
         (spec(output_len=1.5), "spec.json", "requests[0]: output_len"),
         (spec(arrival_iteration=3), "spec.json", "not both"),
         (spec({"max_num_seq": 4}), "spec.json", "max_num_seqs"),
-        (spec(engine="V2"), "spec.json", "key engine: unknown engine 'V2'; the nearest are V1, V0, orca"),
+        (spec(engine="vllm-0.34"), "spec.json", "key engine: unknown engine 'vllm-0.34'; the nearest are vllm-0.33"),
+        ('{"gpu": "h100", "requests": [{}]}', "spec.json", "key gpu: it is for an engine of vllm-0.33, vllm-0.19"),
+        ('{"engine": "vllm-0.33", "gpu": "h1", "requests": [{}]}', "spec.json", "key gpu: unknown GPU 'h1'"),
+        (spec(engine="V2"), "spec.json", "key engine: unknown engine 'V2'; the nearest are V1, V0"),
         (
             spec({"max_num_batched_tokens": 512}, engine="V0"),
             "spec.json",

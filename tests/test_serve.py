@@ -12,13 +12,22 @@ import subprocess
 import sys
 
 import aiohttp
+import jax
+import numpy as np
 import pytest
 
 pytest.importorskip("uvloop", reason="needs the extra serve")
 pytest.importorskip("prometheus_client", reason="needs the extra serve")
 
+from jaxroute.agent.trainer import policy_router  # noqa: E402
 from jaxroute.calibration.logs import load_log  # noqa: E402
-from jaxroute.commands.serve import main  # noqa: E402
+from jaxroute.commands.serve import main, router_of  # noqa: E402
+from jaxroute.config.build import build_experiment  # noqa: E402
+from jaxroute.config.loader import config_text, load_config  # noqa: E402
+from jaxroute.runs.checkpoint import save_checkpoint  # noqa: E402
+from jaxroute.serving.cluster import load_cluster  # noqa: E402
+from jaxroute.serving.decision import Asked, Decider  # noqa: E402
+from jaxroute.serving.ledger import Ledger  # noqa: E402
 from jaxroute.serving.statistics import Log  # noqa: E402
 from tests.compiling import compile_fast  # noqa: E402
 from tests.live_front_end import front_end, process, write_cluster  # noqa: E402
@@ -96,13 +105,25 @@ def test_bad_arguments_are_one_clear_line(tmp_path, capsys):
     path = write_cluster(tmp_path / "experts.yaml", [MockServer()])
     assert "unknown router 'shortest_que'" in run_main(capsys, "shortest_que", "--cluster", str(path))
     assert "has no config.yaml" in run_main(capsys, str(tmp_path), "--cluster", str(path))
-    assert "true lengths" in run_main(capsys, "clairvoyant", "--cluster", str(path))
+    for name in ("clairvoyant", "rollout_clairvoyant"):
+        assert "true lengths" in run_main(capsys, name, "--cluster", str(path))
+    assert "too slow" in run_main(capsys, "rollout", "--cluster", str(path))
     assert "cannot be read" in run_main(capsys, "shortest_queue", "--cluster", str(tmp_path / "no.yaml"))
     assert "must be from 0" in run_main(capsys, "shortest_queue", "--cluster", str(path), "--port", "70000")
     predictor = ("--predictor", str(tmp_path))
     assert "jaxroute predict train" in run_main(capsys, "shortest_queue", "--cluster", str(path), *predictor)
     record = ("--record", str(tmp_path / "no" / "log.jsonl"))
     assert "cannot be written" in run_main(capsys, "shortest_queue", "--cluster", str(path), *record)
+
+
+def test_options_that_streams_do_not_show_are_left_out(tmp_path):
+    path = write_cluster(tmp_path / "experts.yaml", [MockServer(), MockServer()])
+    engine = {"latency": [0.01, 1e-5, 1e-5, 1e-7], "num_gpu_blocks": 900, "async_scheduling": True}
+    (tmp_path / "own.yaml").write_text(json.dumps({"name": "own", "engine": engine}))
+    old = "latency: [0.015, 7.2e-5, 5e-5, 2.5e-5], kv_blocks: 875, max_num_seqs: 64"
+    path.write_text(path.read_text().replace(old, f"profile: {tmp_path / 'own.yaml'}", 1))
+    engines = load_cluster(path).engines
+    assert not engines.async_scheduling and engines.usable_blocks.tolist() == [899, 875]
 
 
 def test_a_port_in_use_is_one_clear_line(tmp_path):
@@ -135,6 +156,34 @@ def test_the_record_is_what_calibrate_reads(tmp_path):
     assert (log.measured["tpot"] > 0.0015).all()
     lines = [json.loads(line) for line in (tmp_path / "log.e0.jsonl").read_text().splitlines()]
     assert lines[-1]["outcome"] == "failed" and "five words" not in str(lines)
+
+
+@pytest.mark.parametrize("kind", ["han", "flat"])
+def test_a_run_is_a_router_with_its_own_limit_and_scale(tmp_path, kind):
+    network = [f"network.kind={kind}", "network.hidden=8", "network.heads=2", "network.layers=1", "network.mlp=[4]"]
+    config = load_config(None, [*network, "environment.slots=8", "environment.latency_limit=0.02"])
+    experiment, run = build_experiment(config), tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config_text(config))
+    observation, state = experiment.env.reset(jax.random.key(0), experiment.params)
+    trained = experiment.network.init(jax.random.key(1), observation)
+    save_checkpoint(run, trained)
+    path = write_cluster(tmp_path / "experts.yaml", [MockServer() for _ in range(3)])
+    env, router, params = router_of(str(run), load_cluster(path), never_drop=False)
+    assert float(params.latency_limit) == 10 and float(params.token_scale) == 256 and env.slots == 64
+    path.write_text(path.read_text().replace("latency_limit: 10", ""))
+    env, router, params = router_of(str(run), load_cluster(path), never_drop=False)
+    assert float(params.latency_limit) == pytest.approx(0.02)
+    # On an idle cluster of the same engines it decides as in the environment.
+    asked = Asked(
+        int(state.request.prompt_tokens),
+        np.asarray(state.request.predicted_output_tokens),
+        np.asarray(state.request.predicted_score),
+        0.02,
+    )
+    decided = Decider(env, router, params)(Ledger(3, env.slots, np.full(3, 0.015)), 1.0, asked, np.full(3, True))
+    wanted = int(policy_router(experiment.network, trained)(jax.random.key(0), observation, state, experiment.params))
+    assert decided.expert == (wanted if wanted < 3 else None)
 
 
 def test_the_sidecar_routes_for_others(tmp_path):

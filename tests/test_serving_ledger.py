@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -18,7 +19,7 @@ from jaxroute.serving.ledger import Ledger, Ticket
 from jaxroute.simulator.disciplines import used_blocks
 from jaxroute.workload import PoissonArrivals
 from tests.live_streams import Seen, estimate, watch
-from tests.rollouts import batch_of_runs, with_engines
+from tests.rollouts import CHEAP_COMPILE, batch_of_runs, rollout, with_engines
 
 LENGTH = 150  # decisions
 CASES: dict[str, tuple[float, dict[str, Any]]] = {  # requests/s, options of the engines
@@ -39,6 +40,11 @@ def runs() -> tuple[Any, dict[str, tuple[EnvParams, Any, np.ndarray]]]:
         actions.append(np.random.default_rng(seed).choice(4, LENGTH, p=[0.32, 0.32, 0.32, 0.04]).astype(np.int32))
     done = batch_of_runs(env, scenarios, actions, seed=0)
     return env, {name: found for name, *found in zip(CASES, scenarios, done, actions, strict=True)}
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=CHEAP_COMPILE)
+def observe(env: Any, state: Any, params: EnvParams) -> Any:
+    return env.observe(state.replace(workload=None), params)
 
 
 def equal_queues(seen: Seen) -> np.ndarray:
@@ -75,8 +81,7 @@ def test_the_state_is_the_simulators_where_lengths_are_known(name):
         assert max(one.simulated.engines.preemptions.max() for one in seen) > 0
     # The observation and thus the decision follow from the state.
     for one in seen[:: LENGTH // 5]:
-        wanted = env.observe(jax.tree.map(np.asarray, one.simulated), params)
-        got = env.observe(one.estimated, params)
+        wanted, got = observe(env, one.simulated, params), observe(env, one.estimated, params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), wanted, got)
 
 
@@ -194,3 +199,48 @@ def test_one_program_for_every_number_of_requests():
         ledger.arrive(0.1 * number)
         estimate(ledger.facts(0.1 * number), request, params.engines)
     assert count() == before
+
+
+def test_streams_of_real_servers_give_the_simulators_state():
+    """Three vLLM 0.33 servers with 40 KV blocks each, whose executor sleeps: times of chunks as the front end saw them.
+
+    Recorded by `python -m benchmarks.live.cluster shortest_queue --rate 6 --blocks 40 --requests 90 --scale 8
+    --streams PATH`, on two cores with other work. Times are s of the simulated clock.
+    """
+    data = np.load(Path(__file__).parent / "data" / "live_streams" / "paper-3_40_blocks.npz")
+    actions, chunks, decided = data["actions"], data["chunks"], data["decided"]
+    env, params = jaxroute.make("paper-3", metrics="off", penalty="off", episode_length=len(actions) + 1)
+    workload = dataclasses.replace(params.workload, arrivals=PoissonArrivals.create(6.0))
+    params = with_engines(params.replace(workload=workload), usable_blocks=[40] * 3, max_model_len=[640] * 3)
+    run = jax.device_get(
+        jax.jit(rollout, static_argnums=0, compiler_options=CHEAP_COMPILE)(env, params, jax.random.key(20), actions)
+    )
+    ledger = Ledger(3, env.slots, np.asarray(params.engines.latency.base))
+    tickets: dict[int, Ticket] = {}
+    place, same_length, same_running, gaps = 0, [], [], []
+    for step, (action, now) in enumerate(zip(actions, decided, strict=True)):
+        while place < len(chunks) and chunks[place, 0] <= now:
+            at, number, tokens = float(chunks[place, 0]), int(chunks[place, 1]), int(chunks[place, 2])
+            if number in tickets:
+                ledger.progress(tickets[number], at, tokens)
+                if tokens == run.before.request.output_tokens[number, actions[number]]:
+                    ledger.end(tickets.pop(number), at, completed=True)
+            place += 1
+        before = jax.tree.map(lambda leaf, step=step: leaf[step], run.before)
+        ledger.arrive(float(now))
+        seen = jax.device_get(estimate(ledger.facts(float(now)), before.request, params.engines))
+        same_length.append(before.engines.num_requests == seen.engines.num_requests)
+        same_running.append(before.engines.num_running == seen.engines.num_running)
+        gaps.append(abs(before.recent_gap - seen.recent_gap))
+        request = before.request
+        tickets[step] = ledger.send(
+            int(action),
+            float(now),
+            int(request.prompt_tokens),
+            int(request.predicted_output_tokens[action]),
+            float(request.predicted_score[action]),
+            300,
+        )
+    assert run.before.engines.preemptions.max() > 0
+    assert np.mean(same_length) > 0.9 and np.mean(same_running) > 0.85
+    assert np.median(gaps) < 0.005

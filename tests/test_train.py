@@ -26,6 +26,7 @@ TINY = [
     "training.batch_size=16",
     "training.steps_per_chunk=25",
     "training.start_decisions=960",
+    "training.improvement_decisions=1",
     "training.validation_decisions=60",
     "training.validations=2",
     "evaluation.routers=[trained,round_robin,shortest_queue,bert_router,random]",

@@ -19,7 +19,7 @@ from pathlib import Path
 import aiohttp
 import uvloop
 
-from benchmarks.harness import Parser, Row
+from benchmarks.harness import Parser, Row, machine
 from jaxroute.errors import command
 from jaxroute.files import write_text
 from tests.live_chaos import chaos

@@ -33,11 +33,12 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import make
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import command
-from jaxroute.evaluation.tuning import tune_routers
+from jaxroute.evaluation.tuning import tuned_routers
 from jaxroute.files import write_text
-from jaxroute.routers import ROUTERS, make_router
+from jaxroute.routers import ROUTERS
 from jaxroute.routers.choice import Router
 from jaxroute.runs.checkpoint import load_params
+from jaxroute.serving.call import Call
 from jaxroute.serving.cluster import Cluster, Expert
 from jaxroute.serving.decision import Decider
 from jaxroute.serving.dispatch import Dispatcher
@@ -51,7 +52,7 @@ from tests.live_streams import token_times
 from tests.rollouts import Run, rollout, with_engines
 
 WORD = 3  # the id of the word w0
-FIRST_REQUESTS = 3  # that compile and open connections, before the clock starts
+TUNING = 40_000  # decisions for each router, a tenth of what an evaluation spends
 
 
 class Live(NamedTuple):
@@ -62,6 +63,25 @@ class Live(NamedTuple):
     finish: np.ndarray
     tokens: np.ndarray  # int [T]
     late: np.ndarray  # s by which the request was sent after its time
+    chunks: np.ndarray  # float [C, 3] in order: time in s since the first decision, request, tokens up to then
+    decided: np.ndarray  # float [T], time of each decision
+
+
+class Recorder(Dispatcher):
+    """Keeps the time of every decision and chunk, on the dispatcher's clock."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.chunks: list[tuple[float, int, int]] = []
+        self.decided: dict[int, float] = {}
+
+    def begin(self, call: Call, without: int | None = None) -> int:
+        self.decided[int(call.asked.body["user"])] = call.arrival
+        return super().begin(call, without)
+
+    def progress(self, call: Call, tokens: int, prompt_tokens: int | None) -> None:
+        self.chunks.append((self.clock(), int(call.asked.body["user"]), tokens))
+        super().progress(call, tokens, prompt_tokens)
 
 
 class Recorded(Predictions):
@@ -105,7 +125,7 @@ async def run_live(
     cluster = Cluster(experts, slow.engines, "jaxroute", env.slots, float(slow.latency_limit), None)
     limit = Limit(per_token=float(slow.latency_limit))
     names = [expert.name for expert in experts]
-    dispatcher = Dispatcher(cluster, Decider(env, router, slow), Recorded(run), limit, Statistics(names))
+    dispatcher = Recorder(cluster, Decider(env, router, slow), Recorded(run), limit, Statistics(names))
     dispatcher.warm_up()
     front_end = FrontEnd(dispatcher, Limits(silent_seconds=120.0))
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -117,8 +137,9 @@ async def run_live(
     times = np.concatenate([[0.0], np.cumsum(run.info["elapsed"][:-1])]) * scale
 
     async def send(session: aiohttp.ClientSession, number: int) -> None:
-        body = {"prompt": prompt_of(run, number), "max_tokens": 4000, "stream": True, "user": str(number)}
-        body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+        body: dict[str, Any] = {"prompt": prompt_of(run, number), "max_tokens": 300, "user": str(number)}
+        usage = {"include_usage": True, "continuous_usage_stats": True}
+        body |= {"stream": True, "stream_options": usage}
         sent = time.monotonic()
         async with session.post("/v1/completions", json=body) as answer:
             if answer.status != 200:
@@ -144,7 +165,10 @@ async def run_live(
                 group.create_task(send(session, number))
     front_end.stopping.set()
     await task
-    return Live(actions, first, finish, tokens, late)
+    begin = dispatcher.decided[0]
+    chunks = [((at - begin) / scale, request, seen) for at, request, seen in dispatcher.chunks]
+    decided = [(dispatcher.decided[number] - begin) / scale for number in range(total)]
+    return Live(actions, first, finish, tokens, late, np.array(chunks), np.array(decided))
 
 
 def simulated(env: RoutingEnvironment, params: EnvParams, router: Router, key: jax.Array, actions: np.ndarray) -> Any:
@@ -199,7 +223,7 @@ def compared(env: RoutingEnvironment, params: EnvParams, run: Run, chosen: np.nd
 def router_of(name: str, env: RoutingEnvironment, params: EnvParams) -> Router:
     """A router by name, tuned in the simulator, or that of a run's folder."""
     if name in ROUTERS:
-        return make_router(name, env, **tune_routers(env, params, [name])[name].parameters)
+        return tuned_routers(env, params, [name], decisions=TUNING)[name]
     network = build_network(load_saved_config(Path(name) / "config.yaml").network)
     return policy_router(network, load_params(Path(name), network, env, params))
 
@@ -212,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=rate, default=3.0, help="requests/s (default: %(default)s)")
     parser.add_argument("--blocks", type=count, help="KV blocks of each server (default: those of paper-3)")
     parser.add_argument("--scale", type=rate, default=2.0, help="how much slower the clock is (default: %(default)s)")
+    parser.add_argument("--streams", type=Path, metavar="PATH.npz", help="write the last router's chunks to this file")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file")
     arguments = parser.read(argv)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -219,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     workload = dataclasses.replace(params.workload, arrivals=PoissonArrivals.create(arguments.rate))
     params = params.replace(workload=workload)
     if arguments.blocks:
-        params = with_engines(params, usable_blocks=[arguments.blocks] * env.num_experts)
+        own = {"usable_blocks": arguments.blocks, "max_model_len": min(16 * arguments.blocks, 8192)}
+        params = with_engines(params, **{key: [value] * env.num_experts for key, value in own.items()})
     key, nobody = jax.random.key(20), np.full(arguments.requests, env.num_experts, np.int32)
     engines = params.engines
     columns = (engines.latency.base, engines.latency.per_prefill_token, engines.latency.per_decode)
@@ -230,7 +256,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (
         tempfile.TemporaryDirectory() as folder,
         vllm_servers(
-            latencies.round(9).tolist(), np.asarray(engines.usable_blocks).tolist(), arguments.scale, Path(folder)
+            latencies.round(9).tolist(),
+            np.asarray(engines.usable_blocks).tolist(),
+            int(engines.max_model_len[0]),
+            arguments.scale,
+            Path(folder),
         ) as addresses,
     ):
         for name in arguments.routers:
@@ -240,6 +270,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             run, chosen = simulated(env, params, router, key, live.actions)
             rows[name] = compared(env, params, run, chosen, live) | {"load": round(os.getloadavg()[0], 1)}
             print(name, json.dumps(rows[name]), flush=True)
+            if arguments.streams:
+                np.savez_compressed(
+                    arguments.streams,
+                    actions=live.actions,
+                    chunks=live.chunks.astype(np.float32),
+                    decided=live.decided.astype(np.float32),
+                )
     if arguments.json:
         settings = {key: getattr(arguments, key) for key in ("rate", "blocks", "scale")}
         write_text(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from jaxroute.errors import UserError
 
-START_SECONDS = 180
+START_SECONDS = 600
 
 
 def folders() -> tuple[Path, Path]:
@@ -36,9 +36,17 @@ def folders() -> tuple[Path, Path]:
 
 @contextmanager
 def vllm_servers(
-    latencies: Sequence[Sequence[float]], blocks: Sequence[int], scale: float, logs: Path, first_port: int = 8101
+    latencies: Sequence[Sequence[float]],
+    blocks: Sequence[int],
+    max_model_len: int,
+    scale: float,
+    logs: Path,
+    first_port: int = 8101,
 ) -> Generator[list[str]]:
-    """The addresses of a server for each latency model and number of KV blocks. Answer e of a prompt is coded in its token e."""
+    """The addresses of a server for each latency model and number of KV blocks
+
+    Token e of a prompt says how long the answer of server e is.
+    """
     tools, live = folders()
     processes: list[subprocess.Popen[bytes]] = []
     addresses = [f"http://127.0.0.1:{first_port + number}" for number in range(len(latencies))]
@@ -55,13 +63,16 @@ def vllm_servers(
             env.pop("PYTHONPATH", None)
             port = str(first_port + number)
             command = ["bash", str(tools / "start_sleep.sh"), port, json.dumps(list(latency)), str(usable), str(scale)]
+            command += ["--max-model-len", str(max_model_len)]  # vLLM wants blocks for a request of this length
             with (logs / f"server_{port}.log").open("wb") as file:
                 processes.append(subprocess.Popen(command, env=env, cwd=live, stdout=file, stderr=file))
         deadline = time.monotonic() + START_SECONDS
         for address, process in zip(addresses, processes, strict=True):
             while not _is_up(address):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise UserError(f"{logs}: a server did not start; its log is there")
+                    log = logs / f"server_{address.rsplit(':', 1)[1]}.log"
+                    last = log.read_text(errors="replace").splitlines()[-1:]
+                    raise UserError(f"the server at {address} did not start: {' '.join(last)[:300]}")
                 time.sleep(1)
         yield addresses
     finally:

@@ -30,7 +30,7 @@ _SEEN_EPISODES, _SEEN_STEPS = 32, 300  # in which the features' standard deviati
 _SMALLEST = 1e-3  # standard deviation at which a feature counts as constant
 _VALIDATION_LENGTH = 1500
 _SEARCH_KEY, _VALIDATION_KEY = 0x73746172, 0x76616C69  # no evaluation's keys come from them
-_TEMPERATURE = 0.05  # QoS of a difference of 1 between two logits
+QOS_OF_LOGIT = 0.05  # about the QoS of a difference of 1 between two logits
 
 
 def linear_start(
@@ -53,12 +53,12 @@ def linear_start(
     per_generation = _POPULATION * _EPISODES * env.episode_length
     origin = np.array([*(FIRST_GUESS.get(name, 0.0) for name in EXPERT_FEATURES), 0.0])
     key = jax.random.fold_in(jax.random.key(seed), _SEARCH_KEY)
-    rows, own_axes = _rows(params, axes, _SEEN_EPISODES)
+    rows, own_axes = rows_of(params, axes, _SEEN_EPISODES)
     keys = jax.random.split(jax.random.fold_in(key, _SEEN_STEPS), _SEEN_EPISODES)
     seen = _feature_spread(env, own_axes, jnp.asarray(origin, jnp.float32), keys, rows)
     spread = np.append(np.maximum(np.asarray(seen, np.float64), _SMALLEST), 1.0)
     search = Search(origin, _SPREAD / spread, _POPULATION, seed)
-    rows, own_axes = _rows(params, axes, _EPISODES)
+    rows, own_axes = rows_of(params, axes, _EPISODES)
     generations = max(1, decisions // per_generation)
     for generation in range(generations):
         points = search.ask()
@@ -70,7 +70,7 @@ def linear_start(
     weights = search.mean
     scores = weights[[EXPERT_FEATURES.index("expected_qos"), EXPERT_FEATURES.index("predicted_score")]]
     unit = max(scores[0] + 4 * scores[1], float(np.linalg.norm(weights * spread)))
-    return np.asarray(weights / unit / _TEMPERATURE, np.float32)
+    return np.asarray(weights / unit / QOS_OF_LOGIT, np.float32)
 
 
 class Validator:
@@ -80,14 +80,14 @@ class Validator:
         self._env = for_search(env, _VALIDATION_LENGTH)
         self._episodes = max(1, decisions // self._env.episode_length)
         self._keys = jax.random.split(jax.random.key(_VALIDATION_KEY), self._episodes)
-        self._rows, self._axes = _rows(params, axes, self._episodes)
+        self._rows, self._axes = rows_of(params, axes, self._episodes)
 
     def qos(self, router: Router) -> float:
         """Mean QoS of the episodes; `router` is a pytree, so that policies of one network share a program."""
         return float(_validate(self._env, self._axes, router, self._keys, self._rows))
 
 
-def _rows(params: EnvParams, axes: EnvParams | None, count: int) -> tuple[EnvParams, EnvParams]:
+def rows_of(params: EnvParams, axes: EnvParams | None, count: int) -> tuple[EnvParams, EnvParams]:
     """`params` in which leaves that differ between environments have `count` rows, evenly spread; and all axes, whose
     leaves are numbers and None, so that they can be a static argument.
     """
@@ -148,5 +148,10 @@ def _feature_spread(
 def _linear_policy(
     weights: jax.Array, key: jax.Array, observation: RoutingGraph, state: Any, params: EnvParams
 ) -> jax.Array:
+    return jnp.argmax(linear_values(weights, observation)).astype(jnp.int32)
+
+
+def linear_values(weights: jax.Array, observation: RoutingGraph) -> jax.Array:
+    """Values, float32 [N + 1], of the actions under the linear policy with `weights` [Fe + 1]; -inf if forbidden."""
     values = jnp.append(observation.expert @ weights[:-1], weights[-1])
-    return jnp.argmax(jnp.where(observation.action_mask, values, -jnp.inf)).astype(jnp.int32)
+    return jnp.where(observation.action_mask, values, -jnp.inf)

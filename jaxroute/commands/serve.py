@@ -17,7 +17,7 @@ from jaxroute.environment.registry import make, params_of
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError, command, require_known
 from jaxroute.predictor.store import load_predictor
-from jaxroute.routers import ROUTERS, make_router
+from jaxroute.routers import ROUTERS, SLOW, make_router
 from jaxroute.routers.choice import Router
 from jaxroute.runs.checkpoint import load_params
 from jaxroute.serving.cluster import Cluster, load_cluster
@@ -29,7 +29,7 @@ from jaxroute.workload import FrozenRequests, PoissonArrivals, Workload
 LATENCY_LIMIT, TOKEN_SCALE = 0.03, 256.0
 """s per output token, and tokens that count as 1, unless the cluster's file or the run has others."""
 
-NEEDS_THE_TRUTH = ("clairvoyant", "clairvoyant+admission")
+NEEDS_THE_TRUTH = tuple(name for name, spec in ROUTERS.items() if spec.knows_future or "clairvoyant" in name)
 
 
 @command
@@ -76,17 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         raise UserError(f"{error.name} is missing; install it with pip install 'jaxroute[serve]'") from None
 
-    # A decision is a small program: threads of XLA would cost more than they give, and an asynchronous dispatch would
-    # let it wait behind other work.
+    # Dispatched asynchronously, a decision would wait for a thread that other work may keep from running.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_platforms", "cpu")
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, stream=sys.stderr)
 
     cluster = load_cluster(arguments.cluster)
     names = [expert.name for expert in cluster.experts]
     stored = None if arguments.predictor is None else load_predictor(arguments.predictor)
     predictions = Predictions(names, [expert.mean_score for expert in cluster.experts], stored)
-    env, router, params = _router(arguments.router, cluster, arguments.never_drop)
+    env, router, params = router_of(arguments.router, cluster, arguments.never_drop)
     log = None if arguments.record is None else Log(arguments.record, names)
     limit = Limit(per_token=float(params.latency_limit))
     dispatcher = Dispatcher(cluster, Decider(env, router, params), predictions, limit, Statistics(names, log))
@@ -107,11 +105,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"model {cluster.model} at http://{arguments.host}:{port}/v1; status at http://{arguments.host}:{port}/")
         sys.stdout.flush()
 
+    logger, handler = logging.getLogger("jaxroute.serving"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
     uvloop.run(serve(front_end, arguments.host, arguments.port, arguments.drain_seconds, ready))
     return 0
 
 
-def _router(name: str, cluster: Cluster, never_drop: bool) -> tuple[RoutingEnvironment, Router, EnvParams]:
+def router_of(name: str, cluster: Cluster, never_drop: bool) -> tuple[RoutingEnvironment, Router, EnvParams]:
     """The environment of the cluster, the router of this name or run folder, and parameters."""
     run, count = Path(name), len(cluster.experts)
     limit, scale, queue_nodes, network = LATENCY_LIMIT, TOKEN_SCALE, 10, None
@@ -129,6 +131,8 @@ def _router(name: str, cluster: Cluster, never_drop: bool) -> tuple[RoutingEnvir
         scale = float(trained.token_scale)
     elif name in NEEDS_THE_TRUTH:
         raise UserError(f"{name} routes by true lengths, which no live request has; lookahead uses predicted ones")
+    elif name in SLOW:
+        raise UserError(f"{name} simulates thousands of decisions for each of its own, and is too slow; use lookahead")
     env = RoutingEnvironment(
         num_experts=count,
         slots=cluster.slots,

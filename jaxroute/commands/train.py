@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from jaxroute.agent.improvement import compare_actions, improve
 from jaxroute.agent.router_network import RouterNetwork, with_linear_policy
 from jaxroute.agent.start import Validator, linear_start
 from jaxroute.agent.trainer import TrainState, policy_router
@@ -126,8 +127,9 @@ def _old_run(arguments: argparse.Namespace, console: Console) -> tuple[Path, Con
 def train(
     config: Config, experiment: Experiment, run: Path, console: Console, resume: bool = False
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """Trains for `training.frames` frames, rounded up to whole chunks, from a linear policy (`agent.start`). Returns
-    the parameters of the greedy policy with the best validation, and the logged metrics.
+    """Trains for `training.frames` frames, rounded up to whole chunks, from a linear policy (`agent.start`) or from the
+    improved one (`agent.improvement`). Returns the parameters of the greedy policy with the best validation, and the
+    logged metrics.
 
     With `resume` it continues from the last state saved in `run`, or from the beginning if there is none.
 
@@ -154,8 +156,11 @@ def train(
         TrainingProgress(console, chunks * per_chunk, done) as progress,
     ):
         if kept is None:
-            state = _with_start(config, experiment, trainer.init(*inputs), run, progress, stop)
-            kept, _ = validation.better(_Kept.first(state))
+            kept = _Kept.first(trainer.init(*inputs))
+            for params in _starts(config, experiment, kept.state.learner.params, run, progress, stop):
+                kept, qos = validation.better(kept.beginning_with(params))
+                console.print(f"validated: QoS {qos:.4f}", highlight=False)
+            kept = kept.beginning_with(validation.chosen(kept))
         records = log.kept
         earlier = records[-1]["seconds"] if records else 0.0
         started = time.monotonic()
@@ -202,6 +207,12 @@ class _Kept(NamedTuple):
     def first(cls, state: TrainState) -> Self:
         return cls(state, jax.tree.map(jnp.copy, state.learner.params), jnp.float32(-jnp.inf))
 
+    def beginning_with(self, params: Any) -> Self:
+        """The same with these network parameters before the first update."""
+        own, target = (jax.tree.map(jnp.copy, params) for _ in range(2))
+        learner = replace(self.state.learner, params=own, target_params=target)
+        return self._replace(state=replace(self.state, learner=learner))
+
 
 class _Validation:
     """When greedy policies are validated, and which is kept."""
@@ -242,20 +253,28 @@ class _Validation:
         ]
 
 
-def _with_start(
-    config: Config, experiment: Experiment, state: TrainState, run: Path, progress: TrainingProgress, stop: Stop
-) -> TrainState:
-    """The initial state with the linear policy that training starts from, if it starts from one."""
-    decisions = config.training.start_decisions
-    if not decisions or not isinstance(experiment.network, RouterNetwork):
-        return state
+def _starts(
+    config: Config, experiment: Experiment, params: Any, run: Path, progress: TrainingProgress, stop: Stop
+) -> Iterator[Any]:
+    """The network parameters that training may start from: those with a linear policy, then the improved ones; or, if
+    it starts at random, only `params`.
+    """
+    training = config.training
+    if not training.start_decisions or not isinstance(experiment.network, RouterNetwork):
+        yield params
+        return
 
-    def done(simulated: int, qos: float) -> None:
-        progress.search(simulated, decisions, qos)
+    def done(what: str, decisions: int, simulated: int, qos: float | None = None) -> None:
+        progress.search(what, simulated, decisions, qos)
         if stop:
             raise stop.interrupted(f"stopped in the search for a start; begin again: jaxroute train --resume {run}")
 
     inputs = experiment.env, experiment.training_params, experiment.params_axes
-    weights = jnp.asarray(linear_start(*inputs, decisions, config.training.seed, done))
-    params = with_linear_policy(state.learner.params, weights)
-    return replace(state, learner=replace(state.learner, params=params, target_params=jax.tree.map(jnp.copy, params)))
+    report = partial(done, "searching a start", training.start_decisions)
+    weights = jnp.asarray(linear_start(*inputs, training.start_decisions, training.seed, report))
+    params = with_linear_policy(params, weights)
+    yield params
+    if training.improvement_decisions:
+        report = partial(done, "comparing actions", training.improvement_decisions)
+        comparisons = compare_actions(*inputs, weights, training.improvement_decisions, training.seed, report)
+        yield improve(experiment.network, params, comparisons, training.seed)

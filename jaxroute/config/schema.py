@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from jaxroute.environment.settings import Penalty
 from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine_config import BLOCK_SIZE
+from jaxroute.simulator.presets import PRESETS
 from jaxroute.workload.files import MOST_TOKENS
 
 
@@ -35,6 +36,7 @@ Span = Annotated[
     Range("two numbers above 0, the smaller first", lambda value: len(value) == 2 and value[0] <= value[1]),
 ]
 Discipline = Annotated[str, Range(f"one of {', '.join(DISCIPLINES)}", lambda value: value in DISCIPLINES)]
+Version = Annotated[str, Range(f"one of {', '.join(PRESETS)}", lambda value: value in PRESETS)]
 Names = Annotated[tuple[str, ...], Range("a list of one or more names", bool)]
 Widths = Annotated[tuple[Count, ...], Range("a list of one or more whole numbers of 1 or more", bool)]
 
@@ -54,6 +56,7 @@ class EnvironmentConfig:
     profile: str | Names | None  # hardware profile of every expert, or one for each
     kv_cache_tokens: KVTokens | tuple[KVTokens, ...] | None  # KV cache, tokens, likewise; None: the profile's
     discipline: Discipline | None  # how every engine schedules (simulation.md section 1)
+    engine: Version | None  # instead of the discipline: a version of vLLM with its defaults (simulation.md section 1c)
     max_model_len: KVTokens | None  # maximum tokens of a request, prompt and output; None: the profile's
     slots: Count | None  # requests (running and waiting) that one engine can hold
     queue_nodes: Count | Literal["all"]  # observed running, and observed waiting, requests per expert; all: every one
@@ -137,6 +140,7 @@ class TrainingConfig:
 
     frames: Count  # decisions over all environments, without those of the start and of validation
     start_decisions: Whole  # decisions of the search for a linear policy to start from; 0: starts at random
+    improvement_decisions: Whole  # decisions in which the start's best two actions are compared; 0: it is not improved
     validation_decisions: Whole  # decisions of a validation of the greedy policy; 0: the last policy is kept
     validations: Count  # number of validations during the training, evenly spread
     num_envs: Count

@@ -39,12 +39,14 @@ def make_params(
     kv_cache_tokens: int | Sequence[int] | None = None,
     discipline: str = "vllm_v1",
     max_model_len: int | None = None,
+    engine: str | None = None,
 ) -> EnvParams:
     """Parameters of a cluster of these experts. The defaults are the frozen scenario's, with 3 requests/s (section 7).
 
     `profile` and `kv_cache_tokens` are one value for all experts or one for each. `latency_limit` is in s per output
     token, `max_model_len` in tokens; None selects the profile's value. `discipline` is that of every engine: vllm_v1,
-    vllm_v0 or orca. Raises `UserError`.
+    vllm_v0 or orca. Instead of it, `engine` names a version of vLLM with its defaults: vllm-0.33, vllm-0.19 or
+    vllm-0.6 (`simulator.presets`). Raises `UserError`.
     """
     profiles = engine_profiles(experts, profile)
     if workload is None:
@@ -54,7 +56,7 @@ def make_params(
     limit = max(own.latency_limit for own in profiles) if latency_limit is None else latency_limit
     return params_of(
         workload,
-        cluster(experts, profiles, kv_cache_tokens, discipline, max_model_len),
+        cluster(experts, profiles, kv_cache_tokens, discipline, max_model_len, engine),
         limit,
         max(own.token_scale for own in profiles),
         penalty_weight,
@@ -125,8 +127,8 @@ def make(environment_id: str, **options: Any) -> tuple[Any, Any]:
     """The registered environment of this name (see `environments`), and its default parameters.
 
     `options` set fields of `RoutingEnvironment` (slots, episode_length, obs, penalty, metrics, queue_nodes, drop). All
-    environments except `cluster` also accept the experts, profile, kv_cache_tokens, discipline and max_model_len of
-    `make_params`. `azure` and `cluster` need the `path` of a file.
+    environments except `cluster` also accept the experts, profile, kv_cache_tokens, discipline, engine and
+    max_model_len of `make_params`. `azure` and `cluster` need the `path` of a file.
     Raises `UserError` for an unknown name or option; the message suggests the most similar ones.
     """
     return _ENVIRONMENTS[require_known(environment_id, _ENVIRONMENTS, "environment id")].factory(**options)

@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.environment.disturbances import FAILED, Disturbances
@@ -23,7 +21,7 @@ from jaxroute.errors import UserError, require_known
 from jaxroute.files import read_yaml
 from jaxroute.simulator.catalogue import load_profile
 from jaxroute.simulator.engine import EngineParams
-from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.simulator.engine_config import engine_from_config, stack_engines
 from jaxroute.workload.arrivals import Arrivals, MarkovArrivals, PoissonArrivals, TraceArrivals
 from jaxroute.workload.requests import FrozenRequests
 from jaxroute.workload.trace import load_trace
@@ -33,7 +31,7 @@ from jaxroute.workload.workload import Workload
 THREE, SIX = SCENARIOS["paper-3"], SCENARIOS["paper-6"]
 
 
-OF_EXPERTS = ("experts", "profile", "kv_cache_tokens", "discipline", "max_model_len")
+OF_EXPERTS = ("experts", "profile", "kv_cache_tokens", "discipline", "max_model_len", "engine")
 """Options that are arguments of `make_params`; all others are fields of the environment."""
 
 
@@ -138,7 +136,7 @@ def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnv
         workload = Workload.create(PoissonArrivals.create(rate), FrozenRequests.create(scores))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *engines)
+    stacked = stack_engines(engines, f"{path}: experts")
     return environment_of(len(listed), options), params_of(workload, stacked, limit, scale)
 
 

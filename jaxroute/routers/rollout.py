@@ -103,8 +103,11 @@ def action_returns(
     state: EnvState,
     params: EnvParams,
     horizon: float | jax.Array,
+    actions: jax.Array | None = None,
 ) -> jax.Array:
-    """float [N + 1]: summed QoS of the requests of `state` and of `horizon` arrivals after each action.
+    """float [A]: summed QoS of the requests of `state` and of `horizon` arrivals after each of `actions` (int32 [A]).
+
+    None is all N + 1 actions.
 
     The arrival of decision d has the key `fold_in(key, d)`, as in `follow_episodes`, so all actions have the same
     arrivals. `policy` decides on them; those behind the end of the episode are dropped.
@@ -127,7 +130,7 @@ def action_returns(
         _, last, qos = jax.lax.fori_loop(0, jnp.int32(horizon) + 1, move, carry)
         return qos + env_plan.drain(last, params)
 
-    return jax.vmap(after)(jnp.arange(env.num_actions))
+    return jax.vmap(after)(jnp.arange(env.num_actions) if actions is None else actions)
 
 
 def _best(

@@ -30,11 +30,10 @@ class TrainingProgress(ExitStack):
         self._printed = float("-inf")
         self._gain = ""
 
-    def search(self, simulated: int, decisions: int, qos: float) -> None:
-        """Reports `simulated` of the `decisions` of the search for a start, and the mean QoS of its last policies."""
-        self._show(
-            f"searching a start: {simulated:,} of {decisions:,} decisions, QoS {qos:.3f}", simulated >= decisions
-        )
+    def search(self, what: str, simulated: int, decisions: int, qos: float | None) -> None:
+        """Reports `simulated` of the `decisions` that come before the first frame, and a mean QoS if there is one."""
+        found = "" if qos is None else f", QoS {qos:.3f}"
+        self._show(f"{what}: {simulated:,} of {decisions:,} decisions{found}", simulated >= decisions)
         self._updated = time.monotonic()
 
     def update(self, frames: int, record: dict[str, Any]) -> None:

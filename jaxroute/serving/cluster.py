@@ -77,8 +77,15 @@ def load_cluster(path: Path) -> Cluster:
         raise UserError(f"{path}: slots must be a whole number of at least 1, not {slots!r}")
     limit, scale = (positive(path, key, tree[key]) if key in tree else None for key in ("latency_limit", "token_scale"))
     model = _text(path, "model", tree.get("model", MODEL))
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *engines)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(as_seen, engines))
     return Cluster(tuple(experts), stacked, model, slots, limit, scale)
+
+
+def as_seen(engine: EngineParams) -> EngineParams:
+    """The engine as the ledger sees it: of cached prefixes and of a batch in flight, streams of tokens show nothing."""
+    return engine.replace(
+        enable_prefix_caching=False, async_scheduling=False, unhashed_first=True, threshold_when_alone=True
+    )
 
 
 def _engine(path: Path, where: str, own: dict[str, Any], expert: Expert) -> EngineParams:

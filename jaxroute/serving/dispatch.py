@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxroute.serving.call import Call, Outcome
-from jaxroute.serving.cluster import Cluster
+from jaxroute.serving.cluster import Cluster, as_seen
 from jaxroute.serving.decision import Asked, Decider
 from jaxroute.serving.ledger import Ledger
 from jaxroute.serving.openai import Completion, Limit, Refused
@@ -137,7 +137,7 @@ class Dispatcher:
 
     def use_engine(self, expert: int, engine: EngineParams) -> None:
         """Replaces the engine of an expert, each field [], once it has been measured."""
-        params = self.decider.params
+        params, engine = self.decider.params, as_seen(engine)
         engines = jax.tree.map(lambda all_of_them, own: all_of_them.at[expert].set(own), params.engines, engine)
         self.decider.params = params.replace(engines=engines)
         self._know(engines)

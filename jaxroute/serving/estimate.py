@@ -55,7 +55,7 @@ def environment_state(facts: Facts, request: Request, params: EngineParams) -> E
 
 def _last_seen(facts: Facts, params: EngineParams) -> EngineState:
     """The engines at the end of the last iteration whose tokens came; `facts` have slots first."""
-    engines = empty_engine(facts.sent.shape[0], facts.sent.shape[1:])
+    engines = empty_engine(facts.sent.shape[0], facts.sent.shape[1:], params)
     position = engines.position
     there = position < facts.count
     length = facts.prompt_tokens + facts.generated

@@ -101,11 +101,18 @@ class Reply:
             if self.watched is not None:
                 self.watched.writing_since = None
 
-    async def refuse(self, refused: Refused) -> web.StreamResponse:
-        """The last word about a request that failed: an answer, or an event if the stream has begun."""
+    async def refuse(self, refused: Refused, seconds: float) -> web.StreamResponse:
+        """The last word about a request that failed: an answer, or an event if the stream has begun.
+
+        Raises `ClientGoneError`, also if the client takes nothing for so long.
+        """
         if self.stream is None:
             return refusal(refused)
-        await self.write(error_event(refused), {})
+        try:
+            async with asyncio.timeout(seconds):
+                await self.write(error_event(refused), {})
+        except TimeoutError:
+            raise ClientGoneError from None
         return self.stream
 
 
@@ -262,7 +269,7 @@ class FrontEnd:
                     continue
             finally:
                 self.dispatcher.end(call, outcome)
-            return await reply.refuse(last)
+            return await reply.refuse(last, self.limits.client_seconds)
         raise AssertionError
 
     async def _forward(self, call: Call, reply: Reply) -> web.StreamResponse:

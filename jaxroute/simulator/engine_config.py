@@ -1,9 +1,10 @@
 """Reads an engine's options from a dictionary with vLLM's names and defaults."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxroute.errors import UserError, require_known
@@ -111,6 +112,14 @@ def engine_from_config(
         unhashed_first=values["unhashed_first"],
         threshold_when_alone=values["threshold_when_alone"],
     )
+
+
+def stack_engines(engines: Sequence[EngineParams], where: str) -> EngineParams:
+    """The engines of a cluster, each field [N]. Raises `UserError` if their static options differ."""
+    for name in (*_ONLY_V1_DOES, "unhashed_first", "threshold_when_alone"):
+        if len({getattr(engine, name) for engine in engines}) > 1:
+            raise UserError(f"{where}: {name} must be the same for all experts; make it so in their profiles")
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *engines)
 
 
 def _check_v0(values: Mapping[str, Any], where: str) -> None:

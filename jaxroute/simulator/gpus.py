@@ -27,5 +27,6 @@ GPUS = {
     "l40s": Gpu(48, 864, 362),
     "h100": Gpu(80, 3350, 989, (5.6, 9.2, 40.4)),
     "h200": Gpu(141, 4800, 989),
+    "b200": Gpu(180, 8000, 2250),
 }
 """GPUs by name; the SXM version if there are two."""

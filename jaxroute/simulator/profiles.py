@@ -11,15 +11,13 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxroute.errors import UserError, require_known
 from jaxroute.simulator import catalogue
 from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine import EngineParams
-from jaxroute.simulator.engine_config import BLOCK_SIZE, engine_from_config
+from jaxroute.simulator.engine_config import BLOCK_SIZE, engine_from_config, stack_engines
 from jaxroute.simulator.gpus import GPUS, MEMORY_USED
+from jaxroute.simulator.presets import PRESETS, seats_and_budget
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class Profile:
     latency_limit: float  # s per token, a suitable limit for the profile
     token_scale: float  # tokens that count as 1 in observations
     engine: Mapping[str, Any] = field(default_factory=dict)  # further options with vLLM's names
+    gpu: str | None = None  # a name of `GPUS`, where a version's defaults decide about seats and token budget
 
 
 REFERENCE_WEIGHTS_GB = 13.5
@@ -85,6 +84,7 @@ def profile_of_gpu(name: str, expert_name: str) -> Profile:
         max_model_len=2048,
         latency_limit=0.060,
         token_scale=256.0,
+        gpu=name,
     )
 
 
@@ -142,13 +142,21 @@ def cluster(
     kv_cache_tokens: int | Sequence[int] | None = None,
     discipline: str = "vllm_v1",
     max_model_len: int | None = None,
+    engine: str | None = None,
 ) -> EngineParams:
     """Engines of a cluster, each field [N]: expert i on its own GPU of profile i.
 
     `kv_cache_tokens`, one number or one per expert, overrides the KV caches of the profiles; under every `discipline`
     requests can hold the same number of blocks. vllm_v0 has its default, asynchronous output processing.
-    `max_model_len` overrides that of the profiles; orca reserves this many tokens per request. Raises `UserError`.
+    `max_model_len` overrides that of the profiles; orca reserves this many tokens per request. `engine`, a name of
+    `presets.PRESETS`, selects the discipline and the defaults of a version. Raises `UserError`.
     """
+    preset = None
+    if engine is not None:
+        preset = PRESETS[require_known(engine, PRESETS, "engine")]
+        if discipline != "vllm_v1":
+            raise UserError(f"engine {engine} has its own discipline, {preset.discipline}; leave discipline out")
+        discipline = preset.discipline
     null_blocks = DISCIPLINES[require_known(discipline, DISCIPLINES, "discipline")].null_blocks
     blocks = [profile.usable_blocks for profile in profiles]
     if kv_cache_tokens is not None:
@@ -169,5 +177,7 @@ def cluster(
             "max_num_seqs": profile.max_num_seqs,
             "max_model_len": max_model_len or profile.max_model_len,
         }
+        if preset is not None:
+            config |= {**preset.switches, **(seats_and_budget(preset, profile.gpu) if profile.gpu else {})}
         engines.append(engine_from_config(config, f"expert {expert}", discipline=discipline))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *engines)
+    return stack_engines(engines, "experts")

@@ -18,6 +18,8 @@ from jaxroute.simulator.block_engine import BlockRequest, run_block_engine
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import LARGE, EngineParams
 from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.simulator.gpus import GPUS
+from jaxroute.simulator.presets import PRESETS, seats_and_budget
 from jaxroute.simulator.recorded import Recording, ReplayOutcome, replay_by_jumps
 from jaxroute.workload import load_trace
 from jaxroute.workload.content import open_content
@@ -25,7 +27,7 @@ from jaxroute.workload.files import MOST_TOKENS
 from jaxroute.workload.formats import recognise
 
 ENGINES = {"V1": "vllm_v1", "V0": "vllm_v0", "orca": "orca"}
-"""Disciplines by their names in a file's `engine`."""
+"""Disciplines by their names in a file's `engine`, which may also name a version (`presets.PRESETS`)."""
 
 RUN_DEFAULTS = {"max_iterations": 1_000_000, "stall_iterations": 3}
 """Options of a run in addition to the engine's (`engine_config.DEFAULTS`)."""
@@ -65,7 +67,17 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
     Raises `UserError`, which names the request.
     """
     config, requests = spec["config"], spec["requests"]
-    discipline = ENGINES[require_known(spec.get("engine", "V1"), ENGINES, "engine", f"{where}: key engine: ")]
+    name = require_known(spec.get("engine", "V1"), [*ENGINES, *PRESETS], "engine", f"{where}: key engine: ")
+    if name in PRESETS:
+        preset, gpu = PRESETS[name], spec.get("gpu")
+        if gpu is not None:
+            require_known(gpu, GPUS, "GPU", f"{where}: key gpu: ")
+        discipline = preset.discipline
+        config = {**preset.switches, **seats_and_budget(preset, gpu), **config}
+    elif "gpu" in spec:
+        raise UserError(f"{where}: key gpu: it is for an engine of {', '.join(PRESETS)}, not {name}; leave it out")
+    else:
+        discipline = ENGINES[name]
     engine = engine_from_config(config, f"{where}: config", tuple(RUN_DEFAULTS), discipline)
     run = {key: config.get(key, default) for key, default in RUN_DEFAULTS.items()}
     for key, value in run.items():

@@ -8,9 +8,11 @@ shares no code with `jaxroute`.
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from tests.reference import caching
 from tests.reference import engine as reference
 
 
@@ -96,6 +98,9 @@ class Expert:
             return False
         return self.engine.blocks_for(min(prompt + output, model_len) - 1) <= self.engine.usable_blocks
 
+    def new_request(self, number: int, now: float, prompt: int, output: int) -> reference.Request:
+        return reference.Request(str(number), now, prompt, output)
+
     def join(self, request: reference.Request, now: float) -> None:
         if self.queue_length() == 0:
             self.clock = max(self.clock, now)
@@ -130,11 +135,71 @@ class Expert:
         return done
 
 
+class ExpertToday(Expert):
+    """One V1 engine with prefix caching, asynchronous scheduling or both; its requests share nothing, and end by stop
+    tokens.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__(config)
+        self.config = {**caching.DEFAULTS, **config}
+        self.engine = caching.Engine(self.config)
+        self.flights: deque[tuple[list[caching.Entry], float]] = deque()  # batches and their ends; clock is now
+
+    def new_request(self, number: int, now: float, prompt: int, output: int) -> Any:
+        lengths = {"prompt_len": prompt, "output_len": output, "output_segment": f"output of {number}"}
+        (tokens,) = caching.contents([{**lengths, "segments": [[f"prompt of {number}", prompt]]}])
+        return caching.Request(str(number), now, prompt, output, 10**9, tokens)
+
+    def join(self, request: Any, now: float) -> None:
+        if self.queue_length() == 0 and now > self.clock:
+            for _, end in self.flights:  # a batch of which nothing is left ends first
+                self.clock = end
+            self.flights.clear()
+            self.clock = max(self.clock, now)
+        self.engine.waiting.append(request)
+
+    def run_until(self, until: float) -> list[Any]:
+        done, depth = [], 2 if self.config["async_scheduling"] else 1
+        while self.queue_length():
+            self.margin = min(self.margin, abs(self.clock - until))
+            if self.clock >= until:
+                break
+            entries, preempted, _ = self.engine.schedule()
+            assert entries or preempted or self.flights, "the engine is stalled"
+            decodes = sum(entry.decode for entry in entries)
+            prefill = sum(entry.tokens for entry in entries) - decodes
+            context = sum(entry.context for entry in entries)
+            seconds = reference.duration(self.config["latency"], prefill, decodes, context)
+            if not entries and self.flights:
+                seconds = 0.0
+            self.preemptions += len(preempted)
+            self.busy += seconds
+            self.block_seconds += seconds * self.engine.used_blocks
+            if entries:
+                self.flights.append((entries, (self.flights[-1][1] if self.flights else self.clock) + seconds))
+                if len(self.flights) < depth:
+                    continue
+            elif not self.flights:
+                self.clock += seconds
+            if self.flights:
+                batch, self.clock = self.flights.popleft()
+                sampled, finished = self.engine.update(batch)
+                for request in sampled:
+                    if request.first_token_time is None:
+                        request.first_token_time = self.clock
+                for request in finished:
+                    request.finish_time = self.clock
+                done += finished
+        return done
+
+
 class Cluster:
     """N experts with at most `slots` requests each in the system, and every request's fate in order of arrival."""
 
     def __init__(self, configs: list[dict[str, Any]], slots: int, latency_limit: float, engine: str = "V1"):
-        self.experts = [Expert(config, engine) for config in configs]
+        today = "enable_prefix_caching" in configs[0]
+        self.experts = [ExpertToday(config) if today else Expert(config, engine) for config in configs]
         self.slots = slots
         self.limit = latency_limit
         self.now = 0.0
@@ -161,7 +226,7 @@ class Cluster:
         elif expert.queue_length() >= self.slots:
             fate.status = "rejected_full"
         else:
-            fate.served = reference.Request(str(len(self.fates)), self.now, request.prompt, output)
+            fate.served = expert.new_request(len(self.fates), self.now, request.prompt, output)
             expert.join(fate.served, self.now)
         self.fates.append(fate)
 
