@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxroute.agent.router_network import RouterNetwork
+from tests.compiling import AS_USERS_GET
 from tests.network_cases import random_observation, random_params, with_empty_queues
 
 
@@ -44,7 +45,8 @@ def test_both_paths_of_the_encoder_give_the_same_from_the_same_weights(network, 
     jax.tree.map(close, jax.jit(by_graph.apply)(params, obs), apply(params, obs))
 
 
-def test_methods_compose_to_the_call(apply, params):
+def test_methods_compose_to_the_call(network, params):
+    apply = jax.jit(network.apply, static_argnames="method", compiler_options=AS_USERS_GET)  # which all round alike
     obs = random_observation(2, 3)
     embedding = apply(params, obs, method="encode")
     heads = (apply(params, embedding, method=name) for name in ("policy", "critics"))
