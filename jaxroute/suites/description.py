@@ -104,7 +104,7 @@ SUITES = {
         ),
         trained={"trained": (), "baseline_rl": ("network.kind=flat", "environment.penalty=off")},
         seeds=(0, 1, 2),
-        decisions=2_632_000,
+        decisions=6_000_000,
         index_rule="index_rule+admission",
         rules=(
             "round_robin+admission",
