@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 from flax import struct
 
+from jaxroute.environment.affinity import SentRecord
 from jaxroute.environment.disturbances import Disturbances
 from jaxroute.environment.metrics import EpisodeTotals
 from jaxroute.simulator.engine import EngineParams, EngineState
@@ -35,6 +36,8 @@ class EnvParams(struct.PyTreeNode):
     # with this discount the request is worth its QoS at its arrival. None: no division
     credit_discount: jax.Array | None = None
     disturbances: Disturbances | None = None  # changes during an episode; None: no changes
+    # float [], s for which the router counts on what it sent to an expert; None: prompts share nothing
+    prefix_expiry: jax.Array | None = None
 
     def at(self, decision: jax.Array) -> EnvParams:
         """The parameters between `decision` (int32 [], or [B] with environments last) and the next decision."""
@@ -66,3 +69,4 @@ class EnvState(struct.PyTreeNode):
     recent_latency: jax.Array  # float [N], s per token, see `RECENT_COMPLETIONS`; 0 before the first completion
     # totals of the episode up to now; at its first decision, those of the previous episode; None: metrics off
     totals: EpisodeTotals | None
+    sent: SentRecord | None = None  # what the router remembers, with `prefix_share`

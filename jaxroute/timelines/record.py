@@ -127,7 +127,7 @@ def _replay(env: RoutingEnvironment, rows: int, routed: Routed, params: EnvParam
         own = _Carried(index, 0.0, NEVER)  # pyright: ignore[reportArgumentType]
         request, chosen = decision.request, jnp.arange(env.num_experts) == decision.action
         lengths = request.prompt_tokens, request.output_tokens
-        engines, carried, _ = route(engines, carried, chosen, *lengths, own, now.engines)
+        engines, carried, _ = route(engines, carried, chosen, *lengths, own, now.engines, request.prefix)
         engines, carried, log, results = _run(engines, carried, log, results, decision.gap, index, now)
         engines = shift_time(engines, decision.gap, now.engines)
         carried = carried.replace(arrival=carried.arrival - decision.gap, admitted=carried.admitted - decision.gap)
