@@ -317,7 +317,7 @@ _scenario(
 _with_prefixes(
     "chat-3",
     "conversations of eight tenants on three servers of one model: who has the conversation's prefix may be busy",
-    lambda: PoissonArrivals.create(14.0),
+    lambda: PoissonArrivals.create(22.0),
     lambda scores: ConversationRequests.create(
         system_tokens=[600] * 8,
         tenant_weights=[1 / rank for rank in range(1, 9)],
@@ -334,9 +334,9 @@ _with_prefixes(
 _with_prefixes(
     "documents-3",
     "questions about documents of 3,000 tokens: one server alone cannot answer all about the most popular one",
-    lambda: PoissonArrivals.create(18.0),
+    lambda: PoissonArrivals.create(12.0),
     lambda scores: DocumentRequests.create(
-        popularity=[1 / rank for rank in range(1, 25)],
+        popularity=[rank**-1.5 for rank in range(1, 25)],
         questions=40.0,
         document=Tokens.create(3000, 0.4),
         message=Tokens.create(40, 0.5),
