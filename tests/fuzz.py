@@ -38,7 +38,7 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     return (caching if "enable_prefix_caching" in spec["config"] else engine).simulate(spec)
 
 
-def differences(specs: list[dict[str, Any]], pieces: int = 0) -> list[str]:
+def differences(specs: list[dict[str, Any]], pieces: int = 0, most_iterations: int = MAX_ITERATIONS) -> list[str]:
     """What differs between the three ways on these specs of one variant, in float64, exactly; a line each, with the
     spec's index. `pieces` are those of prompts that share segments.
     """
@@ -46,7 +46,7 @@ def differences(specs: list[dict[str, Any]], pieces: int = 0) -> list[str]:
     with jax.enable_x64(True):
         most_requests = max(MAX_REQUESTS, *(len(spec["requests"]) for spec in specs))
         batch = Batch(specs + specs[:1] * (CHUNK - len(specs)), most_requests, pieces, RUNS)
-        jumps, iterations = batch.by_jumps(), batch.by_iterations(MAX_ITERATIONS)
+        jumps, iterations = batch.by_jumps(), batch.by_iterations(most_iterations)
     found = []
     for index, spec in enumerate(specs):
         wanted = simulate(spec)

@@ -1,9 +1,10 @@
 """How far the engines of environments with prefixes are from vLLM's block-level rules, and how often content is copied.
 
-    python -m tests.prefix_fidelity [EPISODES] [LENGTH]
+    python -m tests.prefix_fidelity [EPISODES] [LENGTH] [RANGES]
 
-Each environment runs with random actions and with actions by conversation or document, in float64; the plain Python
-cluster (`tests.reference.cluster`) runs on the same requests and actions.
+RANGES are the engines' `prefix_runs`; the default is the environments' own. Each environment runs with random actions
+and with actions by conversation or document, in float64; the plain Python cluster (`tests.reference.cluster`) runs on
+the same requests and actions.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import numpy as np
 import jaxroute
 from tests.rollouts import batch_of_runs, oracle
 
-ENVIRONMENTS = ("chat-3", "documents-3", "agents-3")
+ENVIRONMENTS = ("documents-3", "chat-3", "agents-3")
 
 
 def main() -> None:
-    episodes, length = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 4), (2, 1000)))
+    given = [int(number) for number in sys.argv[1:]]
+    episodes, length, ranges = [*given, *(4, 1000, 0)[len(given) :]]
     jax.config.update("jax_enable_x64", True)
     for name in ENVIRONMENTS:
         env, params = jaxroute.make(name, episode_length=length, metrics="exact", penalty="off")
+        if ranges:
+            params = params.replace(engines=params.engines.replace(prefix_runs=ranges))
         rng = np.random.default_rng(0)
         anyone = [rng.integers(0, 3, length) for _ in range(episodes)]
         runs = batch_of_runs(dataclasses.replace(env, metrics="exact"), [params] * episodes, anyone, seed=0)
@@ -49,8 +53,8 @@ def main() -> None:
                 means.append(np.nanmean(timings[0]) / np.mean([f.latency_per_token for f in cluster.fates if f.served]))
             print(
                 f"{name}, {how}: {served} requests, {copies} copied blocks, {100 * differ / served:.2f} % of latencies "
-                f"differ, by {100 * np.mean(errors):.3f} % on average and {100 * np.max(errors):.1f} % at most; the mean "
-                f"by {100 * np.max(np.abs(np.subtract(means, 1))):.3f} % at most",
+                f"differ, by {100 * np.mean(errors):.3f} % on average and {100 * np.max(errors):.1f} % at most; their "
+                f"mean by {100 * np.max(np.abs(np.subtract(means, 1))):.3f} % at most",
                 flush=True,
             )
 

@@ -36,9 +36,6 @@ THREE, SIX = SCENARIOS["paper-3"], SCENARIOS["paper-6"]
 REPLICAS = ("alpaca-native",) * 3
 """Experts of the environments in which prompts share prefixes: one model on three servers."""
 
-RUNS = 64
-"""Ranges of cached blocks that an engine of these keeps apart (`Runs`)."""
-
 EXPIRY = 120.0
 """s for which a router counts on what it sent: the default of Dynamo's router without events of the engines."""
 
@@ -88,9 +85,13 @@ def _with_prefixes(
     description: str,
     arrivals: Callable[[], Arrivals],
     requests: Callable[[list[float]], PrefixRequests],
+    runs: int,
     **own: Any,
 ) -> None:
-    """Replicas of one expert under vLLM's present defaults; `requests` make the requests from their mean scores."""
+    """Replicas of one expert under vLLM's present defaults, which keep `runs` ranges of cached blocks apart (`Runs`).
+
+    `requests` makes the requests from the experts' mean scores.
+    """
     SCENARIOS[name] = experts = REPLICAS
 
     def factory(**options: Any) -> tuple[RoutingEnvironment, EnvParams]:
@@ -99,7 +100,7 @@ def _with_prefixes(
         )
         workload, engines = params.workload, params.engines
         if engines.enable_prefix_caching:
-            engines = engines.replace(prefix_pieces=PIECES, prefix_runs=RUNS)
+            engines = engines.replace(prefix_pieces=PIECES, prefix_runs=runs)
         made = requests(np.asarray(workload.requests.score_mean).tolist())
         workload = Workload.create(workload.arrivals, made)
         expiry = jnp.asarray(EXPIRY, float)
@@ -319,32 +320,32 @@ _with_prefixes(
     "conversations of eight tenants on three servers of one model: who has the conversation's prefix may be busy",
     lambda: PoissonArrivals.create(22.0),
     lambda scores: ConversationRequests.create(
-        system_tokens=[600] * 8,
+        system_tokens=[400] * 8,
         tenant_weights=[1 / rank for rank in range(1, 9)],
-        turns=6.0,
+        turns=5.0,
         message=Tokens.create(50, 0.7),
         answer=Tokens.create(80, 0.5),
         score_mean=scores,
         most_tokens=6000,
-        pool=64,
+        pool=128,
     ),
     latency_limit=0.024,
-    slots=64,
+    runs=128,
 )
 _with_prefixes(
     "documents-3",
     "questions about documents of 3,000 tokens: one server alone cannot answer all about the most popular one",
-    lambda: PoissonArrivals.create(12.0),
+    lambda: PoissonArrivals.create(10.0),
     lambda scores: DocumentRequests.create(
         popularity=[rank**-1.5 for rank in range(1, 25)],
         questions=40.0,
         document=Tokens.create(3000, 0.4),
-        message=Tokens.create(40, 0.5),
-        answer=Tokens.create(80, 0.5),
+        message=Tokens.create(80, 0.5),
+        answer=Tokens.create(150, 0.5),
         score_mean=scores,
     ),
     latency_limit=0.030,
-    slots=64,
+    runs=128,
 )
 _with_prefixes(
     "agents-3",
@@ -353,15 +354,15 @@ _with_prefixes(
     lambda scores: ConversationRequests.create(
         system_tokens=[3000] * 4,
         tenant_weights=[1 / rank for rank in range(1, 5)],
-        turns=12.0,
-        message=Tokens.create(150, 1.0),
+        turns=10.0,
+        message=Tokens.create(120, 0.8),
         answer=Tokens.create(40, 0.6),
         score_mean=scores,
         most_tokens=12_000,
-        pool=48,
+        pool=64,
     ),
     latency_limit=0.040,
-    slots=64,
+    runs=64,
 )
 SCENARIOS["azure"] = THREE
 register("azure", _azure, 'the arrivals of a recorded trace, path="...csv", whose rate varies over hours')

@@ -23,7 +23,6 @@ from jaxroute.simulator.engine import (
     blocks_for,
     full_blocks,
     lowest,
-    prefix_sum,
     slot_positions,
     total,
 )
@@ -89,8 +88,18 @@ def allocate(cache: SharedBlocks, blocks: jax.Array) -> SharedBlocks:
     """The cache after this number of `blocks` (int32 [...]) was taken from the front of the free queue (rule B6)."""
     blank = jnp.minimum(blocks, cache.blank)
     first, end = cache.runs.bounds
-    before = prefix_sum(end - first) - (end - first)
-    end = end - jnp.clip(blocks - blank - before, 0, end - first)
+    place = slot_positions(first)
+
+    def evict(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Takes blocks of the oldest range. Usually few ranges lose some, and a cumulative sum takes longer."""
+        left, end = carry
+        at = place == lowest(jnp.where(first < end, place, LARGE))
+        taken = jnp.minimum(left, one_of(end - first, at))
+        return left - taken, end - jnp.where(at, taken, 0)
+
+    # Where content was in two blocks, the counts may be too low.
+    left = jnp.minimum(blocks - blank, total(end - first))
+    _, end = jax.lax.while_loop(lambda carry: anywhere(carry[0] > 0), evict, (left, end))
     return cache.replace(blank=cache.blank - blank, runs=cache.runs.replace(bounds=jnp.stack([first, end])))
 
 
