@@ -16,7 +16,7 @@ import optax
 
 from jaxroute.agent.router_network import RouterNetwork
 from jaxroute.agent.sac import policy_logits
-from jaxroute.agent.start import QOS_OF_LOGIT, linear_values, rows_of
+from jaxroute.agent.start import QOS_OF_LOGIT, linear_policy, linear_values, rows_of
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.observation import RoutingGraph
 from jaxroute.environment.state import EnvParams, EnvState
@@ -94,10 +94,7 @@ def _rounds(
 ) -> tuple[_Walk, Comparisons, jax.Array]:
     """`_ROUNDS` rounds; also the mean number of requests in a cluster, float []."""
 
-    def greedily(weights: jax.Array, key: jax.Array, observation: RoutingGraph, state: Any, params: Any) -> jax.Array:
-        return jnp.argmax(linear_values(weights, observation)).astype(jnp.int32)
-
-    policy = jax.tree_util.Partial(greedily, weights)
+    policy = jax.tree_util.Partial(linear_policy, weights)
 
     def decide(walk: _Walk, key: jax.Array) -> tuple[_Walk, None]:
         values = jax.vmap(partial(linear_values, weights))(walk.observation)

@@ -41,7 +41,7 @@ def linear_start(
     seed: int,
     done: Callable[[int, float], None] = lambda decisions, qos: None,
 ) -> np.ndarray:
-    """Weights float32 [Fe + 1] of the linear policy (`router_network.with_linear_policy`) with the highest mean QoS.
+    """Weights float32 [Fe + 1] of the linear policy (`router_network.withlinear_policy`) with the highest mean QoS.
 
     The search is CMA-ES with `decisions` simulated decisions in all, on new episodes in each generation. The standard
     deviation of a weight in its first generation is inverse to that of the feature under `FIRST_GUESS`, for which 9,600
@@ -121,7 +121,7 @@ def _linear_qos(
     """Mean QoS, float [P], of the linear policies with `weights` [P, Fe + 1] on the same episodes."""
 
     def of(weights: jax.Array) -> jax.Array:
-        return _episode_qos(env, axes, jax.tree_util.Partial(_linear_policy, weights), keys, rows)
+        return _episode_qos(env, axes, jax.tree_util.Partial(linear_policy, weights), keys, rows)
 
     return jax.vmap(of)(weights)
 
@@ -132,7 +132,7 @@ def _feature_spread(
 ) -> jax.Array:
     """Standard deviations, float32 [Fe], of the experts' features under the linear policy with `weights` [Fe + 1]."""
     step_keys = jax.vmap(partial(jax.random.split, num=_SEEN_STEPS))(keys)
-    policy = jax.vmap(partial(_linear_policy, weights), (0, 0, 0, axes))
+    policy = jax.vmap(partial(linear_policy, weights), (0, 0, 0, axes))
     step = jax.vmap(env.step, (0, 0, 0, axes))
 
     def move(carry: tuple[RoutingGraph, Any], keys: jax.Array) -> tuple[tuple[RoutingGraph, Any], jax.Array]:
@@ -145,9 +145,10 @@ def _feature_spread(
     return features.std((0, 1, 2))
 
 
-def _linear_policy(
+def linear_policy(
     weights: jax.Array, key: jax.Array, observation: RoutingGraph, state: Any, params: EnvParams
 ) -> jax.Array:
+    """The action with the highest of `linear_values`, int32 []; a router, once the weights are given."""
     return jnp.argmax(linear_values(weights, observation)).astype(jnp.int32)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import jax
 
 from jaxroute.agent.trainer import policy_router
+from jaxroute.commands.evaluate import require_run_or_router
 from jaxroute.config.build import build_network
 from jaxroute.config.loader import load_saved_config
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import make, params_of
 from jaxroute.environment.state import EnvParams
-from jaxroute.errors import UserError, command, require_known
+from jaxroute.errors import UserError, command
 from jaxroute.predictor.store import load_predictor
 from jaxroute.routers import ROUTERS, SLOW, make_router
 from jaxroute.routers.choice import Router
@@ -28,8 +29,6 @@ from jaxroute.workload import FrozenRequests, PoissonArrivals, Workload
 
 LATENCY_LIMIT, TOKEN_SCALE = 0.03, 256.0
 """s per output token, and tokens that count as 1, unless the cluster's file or the run has others."""
-
-NEEDS_THE_TRUTH = tuple(name for name, spec in ROUTERS.items() if spec.knows_future or "clairvoyant" in name)
 
 
 @command
@@ -118,10 +117,7 @@ def router_of(name: str, cluster: Cluster, never_drop: bool) -> tuple[RoutingEnv
     run, count = Path(name), len(cluster.experts)
     limit, scale, queue_nodes, network = LATENCY_LIMIT, TOKEN_SCALE, 10, None
     if name not in ROUTERS:
-        if not (run / "config.yaml").is_file():
-            if run.exists() or len(run.parts) > 1:
-                raise UserError(f"{run}: has no config.yaml; give a folder that jaxroute train wrote, or a router")
-            require_known(name, ROUTERS, "router")
+        require_run_or_router(run)
         config = load_saved_config(run / "config.yaml")
         network, queue_nodes = build_network(config.network), config.environment.queue_nodes
         # Times and lengths in the observation are relative to these two, so they are as in training.
@@ -129,7 +125,7 @@ def router_of(name: str, cluster: Cluster, never_drop: bool) -> tuple[RoutingEnv
         trained = make(config.environment.id, **{key: value for key, value in chosen.items() if value is not None})[1]
         limit = config.environment.latency_limit or float(trained.latency_limit)
         scale = float(trained.token_scale)
-    elif name in NEEDS_THE_TRUTH:
+    elif not ROUTERS[name].honest:
         raise UserError(f"{name} routes by true lengths, which no live request has; lookahead uses predicted ones")
     elif name in SLOW:
         raise UserError(f"{name} simulates thousands of decisions for each of its own, and is too slow; use lookahead")

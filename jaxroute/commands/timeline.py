@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxroute.agent.trainer import policy_router
+from jaxroute.commands.evaluate import require_run_or_router
 from jaxroute.config.build import Experiment, build_experiment, build_network
 from jaxroute.config.loader import load_config, load_saved_config
 from jaxroute.console import print_notes, report_console
-from jaxroute.errors import UserError, command, require_known
+from jaxroute.errors import UserError, command
 from jaxroute.evaluation.tuning import tuned_routers
 from jaxroute.routers import ROUTER_LABELS, ROUTERS
 from jaxroute.routers.choice import Router
@@ -42,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"name one router, or two that differ, not {len(names)}: {', '.join(names) or 'none'}")
     runs = [Path(name) for name in names if name not in ROUTERS]
     for run in runs:
-        if not (run / "config.yaml").is_file():
-            _neither_router_nor_run(run)
+        require_run_or_router(run)
     if arguments.seed is not None:
         overrides.append(f"evaluation.seed={arguments.seed}")
     if runs and arguments.config is None:
@@ -72,12 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = [f"{file} ({(arguments.out / file).stat().st_size / 1e6:.1f} MB)" for file in FILES]
     console.print(f"{', '.join(sizes)} in {arguments.out}", highlight=False, markup=False)
     return 0
-
-
-def _neither_router_nor_run(path: Path) -> None:
-    if path.exists() or len(path.parts) > 1:
-        raise UserError(f"{path}: has no config.yaml; give a folder that jaxroute train wrote, or a router")
-    require_known(str(path), ROUTERS, "router")
 
 
 def _trained(experiment: Experiment, run: Path) -> Router:

@@ -116,10 +116,7 @@ ENGINE_KEYS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block
 def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnvironment, EnvParams]:
     """Experts from a YAML file; docs/environment.md describes its format."""
     path = _needs(path, "cluster", "a YAML file of experts (docs/environment.md)")
-    tree = mapping(path, read_yaml(path), "the file", CLUSTER_KEYS)
-    listed = tree.get("experts")
-    if not isinstance(listed, list) or not listed:
-        raise UserError(f"{path}: experts: must be a list of one or more experts")
+    tree, listed = read_cluster(path, CLUSTER_KEYS)
     engines, scores = [], []
     for index, entry in enumerate(listed):
         where = f"experts[{index}]"
@@ -140,6 +137,15 @@ def _cluster(path: str | Path | None = None, **options: Any) -> tuple[RoutingEnv
     return environment_of(len(listed), options), params_of(workload, stacked, limit, scale)
 
 
+def read_cluster(path: Path, keys: Sequence[str]) -> tuple[dict[str, Any], list[Any]]:
+    """A cluster's file, with no other keys than `keys`, and its experts. Raises `UserError`."""
+    tree = mapping(path, read_yaml(path), "the file", keys)
+    listed = tree.get("experts")
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"{path}: experts: must be a list of one or more experts")
+    return tree, listed
+
+
 def expert_engine(path: Path, where: str, expert: dict[str, Any]) -> EngineParams:
     """The engine of an expert in a cluster's file, from its profile, or from latency, kv_blocks and `ENGINE_KEYS`.
 
@@ -154,9 +160,7 @@ def expert_engine(path: Path, where: str, expert: dict[str, Any]) -> EngineParam
     for key in ("latency", "kv_blocks"):
         if key not in expert:
             raise UserError(f"{path}: {where}: {key} is missing")
-    blocks = expert["kv_blocks"]
-    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
-        raise UserError(f"{path}: {where}: kv_blocks must be a whole number of at least 1, not {blocks!r}")
+    blocks = whole(path, f"{where}: kv_blocks", expert["kv_blocks"])
     config = {
         "latency": expert["latency"],
         "num_gpu_blocks": blocks + 1,  # vLLM keeps one block
@@ -172,6 +176,13 @@ def mapping(path: Path, tree: Any, where: str, keys: Sequence[str]) -> dict[str,
     for key in tree:
         require_known(key, keys, "key", f"{path}: {where}: ")
     return tree
+
+
+def whole(path: Path, key: str, value: Any) -> int:
+    """`value`, a whole number of at least 1. Raises `UserError`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{path}: {key} must be a whole number of at least 1, not {value!r}")
+    return value
 
 
 def positive(path: Path, key: str, value: Any) -> float:

@@ -36,6 +36,7 @@ class RouterSpec(NamedTuple):
     choices: Callable[[int], list[Parameters]] = lambda num_experts: [{}]  # of N experts, tried too
     follows: str | None = None  # the router that its parameter `policy` is, unless another one is given
     knows_future: bool = False  # see `RuleRouter`
+    honest: bool = True  # reads only what a router can know; else true lengths and scores
 
 
 def _pairs(num_experts: int) -> list[Parameters]:
@@ -79,10 +80,14 @@ _RULES = {
     ),
     "block": RouterSpec(planning.block, "Block"),
     "lookahead": RouterSpec(planning.lookahead, "Lookahead"),
-    "clairvoyant": RouterSpec(planning.clairvoyant, "Clairvoyant"),
+    "clairvoyant": RouterSpec(planning.clairvoyant, "Clairvoyant", honest=False),
     "rollout": RouterSpec(rollout.rollout, "Rollout", follows="index_rule+admission"),
     "rollout_clairvoyant": RouterSpec(
-        rollout.rollout_clairvoyant, "Rollout, clairvoyant", follows="index_rule+admission", knows_future=True
+        rollout.rollout_clairvoyant,
+        "Rollout, clairvoyant",
+        follows="index_rule+admission",
+        knows_future=True,
+        honest=False,
     ),
 }
 """A new router is one entry here; configuration, help texts, tables and pictures follow from it."""

@@ -56,6 +56,12 @@ def candidates(env: RoutingEnvironment, state: EnvState, params: EnvParams) -> j
     return allowed | ~allowed.any()
 
 
+def actions_among(env: RoutingEnvironment, state: EnvState, params: EnvParams, among: jax.Array) -> jax.Array:
+    """bool [N + 1]: the action mask, without the experts that are not in `among` (bool [N])."""
+    mask = action_mask(state, params, env.slots, env.drop)
+    return jnp.append(mask[:-1] & among, mask[-1])
+
+
 def turns_away(env: RoutingEnvironment, state: EnvState) -> jax.Array:
     """int32 [N]: decisions until it is each expert's turn; the turn goes to the next expert at each decision."""
     return (jnp.arange(env.num_experts) - state.step) % env.num_experts

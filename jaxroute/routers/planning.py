@@ -11,9 +11,8 @@ from jaxroute.environment.batching import batch_first, batch_last, over_batch
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.few_slots import FEW_SLOTS, first_slots
 from jaxroute.environment.impact import joining_finish, joining_gain, predicted_engine
-from jaxroute.environment.observation import action_mask
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.routers.choice import smallest
+from jaxroute.routers.choice import actions_among, smallest
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import NEVER
 
@@ -73,8 +72,7 @@ def _highest_gain(
     env: RoutingEnvironment, state: EnvState, params: EnvParams, among: jax.Array, clairvoyant: bool
 ) -> jax.Array:
     gain = _over_experts(env, state, params, partial(_gains, clairvoyant=clairvoyant))
-    mask = action_mask(state, params, env.slots, env.drop)
-    mask = jnp.append(mask[:-1] & among, mask[-1])
+    mask = actions_among(env, state, params, among)
     # Dropping has a gain of 0 and is first, so an expert is chosen only if its gain is above 0.
     gain = jnp.where(jnp.roll(mask, 1), jnp.append(0.0, gain), -jnp.inf)
     return (jnp.argmax(gain) - 1).astype(jnp.int32) % env.num_actions

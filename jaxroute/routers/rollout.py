@@ -8,9 +8,8 @@ import jax.numpy as jnp
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.impact import predicted_engine
-from jaxroute.environment.observation import action_mask
 from jaxroute.environment.state import EnvParams, EnvState
-from jaxroute.routers.choice import Router
+from jaxroute.routers.choice import Router, actions_among
 from jaxroute.simulator.engine import LARGE
 from jaxroute.workload.request import Request
 
@@ -136,6 +135,4 @@ def action_returns(
 def _best(
     env: RoutingEnvironment, values: jax.Array, state: EnvState, params: EnvParams, among: jax.Array
 ) -> jax.Array:
-    mask = action_mask(state, params, env.slots, env.drop)
-    mask = jnp.append(mask[:-1] & among, mask[-1])
-    return jnp.argmax(jnp.where(mask, values, -jnp.inf)).astype(jnp.int32)
+    return jnp.argmax(jnp.where(actions_among(env, state, params, among), values, -jnp.inf)).astype(jnp.int32)

@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import jax
-import jax.numpy as jnp
-
-from jaxroute.environment.scenarios import ENGINE_KEYS, expert_engine, mapping, positive
+from jaxroute.environment.scenarios import ENGINE_KEYS, expert_engine, mapping, positive, read_cluster, whole
 from jaxroute.errors import UserError
-from jaxroute.files import read_yaml
 from jaxroute.simulator.engine import EngineParams
-from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.simulator.engine_config import engine_from_config, stack_engines
 
 KEYS = ("experts", "model", "latency_limit", "token_scale", "slots")
 EXPERT_KEYS = ("name", "url", "model", "mean_score", "profile", "latency", "kv_blocks", "api_key_env")
@@ -58,10 +54,7 @@ class Cluster:
 
 def load_cluster(path: Path) -> Cluster:
     """Reads a cluster's file. Raises `UserError`, with file, expert and key."""
-    tree = mapping(path, read_yaml(path), "the file", KEYS)
-    listed = tree.get("experts")
-    if not isinstance(listed, list) or not listed:
-        raise UserError(f"{path}: experts: must be a list of one or more experts")
+    tree, listed = read_cluster(path, KEYS)
     experts, engines = [], []
     for index, entry in enumerate(listed):
         where = f"experts[{index}]"
@@ -72,12 +65,10 @@ def load_cluster(path: Path) -> Cluster:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{path}: experts: the name {name!r} occurs twice; give each its own")
-    slots = tree.get("slots", SLOTS)
-    if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
-        raise UserError(f"{path}: slots must be a whole number of at least 1, not {slots!r}")
+    slots = whole(path, "slots", tree.get("slots", SLOTS))
     limit, scale = (positive(path, key, tree[key]) if key in tree else None for key in ("latency_limit", "token_scale"))
     model = _text(path, "model", tree.get("model", MODEL))
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(as_seen, engines))
+    stacked = stack_engines([as_seen(engine) for engine in engines], f"{path}: experts")
     return Cluster(tuple(experts), stacked, model, slots, limit, scale)
 
 

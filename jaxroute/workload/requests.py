@@ -81,15 +81,10 @@ def _tokens(logarithm: jax.Array) -> jax.Array:
     return jnp.clip(jnp.exp(logarithm), MIN_TOKENS, MAX_TOKENS).astype(jnp.int32)
 
 
-class FrozenRequests(struct.PyTreeNode):
-    """The frozen generator of `paper-3` and `paper-6`; `frozen.py` has its constants and formulas."""
+class _WithFrozenNormals:
+    """What the kinds of requests share that are made of the frozen generator's normals."""
 
-    score_mean: jax.Array  # float [N], each expert's mean score, 0 to 1, traced
-
-    @classmethod
-    def create(cls, score_mean: Sequence[float] | np.ndarray) -> FrozenRequests:
-        """From each expert's mean score, [N] from 0 to 1. Raises `UserError`."""
-        return cls(score_mean=_mean_scores(score_mean))
+    score_mean: jax.Array  # float [N], each expert's mean score
 
     @property
     def num_experts(self) -> int:
@@ -98,8 +93,19 @@ class FrozenRequests(struct.PyTreeNode):
 
     @property
     def draws(self) -> int:
-        """A uniform for each normal of the generator."""
+        """A uniform for each normal of the frozen generator, whether all are used or not."""
         return 3 + 3 * self.num_experts
+
+
+class FrozenRequests(_WithFrozenNormals, struct.PyTreeNode):
+    """The frozen generator of `paper-3` and `paper-6`; `frozen.py` has its constants and formulas."""
+
+    score_mean: jax.Array  # float [N], each expert's mean score, 0 to 1, traced
+
+    @classmethod
+    def create(cls, score_mean: Sequence[float] | np.ndarray) -> FrozenRequests:
+        """From each expert's mean score, [N] from 0 to 1. Raises `UserError`."""
+        return cls(score_mean=_mean_scores(score_mean))
 
     def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
         """A request of the generator, from `uniforms` [draws]."""
@@ -114,7 +120,7 @@ class FrozenRequests(struct.PyTreeNode):
         )
 
 
-class QuantileRequests(struct.PyTreeNode):
+class QuantileRequests(_WithFrozenNormals, struct.PyTreeNode):
     """Requests with lengths drawn from Q quantiles at equal steps of the level; the rest is as in the frozen generator.
 
     A normal of the frozen generator gives the level of the prompt, and one for each expert that of its output: so
@@ -135,16 +141,6 @@ class QuantileRequests(struct.PyTreeNode):
             log_output=jnp.asarray(np.log(lengths.output_tokens), float),
             score_mean=_mean_scores(score_mean),
         )
-
-    @property
-    def num_experts(self) -> int:
-        """N."""
-        return self.score_mean.shape[-1]
-
-    @property
-    def draws(self) -> int:
-        """The number of uniforms of one request, the same as of the frozen generator."""
-        return 3 + 3 * self.num_experts
 
     def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
         """A request from `uniforms` [draws]."""
@@ -211,7 +207,7 @@ class TableRequests(struct.PyTreeNode):
         return jax.tree.map(lambda column: column[drawn], self.rows)
 
 
-class TraceRequests(struct.PyTreeNode):
+class TraceRequests(_WithFrozenNormals, struct.PyTreeNode):
     """Requests with the lengths of the arriving row of the trace; scores and predictions as in the frozen generator.
 
     A trace records one output length, which is the true length at every expert. The predicted length has the frozen
@@ -232,16 +228,6 @@ class TraceRequests(struct.PyTreeNode):
             output_tokens=jnp.asarray(output_tokens, jnp.int32),
             score_mean=_mean_scores(score_mean),
         )
-
-    @property
-    def num_experts(self) -> int:
-        """N."""
-        return self.score_mean.shape[-1]
-
-    @property
-    def draws(self) -> int:
-        """The number of uniforms of one request, the same as of the frozen generator."""
-        return 3 + 3 * self.num_experts  # those of the shared terms of lengths are unused
 
     def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
         """The lengths of `row` (int32 []), with scores and predictions from `uniforms` [draws]."""

@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.reference.engine import DEFAULT_CONFIG, duration
+from tests.reference.engine import DEFAULT_CONFIG, duration, result_of
 
 DEFAULTS: dict[str, Any] = {
     **DEFAULT_CONFIG,
@@ -370,32 +370,15 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
         if empty_in_a_row >= config["stall_iterations"] and not pending and (engine.running or engine.waiting):
             status = "stalled"
             break
-    return {
-        "status": status,
-        "usable_blocks": engine.usable_blocks,
-        "per_request": {
-            r.id: {
-                "first_token_time": r.first_token_time,
-                "finish_time": r.finish_time,
-                "preemptions": r.preemptions,
-                "emitted": r.generated,
-                "first_sched_iter": r.first_sched_iter,
-                "first_token_iter": r.first_token_iter,
-                "finish_iter": r.finish_iter,
-                "cached_first": r.cached_first,
-                "cached_total": r.cached_total,
-                "computed_total": r.computed_total,
-            }
-            for r in everyone
-        },
-        "iterations": records,
-        "summary": {
-            "iterations": len(records),
-            "preemptions": sum(r.preemptions for r in everyone),
-            "end_time": time,
-            "scheduled_entries": sum(len(record["sched"]) for record in records),
-            "finished": sum(r.finish_time is not None for r in everyone),
-            "computed_tokens": sum(r.computed_total for r in everyone),
-            "cached_tokens": sum(r.cached_total for r in everyone),
-        },
+    result = result_of(status, engine.usable_blocks, everyone, records, time)
+    for request in everyone:
+        result["per_request"][request.id] |= {
+            "cached_first": request.cached_first,
+            "cached_total": request.cached_total,
+            "computed_total": request.computed_total,
+        }
+    result["summary"] |= {
+        "computed_tokens": sum(r.computed_total for r in everyone),
+        "cached_tokens": sum(r.cached_total for r in everyone),
     }
+    return result

@@ -78,6 +78,13 @@ class Expert:
         self.ignored: list[reference.Request] = []
         self.margin = math.inf  # the closest that the start of an iteration came to an arrival, seconds
 
+    def _note_times(self, sampled: list[Any], finished: list[Any]) -> None:
+        for request in sampled:
+            if request.first_token_time is None:
+                request.first_token_time = self.clock
+        for request in finished:
+            request.finish_time = self.clock
+
     def queue_length(self) -> int:
         return len(self.engine.running) + len(self.engine.waiting)
 
@@ -126,11 +133,7 @@ class Expert:
             self.block_seconds += seconds * (self.engine.usable_blocks - self.engine.free_blocks)
             self.clock += seconds
             sampled, finished, leaving = self.engine.compute(entries)
-            for request in sampled:
-                if request.first_token_time is None:
-                    request.first_token_time = self.clock
-            for request in finished:
-                request.finish_time = self.clock
+            self._note_times(sampled, finished)
             done += leaving
         return done
 
@@ -185,11 +188,7 @@ class ExpertToday(Expert):
             if self.flights:
                 batch, self.clock = self.flights.popleft()
                 sampled, finished = self.engine.update(batch)
-                for request in sampled:
-                    if request.first_token_time is None:
-                        request.first_token_time = self.clock
-                for request in finished:
-                    request.finish_time = self.clock
+                self._note_times(sampled, finished)
                 done += finished
         return done
 

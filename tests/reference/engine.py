@@ -8,6 +8,7 @@ time, and is checked against recorded runs of vLLM's own schedulers, 0.19.1's V1
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -264,6 +265,36 @@ def duration(latency: list[float], prefill_tokens: int, decodes: int, context: i
     return seconds
 
 
+def result_of(
+    status: str, usable_blocks: int, everyone: Sequence[Any], records: list[dict[str, Any]], time: float
+) -> dict[str, Any]:
+    """The result of a run of `everyone`, with the records of its iterations, that ended at `time`."""
+    return {
+        "status": status,
+        "usable_blocks": usable_blocks,
+        "per_request": {
+            r.id: {
+                "first_token_time": r.first_token_time,
+                "finish_time": r.finish_time,
+                "preemptions": r.preemptions,
+                "emitted": r.generated,
+                "first_sched_iter": r.first_sched_iter,
+                "first_token_iter": r.first_token_iter,
+                "finish_iter": r.finish_iter,
+            }
+            for r in everyone
+        },
+        "iterations": records,
+        "summary": {
+            "iterations": len(records),
+            "preemptions": sum(r.preemptions for r in everyone),
+            "end_time": time,
+            "scheduled_entries": sum(len(record["sched"]) for record in records),
+            "finished": sum(r.finish_time is not None for r in everyone),
+        },
+    }
+
+
 def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs one engine on `spec` = {"config": {...}, "requests": [...]} and returns the schedule-file dict.
 
@@ -350,30 +381,7 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
             status = "stalled"
             break
 
-    result: dict[str, Any] = {
-        "status": status,
-        "usable_blocks": engine.usable_blocks,
-        "per_request": {
-            r.id: {
-                "first_token_time": r.first_token_time,
-                "finish_time": r.finish_time,
-                "preemptions": r.preemptions,
-                "emitted": r.generated,
-                "first_sched_iter": r.first_sched_iter,
-                "first_token_iter": r.first_token_iter,
-                "finish_iter": r.finish_iter,
-            }
-            for r in everyone
-        },
-        "iterations": records,
-        "summary": {
-            "iterations": len(records),
-            "preemptions": sum(r.preemptions for r in everyone),
-            "end_time": time,
-            "scheduled_entries": sum(len(record["sched"]) for record in records),
-            "finished": sum(r.finish_time is not None for r in everyone),
-        },
-    }
+    result = result_of(status, engine.usable_blocks, everyone, records, time)
     if isinstance(engine, EngineV0):
         result["watermark_blocks"] = engine.watermark
         result["summary"]["ignored"] = sum(r.ignored_iter is not None for r in everyone)
