@@ -7,6 +7,7 @@ from flax import struct
 
 from jaxroute.environment.disturbances import Disturbances
 from jaxroute.environment.metrics import EpisodeTotals
+from jaxroute.environment.qos import QosRule
 from jaxroute.simulator.engine import EngineParams, EngineState
 from jaxroute.workload.arrivals import WorkloadState
 from jaxroute.workload.request import Request
@@ -35,6 +36,17 @@ class EnvParams(struct.PyTreeNode):
     # with this discount the request is worth its QoS at its arrival. None: no division
     credit_discount: jax.Array | None = None
     disturbances: Disturbances | None = None  # changes during an episode; None: no changes
+    # Limits on TTFT and TPOT, float [], s: both, and they take the place of `latency_limit`; None: it applies
+    ttft_limit: jax.Array | None = None
+    tpot_limit: jax.Array | None = None
+    token_price: jax.Array | None = None  # float [N], QoS that 1,000 output tokens of each expert cost; None: nothing
+    # float [], s after which a client gives up: its request is cancelled, and has no QoS. None: nobody does
+    patience: jax.Array | None = None
+
+    @property
+    def qos_rule(self) -> QosRule:
+        """What the answers are worth."""
+        return QosRule(self.latency_limit, self.ttft_limit, self.tpot_limit, self.token_price)
 
     def at(self, decision: jax.Array) -> EnvParams:
         """The parameters between `decision` (int32 [], or [B] with environments last) and the next decision."""

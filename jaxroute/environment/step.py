@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxroute.environment.abandonment import run_with_patience, without_late
 from jaxroute.environment.batching import run_if
 from jaxroute.environment.few_slots import take_both
 from jaxroute.environment.impact import action_penalty
@@ -120,8 +121,14 @@ def _route(settings: Settings, state: EnvState, action: jax.Array, params: EnvPa
 
 def _run(state: EnvState, until: jax.Array, params: EnvParams) -> tuple[EnvState, Finished, EngineWork]:
     """Runs every iteration that starts before `until` (s) and removes the finished requests."""
-    engines, work, _ = run_until(state.engines, until, params.engines)
-    engines, queued, finished = collect(engines, state.queued, params.engines)
+    if params.patience is None:
+        engines, work, _ = run_until(state.engines, until, params.engines)
+        engines, queued, finished = collect(engines, state.queued, params.engines)
+    else:
+        leaves = state.queued.arrival + params.patience
+        engines, work = run_with_patience(state.engines, leaves, until, params.engines)
+        engines, queued, finished = collect(engines, state.queued, params.engines, aborts=True)
+        finished = without_late(finished, leaves)
     return state.replace(engines=engines, queued=queued), finished, work
 
 
@@ -141,7 +148,7 @@ def _completed(finished: Finished) -> Completed:
 
 def _reward(completed: Completed, params: EnvParams) -> tuple[jax.Array, jax.Array]:
     """QoS of the finished requests, and their credit in the reward (`EnvParams.credit_discount`), float [B] each."""
-    qos = credit = completed.qos(params.latency_limit)
+    qos = credit = completed.qos(params.qos_rule)
     if params.credit_discount is not None:
         credit = jnp.where(completed.served, qos * params.credit_discount**completed.arrival, 0)
     return jnp.sum(total(qos), axis=0), jnp.sum(total(credit), axis=0)
@@ -153,8 +160,12 @@ def _count(
     """Adds the work and the completed requests to the totals, and to the mean latency of recent completions."""
     totals = state.totals
     if totals is not None:
-        totals = add_work(totals, work, finished.ignored, params.engines.usable_blocks)
-        totals = add_completed(totals, settings.metrics, completed, params.latency_limit)
+        totals = add_work(totals, work, params.engines.usable_blocks)
+        if params.patience is None:
+            totals = totals.replace(rejected_infeasible=totals.rejected_infeasible + finished.ignored)
+        else:
+            totals = totals.replace(abandoned=totals.abandoned + finished.ignored)
+        totals = add_completed(totals, settings.metrics, completed, params.qos_rule)
     latency = (completed.finish - completed.arrival) / completed.tokens
     count = total(completed.served)
     mean = total(jnp.where(completed.served, latency, 0)) / jnp.maximum(count, 1)

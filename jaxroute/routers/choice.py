@@ -41,7 +41,7 @@ class RuleRouter(struct.PyTreeNode):
         admission = own.pop("admission", None)
         if admission is None or not self.env.drop:
             return self.rule(self.env, key, observation, state, params, among, **own)
-        admitted = among & (predicted_latency(state, params) < admission * params.latency_limit)
+        admitted = among & (predicted_latency(state, params) < admission * own_limit(state, params))
         action = self.rule(self.env, key, observation, state, params, admitted, **own)
         return jnp.where(admitted.any(), action, self.env.num_experts).astype(jnp.int32)
 
@@ -54,6 +54,11 @@ def candidates(env: RoutingEnvironment, state: EnvState, params: EnvParams) -> j
     """bool [N]: the experts that the action mask allows, or all experts if it allows none."""
     allowed = action_mask(state, params, env.slots)[:-1]
     return allowed | ~allowed.any()
+
+
+def own_limit(state: EnvState, params: EnvParams) -> jax.Array:
+    """float [N]: s per output token that the arriving request may take at each expert, by its predicted length."""
+    return params.qos_rule.per_token(state.request.predicted_output_tokens)
 
 
 def actions_among(env: RoutingEnvironment, state: EnvState, params: EnvParams, among: jax.Array) -> jax.Array:
