@@ -41,7 +41,7 @@ from jaxroute.workload.arrivals import Arrivals
 from jaxroute.workload.reading import Reading, collect_readings
 from jaxroute.workload.table import Trace
 
-QOS_OPTIONS = ("ttft_limit", "tpot_limit", "token_price", "patience")
+OPTIONAL = ("ttft_limit", "tpot_limit", "token_price", "patience", "signal_delay")
 """Keys of the environment's section that are fields of `EnvParams` if they are set."""
 
 
@@ -71,7 +71,7 @@ def build_experiment(config: Config) -> Experiment:
 def _build(config: Config) -> Experiment:
     environment, training = config.environment, config.training
     # `make` takes all by the same names but what is traced, which is set below.
-    own = ("id", "latency_limit", "penalty_weight", *QOS_OPTIONS)
+    own = ("id", "latency_limit", "penalty_weight", *OPTIONAL)
     options = {key: value for key, value in vars(environment).items() if key not in own and value is not None}
     if config.workload.arrivals.kind is None:  # the scenario reads the trace, if there is one
         options |= _reading_options(config.workload.arrivals)
@@ -88,7 +88,7 @@ def _build(config: Config) -> Experiment:
         latency_limit=jnp.asarray(limit, float),
         penalty_weight=jnp.asarray(environment.penalty_weight, float),
         credit_discount=jnp.asarray(config.agent.gamma, float),
-        **_qos_options(environment, params.engines),
+        **_optional_fields(environment, params.engines),
     )
     sac = SACConfig(
         num_envs=training.num_envs,
@@ -108,9 +108,9 @@ def _build(config: Config) -> Experiment:
     return Experiment(env, params, network, Hyperparameters(**agent), sac, notes, varied, axes, experts, [])
 
 
-def _qos_options(environment: EnvironmentConfig, engines: EngineParams) -> dict[str, jax.Array]:
-    """The fields of `EnvParams` for other forms of QoS that the configuration sets."""
-    given = {name: getattr(environment, name) for name in QOS_OPTIONS if getattr(environment, name) is not None}
+def _optional_fields(environment: EnvironmentConfig, engines: EngineParams) -> dict[str, jax.Array]:
+    """The optional fields of `EnvParams` that the configuration sets. Raises `UserError`."""
+    given = {name: getattr(environment, name) for name in OPTIONAL if getattr(environment, name) is not None}
     prices, experts = environment.token_price, len(engines.usable_blocks)
     if prices is not None and len(prices) != experts:
         raise UserError(f"environment.token_price: {len(prices)} numbers, but the environment has {experts} experts")

@@ -70,6 +70,7 @@ class EnvironmentConfig:
     tpot_limit: Positive | None = None  # seconds per token
     token_price: Prices | None = None  # of 1,000 output tokens of each expert, in QoS
     patience: Positive | None = None  # seconds after which a client gives up
+    signal_delay: NonNegative | None = None  # most seconds that a router's view of the engines is old
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,14 @@ from jaxroute.environment.metrics import (
 )
 from jaxroute.environment.observation import RoutingGraph, flatten, observe
 from jaxroute.environment.settings import Settings
-from jaxroute.environment.state import RECENT_COMPLETIONS, RECENT_GAPS, EnvParams, EnvState, QueuedRequests
+from jaxroute.environment.state import (
+    RECENT_COMPLETIONS,
+    RECENT_GAPS,
+    EnvParams,
+    EnvState,
+    QueuedRequests,
+    Scrape,
+)
 from jaxroute.environment.turns import NOBODY, Arrival, Outcome, Taken, Turn
 from jaxroute.simulator.advance import EngineWork
 from jaxroute.simulator.cluster import AFTER_ALL, Finished, collect, restart, route, run_until, shift_time
@@ -74,7 +81,7 @@ def drain(state: EnvState, params: EnvParams) -> jax.Array:
 
 def observe_batch(settings: Settings, state: EnvState, params: EnvParams) -> Observation:
     """The observation, graph or flat as in `settings`, leaves [B, ...]."""
-    observation = observe(state, params.at(state.step), settings.queue_nodes, settings.slots, settings.drop)
+    observation = observe(state.visible(), params.at(state.step), settings.queue_nodes, settings.slots, settings.drop)
     return flatten(observation) if settings.obs == "flat" else observation
 
 
@@ -185,14 +192,19 @@ def _move_on(state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> 
     # `step` has been increased, so it is the number of gaps.
     change = (gap - state.recent_gap) / jnp.clip(state.step, 1, RECENT_GAPS)
     recent_gap = state.recent_gap + jnp.where(turn.takes_part, change, 0)
-    engines = shift_time(state.engines, gap, params.engines)
+    engines = restart(shift_time(state.engines, gap, params.engines), begins)
+    queued = state.queued.replace(arrival=state.queued.arrival - gap)
+    scrape = state.scrape
+    if scrape is not None:
+        scrape = _scrape(scrape, Scrape(engines, queued, scrape.age + gap), turn.takes_part, begins, params)
 
     def arrived(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(turn.takes_part, new, old)
 
     return state.replace(
-        engines=restart(engines, begins),
-        queued=state.queued.replace(arrival=state.queued.arrival - gap),
+        engines=engines,
+        queued=queued,
+        scrape=scrape,
         request=jax.tree.map(arrived, turn.arrival.request, state.request),
         workload=jax.tree.map(arrived, turn.arrival.workload, state.workload),
         step=jnp.where(begins, 0, state.step),
@@ -200,3 +212,18 @@ def _move_on(state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> 
         recent_latency=jnp.where(begins, 0, state.recent_latency),
         totals=totals,
     )
+
+
+def _scrape(last: Scrape, present: Scrape, takes_part: jax.Array, begins: jax.Array, params: EnvParams) -> Scrape:
+    """The scrape that the router has at the next decision. `present`, which may have fewer slots, is the state then and
+    the age of `last`.
+    """
+    due = takes_part & (begins | (present.age >= params.signal_delay))
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        if new.shape[0] < old.shape[0]:
+            new = jnp.concatenate([new, old[new.shape[0] :]])
+        return jnp.where(due, new, old)
+
+    newest = jax.tree.map(choose, present, last)
+    return newest.replace(age=jnp.where(due, 0, present.age))

@@ -28,6 +28,7 @@ class RuleRouter(struct.PyTreeNode):
     parameters: dict[str, Any]  # parameters of the rule, and `admission`, by name, traced
     # its key is that of the environment in the episode, from which the requests to come can be sampled
     knows_future: bool = struct.field(pytree_node=False, default=False)
+    sees_all: bool = struct.field(pytree_node=False, default=False)  # the engines as they are, whatever a router sees
 
     @in_own_modes
     def __call__(self, key: jax.Array, observation: Any, state: EnvState, params: EnvParams) -> jax.Array:
@@ -37,6 +38,8 @@ class RuleRouter(struct.PyTreeNode):
         `admission` leaves out those whose `predicted_latency` is not below `admission` * the latency limit, and the
         request is dropped if none is left. It has no effect where requests may not be dropped (`env.drop`).
         """
+        if not self.sees_all:
+            state = state.visible()
         own, among = dict(self.parameters), candidates(self.env, state, params)
         admission = own.pop("admission", None)
         if admission is None or not self.env.drop:
