@@ -195,8 +195,9 @@ def _move_on(state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> 
     engines = restart(shift_time(state.engines, gap, params.engines), begins)
     queued = state.queued.replace(arrival=state.queued.arrival - gap)
     scrape = state.scrape
-    if scrape is not None:
-        scrape = _scrape(scrape, Scrape(engines, queued, scrape.age + gap), turn.takes_part, begins, params)
+    if scrape is not None and params.signal_delay is not None:
+        present = Scrape(engines, queued, scrape.age + gap)
+        scrape = _scrape(scrape, present, turn.takes_part & (begins | (present.age >= params.signal_delay)))
 
     def arrived(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(turn.takes_part, new, old)
@@ -214,11 +215,11 @@ def _move_on(state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> 
     )
 
 
-def _scrape(last: Scrape, present: Scrape, takes_part: jax.Array, begins: jax.Array, params: EnvParams) -> Scrape:
-    """The scrape that the router has at the next decision. `present`, which may have fewer slots, is the state then and
-    the age of `last`.
+def _scrape(last: Scrape, present: Scrape, due: jax.Array) -> Scrape:
+    """The scrape that the router has at the next decision: a new one where it is `due` (bool [B]).
+
+    `present`, which may have fewer slots, is the state then and the age of `last`.
     """
-    due = takes_part & (begins | (present.age >= params.signal_delay))
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
         if new.shape[0] < old.shape[0]:
