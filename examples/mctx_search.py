@@ -1,7 +1,7 @@
 """Monte Carlo tree search with mctx: the environment is the model that Gumbel MuZero's search runs on.
 
     pip install 'jaxroute[mctx]'
-    python examples/mctx_search.py            # QoS @@, its prior alone @@, Round-Robin @@; @@ of one core
+    python examples/mctx_search.py            # QoS 0.676, its prior's rule 0.659, Round-Robin 0.596; a few minutes
     python examples/mctx_search.py --short    # one small cluster, a few seconds
 
 The figures are for paper-3 at its 3 requests/s, on 8 fresh episodes of 500 requests.
