@@ -19,15 +19,15 @@ from jaxroute.environment.step import prefix_share
 from jaxroute.errors import UserError
 from jaxroute.workload import ConversationRequests, PoissonArrivals, Tokens, Workload
 from tests.reference.cluster import Cluster
-from tests.rollouts import batch_of_runs, configs_of, with_engines
+from tests.rollouts import batch_of_runs, configs_of, with_engines, worth_of
 
-EPISODE, SLOTS, RECORD = 400, 16, 60
+EPISODE, SLOTS, RECORD, PATIENCE = 400, 16, 60, 1.5
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
 @pytest.fixture(scope="module")
 def case():
-    """Conversations on three engines, one with much less memory than they need."""
+    """Conversations on three engines, one with much less memory than they need; some clients give up."""
     rng = np.random.default_rng(3)
     actions = rng.choice(4, EPISODE, p=[0.3, 0.3, 0.35, 0.05])
     with jax.enable_x64(True):
@@ -38,9 +38,9 @@ def case():
             [40, 100], [1, 1], 5.0, Tokens.create(20, 0.5), Tokens.create(20, 0.5), [0.7] * 3, 300, 100
         )
         params = params.replace(workload=Workload.create(PoissonArrivals.create(35.0), requests))
-        params = params.replace(prefix_expiry=jnp.asarray(2.0))
+        params = params.replace(prefix_expiry=jnp.asarray(2.0), patience=jnp.asarray(PATIENCE))
         run = batch_of_runs(env, [params], [actions], seed=5)[0]
-    cluster = Cluster(configs_of(params.engines), SLOTS, float(params.latency_limit))
+    cluster = Cluster(configs_of(params.engines), SLOTS, worth_of(params))
     qos, found = [], np.zeros((EPISODE, 3))
     for step in range(EPISODE):
         request = run.request(step)
@@ -59,6 +59,7 @@ def test_qos_of_every_step_and_timings_of_every_request(case):
     experts = case.cluster.experts
     assert sum(expert.preemptions for expert in experts) > 20
     assert sum(expert.engine.pool.evicted for expert in experts) > 100
+    assert case.cluster.count("abandoned") > 10
     assert not any(expert.engine.pool.copies for expert in experts)
     np.testing.assert_allclose(case.run.info["qos"], case.qos, **CLOSE)
     np.testing.assert_allclose(case.totals.drained_qos, case.drained, **CLOSE)

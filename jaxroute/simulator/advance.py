@@ -112,7 +112,7 @@ def run_iteration(
     )
     if output.cache is not None:
         finished = state.unfinished() & (after.finish_time < NEVER) & (state.position < output.num_running)
-        after = after.replace(cache=_cache_rules(output.cache).after_finish(after, output.cache, finished, params))
+        after = after.replace(cache=cache_rules(output.cache).after_finish(after, output.cache, finished, params))
     after = own.after_iteration(state, after, output, work.iterations, params)
     work = EngineWork(
         iterations=work.iterations + 1,
@@ -126,7 +126,7 @@ def run_iteration(
     return after, work, output
 
 
-def _cache_rules(cache: OwnBlocks | SharedBlocks) -> Any:
+def cache_rules(cache: OwnBlocks | SharedBlocks) -> Any:
     """The functions of this kind of prefix cache."""
     return prefix_runs if isinstance(cache, SharedBlocks) else prefix_cache
 
@@ -232,7 +232,7 @@ def run_decodes(
     held = held + (0.5 * tokens / params.block_size if own.grows else 0)
     if state.cache is not None:
         state = state.replace(
-            cache=_cache_rules(state.cache).allocate(state.cache, blocks_after(count) - blocks_after(0))
+            cache=cache_rules(state.cache).allocate(state.cache, blocks_after(count) - blocks_after(0))
         )
     state = state.replace(
         clock=clock,
@@ -243,7 +243,7 @@ def run_decodes(
         flight=flight,
     )
     if state.cache is not None:
-        state = state.replace(cache=_cache_rules(state.cache).after_finish(state, state.cache, finished, params))
+        state = state.replace(cache=cache_rules(state.cache).after_finish(state, state.cache, finished, params))
     work = work.replace(
         iterations=work.iterations + count,
         idle_iterations=jnp.where(stalled, work.idle_iterations + count, work.idle_iterations),

@@ -139,11 +139,25 @@ def after_finish(state: EngineState, cache: SharedBlocks, finished: jax.Array, p
     hashed = jnp.where(finished, full, hashed_blocks(state, params))
     held = blocks_for(state.computed, params.block_size)
     running = state.unfinished() & (state.position < state.num_running)
+    return _release_all(state.position, cache, finished, running, hashed, held)
 
+
+def after_abort(state: EngineState, cache: SharedBlocks, aborted: jax.Array, params: EngineParams) -> SharedBlocks:
+    """The cache after the running requests `aborted` (bool [S, ...]) released their blocks before their end, in order;
+    `state` is earlier.
+    """
+    held = blocks_for(state.computed, params.block_size)
+    others = state.unfinished() & (state.position < state.num_running) & ~aborted
+    return _release_all(state.position, cache, aborted, others, hashed_blocks(state, params), held)
+
+
+def _release_all(
+    position: jax.Array, cache: SharedBlocks, leaving: jax.Array, others: jax.Array, hashed: jax.Array, held: jax.Array
+) -> SharedBlocks:
     def release_next(carry: tuple[jax.Array, SharedBlocks]) -> tuple[jax.Array, SharedBlocks]:
         left, cache = carry
-        at = state.position == lowest(jnp.where(left, state.position, LARGE))
+        at = position == lowest(jnp.where(left, position, LARGE))
         left = left & ~at
-        return left, release(cache, at, running | left, hashed, held)
+        return left, release(cache, at, others | left, hashed, held)
 
-    return jax.lax.while_loop(lambda carry: anywhere(total(carry[0]) > 0), release_next, (finished, cache))[1]
+    return jax.lax.while_loop(lambda carry: anywhere(total(carry[0]) > 0), release_next, (leaving, cache))[1]
