@@ -351,7 +351,7 @@ _with_prefixes(
 )
 _with_prefixes(
     "agents-3",
-    "agents with tools of 3,000 tokens call in bursts, with short answers: their histories grow until they are evicted",
+    "agents with tools of 3,000 tokens in bursts, with short answers: histories grow until they are evicted",
     lambda: MarkovArrivals.create((8.0, 24.0), (20.0, 4.0)),
     lambda scores: ConversationRequests.create(
         system_tokens=[3000] * 4,
