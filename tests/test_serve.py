@@ -28,7 +28,7 @@ from jaxroute.runs.checkpoint import save_checkpoint  # noqa: E402
 from jaxroute.serving.cluster import load_cluster  # noqa: E402
 from jaxroute.serving.decision import Asked, Decider  # noqa: E402
 from jaxroute.serving.ledger import Ledger  # noqa: E402
-from jaxroute.serving.statistics import Log  # noqa: E402
+from jaxroute.serving.log import Log  # noqa: E402
 from tests.compiling import compile_fast  # noqa: E402
 from tests.live_front_end import front_end, process, write_cluster  # noqa: E402
 from tests.mock_servers import MockServer, mock_servers  # noqa: E402

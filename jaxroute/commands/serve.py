@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
     parser.add_argument("--predictor", type=Path, metavar="DIR", help="folder that jaxroute predict train wrote")
     parser.add_argument("--never-drop", action="store_true", help="send every request to some expert")
-    parser.add_argument("--record", type=Path, metavar="LOG.jsonl", help="write LOG.NAME.jsonl for each expert")
+    parser.add_argument(
+        "--record", type=Path, metavar="LOG.jsonl", help="write LOG.jsonl, and LOG.NAME.jsonl for each expert"
+    )
     parser.add_argument(
         "--api-key", metavar="KEY", help="key that clients must send (default: the environment's JAXROUTE_API_KEY)"
     )
@@ -70,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from jaxroute.serving.dispatch import Dispatcher
         from jaxroute.serving.front_end import FrontEnd, Limits
+        from jaxroute.serving.log import Log
         from jaxroute.serving.server import serve
-        from jaxroute.serving.statistics import Log, Statistics
+        from jaxroute.serving.statistics import Statistics
     except ImportError as error:
         raise UserError(f"{error.name} is missing; install it with pip install 'jaxroute[serve]'") from None
 
@@ -86,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     env, router, params = router_of(arguments.router, cluster, arguments.never_drop)
     log = None if arguments.record is None else Log(arguments.record, names)
     limit = Limit(per_token=float(params.latency_limit))
+    if log is not None:
+        log.begin(arguments.router, cluster, params.engines, limit.of(1))
     dispatcher = Dispatcher(cluster, Decider(env, router, params), predictions, limit, Statistics(names, log))
     dispatcher.warm_up()
     key = arguments.api_key or os.environ.get("JAXROUTE_API_KEY") or None
@@ -100,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{arguments.router} routes to {', '.join(names)}; limit {1000 * limit.of(1):g} ms a token")
         print(f"lengths and scores are predicted by {predicted}")
         if log is not None:
-            print(f"requests are recorded in {', '.join(map(str, log.paths))}")
+            print(f"requests are recorded in {', '.join(map(str, (log.path, *log.paths)))}")
         print(f"model {cluster.model} at http://{arguments.host}:{port}/v1; status at http://{arguments.host}:{port}/")
         sys.stdout.flush()
 

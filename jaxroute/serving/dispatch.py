@@ -68,7 +68,7 @@ class Dispatcher:
         if without is not None:
             up[without] = False
         if not up.any():
-            self.statistics.dropped("no expert is up")
+            self.statistics.dropped(call, "no expert is up")
             raise Refused(503, "No expert is up; try again later.", "server_error", "no_expert", **{"Retry-After": "5"})
         wanted = Asked(
             call.prompt_estimate,
@@ -83,7 +83,7 @@ class Dispatcher:
         if decision.expert is None:
             full = (self.ledger.count[up] >= self.ledger.slots).all()
             reason = "all queues are full" if full else "the router dropped it"
-            self.statistics.dropped(reason)
+            self.statistics.dropped(call, reason)
             raise Refused(
                 429,
                 f"The request was dropped: {reason}, as no expert is likely to answer within its limit of latency.",
@@ -141,6 +141,7 @@ class Dispatcher:
         engines = jax.tree.map(lambda all_of_them, own: all_of_them.at[expert].set(own), params.engines, engine)
         self.decider.params = params.replace(engines=engines)
         self._know(engines)
+        self.statistics.measured(expert, engines)
 
     def _know(self, engines: EngineParams) -> None:
         """Takes what is needed on the host from the engines."""
