@@ -86,8 +86,8 @@ def _draw_live(words: Sequence[str], out: Path) -> int:
     heading = f"{path.name}: {len(record.arrival):,} requests{left_out}, live under {record.router} and simulated"
     about = (
         f"{len(record.experts)} experts; the simulation has the recorded times, lengths and choices, and scores are "
-        f"the predicted ones; QoS is met below each request's limit, {1e3 * record.latency_limit:g} ms per output token by "
-        "default"
+        "the predicted ones; QoS is met below each request's limit, by default "
+        f"{1e3 * record.latency_limit:g} ms per output token"
     )
     write_episodes(out, episodes, heading, about)
     _report(out, episodes)

@@ -105,8 +105,9 @@ def _of_run(path: Path, run: str) -> Iterator[dict[str, Any]]:
 
 def _engine(options: dict[str, Any]) -> EngineParams:
     """The engine of its options in a record."""
-    values: dict[str, Any] = {name: jnp.asarray(value) for name, value in options.items()}
-    return EngineParams(**values | {"latency": latency_model(options["latency"], "the record")})
+    values = {name: jnp.asarray(value) for name, value in options.items() if name != "latency"}
+    latency = latency_model(options["latency"], "the record")
+    return EngineParams(latency=latency, **values)  # pyright: ignore[reportArgumentType]
 
 
 def live_episodes(record: Record) -> list[Episode]:
