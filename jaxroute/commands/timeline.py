@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxroute.agent.trainer import policy_router
-from jaxroute.commands.evaluate import require_run_or_router
 from jaxroute.config.build import Experiment, build_experiment, build_network
 from jaxroute.config.loader import load_config, load_saved_config
 from jaxroute.console import print_notes, report_console
@@ -14,7 +13,7 @@ from jaxroute.evaluation.tuning import tuned_routers
 from jaxroute.routers import ROUTER_LABELS, ROUTERS
 from jaxroute.routers.choice import Router
 from jaxroute.runs.checkpoint import load_params
-from jaxroute.runs.run_folder import prepare_run_folder
+from jaxroute.runs.run_folder import prepare_run_folder, require_run_or_router
 from jaxroute.timelines.collect import FATES, Episode
 from jaxroute.timelines.live import live_episodes, load_record
 from jaxroute.timelines.write import FILES, write_episodes, write_timeline

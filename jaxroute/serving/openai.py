@@ -93,6 +93,11 @@ def parse_completion(kind: str, data: bytes, model: str, headers: Mapping[str, s
     asked = body.get("model", model)
     if asked != model:
         raise Refused(404, f"The model {asked!r} does not exist; use {model!r}.", code="model_not_found")
+    return completion_of(kind, body, parse_limit(headers.get(LIMIT_HEADER)))
+
+
+def completion_of(kind: str, body: dict[str, Any], limit: Limit | None) -> Completion:
+    """A request of this kind from its parsed body. Raises `Refused`."""
     if kind == "chat":
         text, tokens = _messages_text(body.get("messages")), None
     else:
@@ -118,7 +123,7 @@ def parse_completion(kind: str, data: bytes, model: str, headers: Mapping[str, s
         text=text,
         prompt_tokens=tokens,
         most_tokens=most,
-        limit=parse_limit(headers.get(LIMIT_HEADER)),
+        limit=limit,
     )
 
 

@@ -28,7 +28,7 @@ class Statistics:
     def __init__(self, names: Sequence[str], log: Log | None = None):
         """`log` gets a line for each request, and is closed with this."""
         self.registry = CollectorRegistry()
-        self._names, self._log = list(names), log
+        self._names, self.log = list(names), log
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"jaxroute_{name}", text, labels, registry=self.registry)
@@ -73,16 +73,16 @@ class Statistics:
 
     def measured(self, expert: int, engines: EngineParams) -> None:
         """The engine of an expert is known; `engines` have fields [N]."""
-        if self._log is not None:
-            self._log.measured(expert, engines)
+        if self.log is not None:
+            self.log.measured(expert, engines)
 
     def dropped(self, call: Call, reason: str) -> None:
         """No expert got the request."""
         self._dropped.labels(reason).inc()
         self.reasons[reason] += 1
         self._bar()["dropped"] += 1
-        if self._log is not None:
-            self._log.dropped(call, reason)
+        if self.log is not None:
+            self.log.dropped(call, reason)
 
     def sent(self, expert: int) -> None:
         """A request was sent."""
@@ -106,8 +106,8 @@ class Statistics:
                 bar["qos"] += float(call.predicted_scores[expert])
         elif outcome == "failed":
             bar["failed"] += 1
-        if self._log is not None:
-            self._log.ended(expert, outcome, call, first, finish, met)
+        if self.log is not None:
+            self.log.ended(expert, outcome, call, first, finish, met)
 
     def set_state(self, count: np.ndarray, up: np.ndarray) -> None:
         """Open requests int32 [N] and whether each expert is up, bool [N]."""
@@ -122,5 +122,5 @@ class Statistics:
 
     def close(self) -> None:
         """Closes the log."""
-        if self._log is not None:
-            self._log.close()
+        if self.log is not None:
+            self.log.close()
