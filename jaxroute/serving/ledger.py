@@ -103,6 +103,8 @@ class Ledger:
             gap = max(now - self._last_arrival, 0.0)
             self._recent_gap += (gap - self._recent_gap) / min(self._decisions, RECENT_GAPS)
         self._last_arrival = now
+        if not self._completed.any():
+            return
         some, old = self._completed > 0, self._recent_latency
         mean = self._latencies / np.maximum(self._completed, 1)
         kept = np.where(old > 0, (1 - 1 / RECENT_COMPLETIONS) ** self._completed, ~some)

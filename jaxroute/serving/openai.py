@@ -3,12 +3,15 @@
 What the front end does not need to know passes through untouched.
 """
 
+import functools
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from jaxroute.workload.estimate import estimated_tokens
 
 KINDS = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
 """Paths of the API that are routed."""
@@ -76,6 +79,11 @@ class Completion:
     def streams_upstream(self) -> bool:
         """Whether it can be asked for as a stream, by which its progress is seen."""
         return not any(self.body.get(key) for key in UNSTREAMED)
+
+    @functools.cached_property
+    def estimated_prompt_tokens(self) -> float:
+        """The tokens of its text, as far as words and characters tell."""
+        return estimated_tokens(self.text)[0]
 
     def upstream_body(self, model: str) -> bytes:
         """The body to send to a server that calls its model `model`."""
