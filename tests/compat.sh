@@ -3,7 +3,7 @@
 # jaxroute, the extra of that name (pyproject.toml has the versions) and pytest. Runs the set's tests and the short form of
 # its examples, and prints a line for each set at the end. Fails if one did.
 #
-#   tests/compat.sh gymnax-0 gymnax gymnasium sb3 rejax ray optuna litellm
+#   tests/compat.sh gymnax-0 gymnax gymnasium sb3 rejax ray optuna litellm ray-serve
 #
 # sb3 needs torch. On a machine without a GPU, TORCH may name a smaller build that pip can find: a version, such as
 # TORCH=torch==2.13.0+cpu, or a wheel's path. It is installed first.
@@ -38,7 +38,8 @@ for set in "$@"; do
         ray) run "$set" tests/test_sweep_ray.py ;;
         optuna) run "$set" "" examples/optuna_search.py ;;
         litellm) run "$set" tests/test_serving_litellm.py ;;
-        *) echo "no such set; there are gymnax-0, gymnax, gymnasium, sb3, rejax, ray, optuna, litellm" >&2 && false ;;
+        ray-serve) run "$set" tests/test_serving_ray.py ;;
+        *) echo "no such set; there are gymnax-0, gymnax, gymnasium, sb3, rejax, ray, optuna, litellm, ray-serve" >&2 && false ;;
     esac
     if [ $? = 0 ]; then word=ok; else word=FAILED status=1; fi
     versions=$(".venv-compat-$set/bin/python" -m pip freeze 2>/dev/null |

@@ -31,20 +31,20 @@ LATENCY_LIMIT, TOKEN_SCALE = 0.03, 256.0
 
 def make_dispatcher(
     router: str,
-    cluster: Path | str,
+    cluster: Cluster | Path | str,
     *,
     predictor: Path | None = None,
     never_drop: bool = False,
     record: Path | None = None,
 ) -> Dispatcher:
-    """A dispatcher whose program is compiled, for the servers of the file `cluster`.
+    """A dispatcher whose program is compiled, for a cluster or for the servers of the file `cluster`.
 
     `router` is a name or the folder of a run, `predictor` a folder of `jaxroute predict train`, `record` the LOG.jsonl
     to write. Raises `UserError`.
     """
     # Dispatched asynchronously, a decision would wait for a thread that other work may keep from running.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    servers = load_cluster(Path(cluster))
+    servers = cluster if isinstance(cluster, Cluster) else load_cluster(Path(cluster))
     names = [expert.name for expert in servers.experts]
     stored = None if predictor is None else load_predictor(predictor)
     predictions = Predictions(names, [expert.mean_score for expert in servers.experts], stored)
