@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.harness import Row, cores
 from jaxroute.environment.state import EnvParams
 from jaxroute.workload.request import Request
-from tests.reference.cluster import Arrival, Cluster
+from tests.reference.cluster import Arrival, Cluster, Worth
 from tests.rollouts import configs_of
 
 try:
@@ -83,7 +83,7 @@ class Baselines:
         return ARRIVALS * len(streams) / on_all_cores(work, streams)
 
     def _python(self, seconds: float) -> float:
-        cluster = Cluster(configs_of(self.params.engines), self.slots, self.limit)
+        cluster = Cluster(configs_of(self.params.engines), self.slots, Worth(self.limit))
         gaps, requests = self.streams[0]
         start, done = time.perf_counter(), 0
         while (elapsed := time.perf_counter() - start) < seconds and done < ARRIVALS:

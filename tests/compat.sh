@@ -3,7 +3,7 @@
 # jaxroute, the extra of that name (pyproject.toml has the versions) and pytest. Runs the set's tests and the short form of
 # its examples, and prints a line for each set at the end. Fails if one did.
 #
-#   tests/compat.sh gymnax-0 gymnax gymnasium sb3 rejax ray optuna litellm ray-serve openai
+#   tests/compat.sh gymnax-0 gymnax gymnasium sb3 rejax ray optuna mctx litellm ray-serve openai
 #
 # sb3 needs torch. On a machine without a GPU, TORCH may name a smaller build that pip can find: a version, such as
 # TORCH=torch==2.13.0+cpu, or a wheel's path. It is installed first.
@@ -38,14 +38,15 @@ for set in "$@"; do
         rejax) run "$set" tests/test_adapters_rejax.py examples/rejax_ppo.py examples/rejax_sac.py ;;
         ray) run "$set" tests/test_sweep_ray.py ;;
         optuna) run "$set" "" examples/optuna_search.py ;;
+        mctx) run "$set" "" examples/mctx_search.py ;;
         litellm) run "$set" tests/test_serving_litellm.py ;;
         ray-serve) run "$set" tests/test_serving_ray.py ;;
         openai) run "$set" tests/test_serving_clients.py ;;
-        *) echo "no such set; there are gymnax-0, gymnax, gymnasium, sb3, rejax, ray, optuna, litellm, ray-serve, openai" >&2 && false ;;
+        *) echo "no such set; there are gymnax-0, gymnax, gymnasium, sb3, rejax, ray, optuna, mctx, litellm, ray-serve, openai" >&2 && false ;;
     esac
     if [ $? = 0 ]; then word=ok; else word=FAILED status=1; fi
     versions=$(".venv-compat-$set/bin/python" -m pip freeze 2>/dev/null |
-        grep -E '^(gymnasium|gymnax|jax|litellm|openai|optuna|ray|rejax|stable_baselines3|torch)==' | paste -sd ' ')
+        grep -E '^(gymnasium|gymnax|jax|litellm|mctx|openai|optuna|ray|rejax|stable_baselines3|torch)==' | paste -sd ' ')
     summary+=("$word $set: ${versions:-nothing installed}")
 done
 printf '== %s\n' "${summary[@]}"

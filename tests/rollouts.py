@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams
 from jaxroute.simulator.engine import EngineParams
-from tests.reference.cluster import Arrival, Cluster
+from tests.reference.cluster import Arrival, Cluster, Worth
 from tests.reference.impact import Latencies, Queue, Queued, penalty
 
 CHEAP_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
@@ -120,12 +121,20 @@ def configs_of(engines: EngineParams) -> list[dict[str, Any]]:
     ]
 
 
+def worth_of(params: EnvParams) -> Worth:
+    """What answers are worth, for the reference cluster."""
+    limits = [None if limit is None else float(limit) for limit in (params.ttft_limit, params.tpot_limit)]
+    price = None if params.token_price is None else np.asarray(params.token_price).tolist()
+    patience = math.inf if params.patience is None else float(params.patience)
+    return Worth(float(params.latency_limit), *limits, price, patience)
+
+
 def oracle(
     env: RoutingEnvironment, params: EnvParams, run: Run, steps: range, actions: np.ndarray, gaps: np.ndarray
 ) -> tuple[Cluster, list[float]]:
     """The reference cluster after one episode's `steps`, not drained, and the QoS of each. gaps[i] follows steps[i]."""
     engine = ENGINE_NAMES[params.engines.discipline]
-    cluster = Cluster(configs_of(params.engines), env.slots, float(params.latency_limit), engine)
+    cluster = Cluster(configs_of(params.engines), env.slots, worth_of(params), engine)
     qos = [
         cluster.step(run.request(step), int(actions[step]), float(gap)) for step, gap in zip(steps, gaps, strict=True)
     ]

@@ -29,12 +29,17 @@ def comparisons(busy):
     env, params = busy
     weights = jnp.zeros(len(EXPERT_FEATURES) + 1).at[SCORE].set(20.0)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(improvement, "_NOISIEST", np.inf)
         for name, value in (("_ENVIRONMENTS", 16), ("_COMPARED", COUNT), ("_ROUNDS", 4), ("_SHORTEST", 5)):
             patch.setattr(improvement, name, value)
         told = []
         found = compare_actions(env, params, None, weights, 1500, 7, told.append)
         assert told == sorted(told) and told[-1] == 1500
         again = compare_actions(env, params, None, weights, 1500, 7)
+        patch.setattr(improvement, "_NOISIEST", 1e-6)
+        told.clear()
+        assert compare_actions(env, params, None, weights, 4000, 7, told.append) is None
+        assert len(told) == 1 and told[0] < 2000
     jax.tree.map(np.testing.assert_array_equal, found, again)
     return found
 

@@ -75,7 +75,7 @@ def test_everything_happens_in_what_is_on_record(record, name):
     episode = {
         field: record[name][f"episode.{field}"][EPISODE - 1]
         for field in EpisodeTotals.__dataclass_fields__
-        if field != "timing_record"
+        if field not in ("timing_record", "cost", "abandoned")  # the latter in test_environment_qos.py
     }
     for field, value in episode.items():
         assert (value > 0).any() or (name, field) == ("orca", "preemptions"), field

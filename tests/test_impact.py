@@ -12,6 +12,7 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.few_slots import FEW_SLOTS
 from jaxroute.environment.impact import Queue, exact_impact, paper_impact, predicted_impact
 from jaxroute.environment.observation import action_mask
+from jaxroute.environment.qos import QosRule
 from jaxroute.routers import make_router
 from jaxroute.simulator.engine import empty_engine
 from jaxroute.simulator.engine_config import engine_from_config
@@ -94,8 +95,9 @@ def _all_forms(params, state, limits):
         output_tokens=request.predicted_output_tokens,
     )
     k1, k2, true_tokens = params.penalty_prefill, params.penalty_context, state.engines.target_tokens
-    paper = paper_impact(queue.replace(output_tokens=request.output_tokens), true_tokens, k1, k2, limits)
-    ours = [form(queue, limits, params.engines) for form in (predicted_impact, exact_impact)]
+    rule = QosRule(limits)
+    paper = paper_impact(queue.replace(output_tokens=request.output_tokens), true_tokens, k1, k2, rule)
+    ours = [form(queue, rule, params.engines) for form in (predicted_impact, exact_impact)]
     return jnp.stack([paper, *ours])
 
 
@@ -242,7 +244,7 @@ def test_a_planner_alone_and_without_drops(exact_cases, planned):
 def test_recent_gap_and_latency(exact_cases):
     for params, run, cluster in exact_cases:
         gaps = np.asarray(params.workload.arrivals.gaps)[1:]
-        again = Cluster(configs_of(params.engines), SLOTS, cluster.limit)
+        again = Cluster(configs_of(params.engines), SLOTS, cluster.worth)
         gap, latency, seen = 0.0, np.zeros(3), set()
         for step in range(STEPS):
             np.testing.assert_allclose(run.before.recent_gap[step], gap, **CLOSE)

@@ -20,6 +20,7 @@ from jaxroute.environment.metrics import (
     totals_first,
     totals_last,
 )
+from jaxroute.environment.qos import QosRule
 from tests.rollouts import CHEAP_COMPILE
 
 EXPERTS, ROUNDS = 3, 1500
@@ -53,7 +54,7 @@ def _totals(level: str, completed: Completed, slots: int = 1):
     """Totals of one environment, whose rounds come as the requests in so many slots at a time."""
 
     def add(totals, requests):
-        return add_completed(totals, level, requests, jnp.asarray(LIMIT)), None
+        return add_completed(totals, level, requests, QosRule(jnp.asarray(LIMIT))), None
 
     start = totals_last(jax.tree.map(lambda leaf: leaf[None], empty_totals(EXPERTS, level, EPISODE)))
     inputs = jax.tree.map(lambda leaf: leaf.reshape(-1, slots, EXPERTS, 1), completed)
@@ -112,7 +113,7 @@ def test_a_histogram_is_within_two_percent_for_any_few_requests(ttft):
     found = {}
     for level in ("exact", "histogram"):
         start = totals_last(jax.tree.map(lambda leaf: leaf[None], empty_totals(1, level, FEW)))
-        totals = _ADD[level](start, completed=completed, latency_limit=jnp.asarray(LIMIT))
+        totals = _ADD[level](start, completed=completed, rule=QosRule(jnp.asarray(LIMIT)))
         found[level] = _SUMMARIES[level](jax.tree.map(lambda leaf: leaf[0], totals_first(totals)))
     for name in TIMINGS:
         for quantile in (50, 95, 99):
@@ -154,7 +155,7 @@ def test_timings_beyond_the_histogram_fall_into_its_ends():
     finish = jnp.asarray([0.0, 1e-5, 1e6])[None, :, None]
     request = Completed(one > 0, one, one, zero, one, arrival=zero, first_token=finish, finish=finish)
     totals = totals_last(jax.tree.map(lambda leaf: leaf[None], empty_totals(3, "histogram", 3)))
-    histogram = add_completed(totals, "histogram", request, jnp.asarray(LIMIT)).timing_record[0]
+    histogram = add_completed(totals, "histogram", request, QosRule(jnp.asarray(LIMIT))).timing_record[0]
     np.testing.assert_array_equal(histogram[:, 0], [2, 2, 0])
     np.testing.assert_array_equal(histogram[:, -1], [1, 1, 0])
 

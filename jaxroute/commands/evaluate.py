@@ -78,5 +78,6 @@ def compare(config: Config, experiment: Experiment, params: Any, console: Consol
 
 def decisions(training: TrainingConfig) -> int:
     """Simulated decisions of a training, with the search for its start, the start's improvement and all validations."""
-    validated = (training.validations + 2) * training.validation_decisions
+    starts = 1 + bool(training.start_decisions and training.improvement_decisions)
+    validated = (training.validations + starts) * training.validation_decisions
     return training.frames + training.start_decisions + training.improvement_decisions + validated

@@ -277,4 +277,7 @@ def _starts(
     if training.improvement_decisions:
         report = partial(done, "comparing actions", training.improvement_decisions)
         comparisons = compare_actions(*inputs, weights, training.improvement_decisions, training.seed, report)
-        yield improve(experiment.network, params, comparisons, training.seed)
+        if comparisons is None:
+            progress.say("comparing actions tells too little here; the start stays as it is")
+        else:
+            yield improve(experiment.network, params, comparisons, training.seed)

@@ -13,11 +13,20 @@ from jaxroute.agent.flat_network import FlatNetwork
 from jaxroute.agent.router_network import RouterNetwork
 from jaxroute.agent.sac import Hyperparameters
 from jaxroute.agent.trainer import SACConfig, Trainer, make_trainer
-from jaxroute.config.schema import ArrivalsConfig, Config, NetworkConfig, TrainingConfig, WorkloadConfig
+from jaxroute.config.schema import (
+    ArrivalsConfig,
+    Config,
+    EnvironmentConfig,
+    NetworkConfig,
+    TrainingConfig,
+    WorkloadConfig,
+)
+from jaxroute.environment.abandonment import require_cancelling
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import SCENARIOS, make
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError
+from jaxroute.simulator.engine import EngineParams
 from jaxroute.workload import (
     PiecewiseArrivals,
     PoissonArrivals,
@@ -31,6 +40,9 @@ from jaxroute.workload import (
 from jaxroute.workload.arrivals import Arrivals
 from jaxroute.workload.reading import Reading, collect_readings
 from jaxroute.workload.table import Trace
+
+OPTIONAL = ("ttft_limit", "tpot_limit", "token_price", "patience", "signal_delay")
+"""Keys of the environment's section that are fields of `EnvParams` if they are set."""
 
 
 class Experiment(NamedTuple):
@@ -59,7 +71,7 @@ def build_experiment(config: Config) -> Experiment:
 def _build(config: Config) -> Experiment:
     environment, training = config.environment, config.training
     # `make` takes all by the same names but what is traced, which is set below.
-    own = ("id", "latency_limit", "penalty_weight")
+    own = ("id", "latency_limit", "penalty_weight", *OPTIONAL)
     options = {key: value for key, value in vars(environment).items() if key not in own and value is not None}
     if config.workload.arrivals.kind is None:  # the scenario reads the trace, if there is one
         options |= _reading_options(config.workload.arrivals)
@@ -76,6 +88,7 @@ def _build(config: Config) -> Experiment:
         latency_limit=jnp.asarray(limit, float),
         penalty_weight=jnp.asarray(environment.penalty_weight, float),
         credit_discount=jnp.asarray(config.agent.gamma, float),
+        **_optional_fields(environment, params.engines),
     )
     sac = SACConfig(
         num_envs=training.num_envs,
@@ -93,6 +106,17 @@ def _build(config: Config) -> Experiment:
     network = build_network(config.network)
     agent["decay_updates"] = -(-training.frames // training.num_envs) * training.updates_per_step
     return Experiment(env, params, network, Hyperparameters(**agent), sac, notes, varied, axes, experts, [])
+
+
+def _optional_fields(environment: EnvironmentConfig, engines: EngineParams) -> dict[str, jax.Array]:
+    """The optional fields of `EnvParams` that the configuration sets. Raises `UserError`."""
+    given = {name: getattr(environment, name) for name in OPTIONAL if getattr(environment, name) is not None}
+    prices, experts = environment.token_price, len(engines.usable_blocks)
+    if prices is not None and len(prices) != experts:
+        raise UserError(f"environment.token_price: {len(prices)} numbers, but the environment has {experts} experts")
+    if "patience" in given:
+        require_cancelling(engines)
+    return {name: jnp.asarray(value, float) for name, value in given.items()}
 
 
 # A few per process, so that trainings that differ only in numbers are compiled once.

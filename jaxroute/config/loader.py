@@ -218,6 +218,10 @@ def _build(values: Values, source: str | Path) -> Config:
 def _cross_check(config: Config) -> None:
     """Raises `UserError` if keys with valid values contradict each other."""
     arrivals, requests, training = config.workload.arrivals, config.workload.requests, config.training
+    limits = config.environment.ttft_limit, config.environment.tpot_limit
+    if (limits[0] is None) != (limits[1] is None):
+        missing = "ttft_limit" if limits[0] is None else "tpot_limit"
+        raise UserError(f"environment.{missing}: missing; limits on TTFT and TPOT apply together")
     if arrivals.kind == "trace" and arrivals.path is None:
         raise UserError(
             "workload.arrivals.path: missing; add workload.arrivals.path=TRACE (a format of docs/formats.md)"

@@ -38,6 +38,7 @@ Span = Annotated[
 Discipline = Annotated[str, Range(f"one of {', '.join(DISCIPLINES)}", lambda value: value in DISCIPLINES)]
 Version = Annotated[str, Range(f"one of {', '.join(PRESETS)}", lambda value: value in PRESETS)]
 Names = Annotated[tuple[str, ...], Range("a list of one or more names", bool)]
+Prices = Annotated[tuple[NonNegative, ...], Range("a list of one number of 0 or more for each expert", bool)]
 Widths = Annotated[tuple[Count, ...], Range("a list of one or more whole numbers of 1 or more", bool)]
 
 Loggers = Annotated[
@@ -65,6 +66,11 @@ class EnvironmentConfig:
     penalty: Penalty  # form of the action impact estimator
     penalty_weight: NonNegative  # w
     drop: bool  # whether a router may drop a request
+    ttft_limit: Positive | None = None  # seconds; both this and the next, instead of latency_limit
+    tpot_limit: Positive | None = None  # seconds per token
+    token_price: Prices | None = None  # of 1,000 output tokens of each expert, in QoS
+    patience: Positive | None = None  # seconds after which a client gives up
+    signal_delay: NonNegative | None = None  # most seconds that a router's view of the engines is old
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jaxroute.environment.batching import batch_first, batch_last, in_own_modes,
 from jaxroute.environment.metrics import empty_totals, totals_first, totals_last
 from jaxroute.environment.settings import Settings
 from jaxroute.environment.spaces import Discrete, Space, observation_space
-from jaxroute.environment.state import EnvParams, EnvState, QueuedRequests
+from jaxroute.environment.state import EnvParams, EnvState, QueuedRequests, Scrape
 from jaxroute.environment.step import Observation, drain, observe_batch, step
 from jaxroute.environment.turns import Arrival
 from jaxroute.simulator.engine import empty_engine
@@ -52,15 +52,18 @@ class RoutingEnvironment(Settings):
             request = params.disturbances.with_quality(request, jnp.int32(0))
         shape = (self.slots, self.num_experts)
         floats, integers = jnp.zeros(shape, float), jnp.zeros(shape, jnp.int32)
+        engines = empty_engine(self.slots, (self.num_experts,), params.engines)
+        queued = QueuedRequests(floats, integers, floats, floats, integers)
         state = EnvState(
-            engines=empty_engine(self.slots, (self.num_experts,), params.engines),
-            queued=QueuedRequests(floats, integers, floats, floats, integers),
+            engines=engines,
+            queued=queued,
             request=request,
             workload=workload,
             step=jnp.int32(0),
             recent_gap=jnp.zeros((), float),
             recent_latency=jnp.zeros(self.num_experts, float),
             totals=empty_totals(self.num_experts, self.metrics, self.episode_length),
+            scrape=None if params.signal_delay is None else Scrape(engines, queued, jnp.zeros((), float)),
         )
         # Each leaf is a buffer of its own, as in results of compiled programs, so that the state can be donated.
         return self.observe(state, params), jax.tree.map(jnp.copy, state)
@@ -107,8 +110,8 @@ class RoutingEnvironment(Settings):
         return over_batch(self._drain)(state.replace(totals=None), params.replace(workload=None))
 
     def queue_lengths(self, state: EnvState) -> jax.Array:
-        """int32 [N]: number of requests running or waiting at each expert."""
-        return state.engines.num_requests
+        """int32 [N]: number of requests running or waiting at each expert, as far as a router sees them."""
+        return state.visible().engines.num_requests
 
     @_traced_once
     def _observe(self, state: EnvState, params: EnvParams) -> Observation:

@@ -23,7 +23,7 @@ has all of its tokens still to come."""
 class Forecast(NamedTuple):
     """For each expert, float [N, ...]; a request's chance is its predicted probability to meet the latency limit."""
 
-    expected_qos: jax.Array  # the arriving request's predicted score times its chance
+    expected_qos: jax.Array  # the arriving request's predicted score times its chance, less its predicted cost
     impact: jax.Array  # predicted scores times lost chances of the requests there, if it joins
     at_risk: jax.Array  # predicted scores times missing chances of the requests there
     iteration_time: jax.Array  # s, a decode iteration of all requests there and the arriving one
@@ -38,7 +38,7 @@ def forecast(state: EnvState, params: EnvParams) -> Forecast:
     requests, waiting ones included. Its chance is a logistic function of the slack, instead of a step: what is near to
     the limit counts in part, since predictions are uncertain and further requests will arrive.
     """
-    engine, queued, request, limit = state.engines, state.queued, state.request, params.latency_limit
+    engine, queued, request, qos_rule = state.engines, state.queued, state.request, params.qos_rule
     rule, latency = rules(params.engines), params.engines.latency
     unfinished, line = engine.unfinished(), waiting_line(engine, params.engines)
     length = expected_length(queued.predicted_tokens, engine.generated).astype(float)
@@ -58,7 +58,7 @@ def forecast(state: EnvState, params: EnvParams) -> Forecast:
 
     finish = begun - queued.arrival + prefills + turnover * prefix_sum(line.unseated) + alone * remaining
     delayed = (joined - alone) * jnp.minimum(remaining, own_length) + jnp.where(line.running, own_prefill, 0)
-    spread = SPREAD_DONE + SPREAD_AHEAD * remaining / length
+    limit, spread = qos_rule.per_token(length), SPREAD_DONE + SPREAD_AHEAD * remaining / length
     chance = jax.nn.sigmoid((1 - finish / length / limit) / spread)
     left = jax.nn.sigmoid((1 - (finish + delayed) / length / limit) / spread)
     score = jnp.where(unfinished, jnp.maximum(queued.predicted_score, 0), 0)
@@ -66,9 +66,10 @@ def forecast(state: EnvState, params: EnvParams) -> Forecast:
     own_finish = (
         begun + prefills[-1] + turnover * (total(line.unseated) + own_unseated) + own_prefill + joined * own_length
     )
-    own_chance = jax.nn.sigmoid((1 - own_finish / own_length / limit) / (SPREAD_DONE + SPREAD_AHEAD))
+    own_slack = 1 - own_finish / own_length / qos_rule.per_token(own_length)
+    own_chance = jax.nn.sigmoid(own_slack / (SPREAD_DONE + SPREAD_AHEAD))
     return Forecast(
-        expected_qos=request.predicted_score * own_chance,
+        expected_qos=request.predicted_score * own_chance - qos_rule.cost(request.predicted_output_tokens),
         impact=total(score * jnp.maximum(chance - left, 0)),  # rounding alone could make it negative
         at_risk=total(score * (1 - chance)),
         iteration_time=joined,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxroute.environment.qos import QosRule
 from jaxroute.environment.settings import Settings
 from jaxroute.environment.state import EnvParams, EnvState
 from jaxroute.simulator.cluster import AFTER_ALL, run_until
@@ -46,9 +47,9 @@ def action_penalty(settings: Settings, state: EnvState, action: jax.Array, param
     )
     if settings.penalty == "paper":
         k1, k2 = _of_expert(action, (params.penalty_prefill, params.penalty_context))
-        return paper_impact(queue, engine.target_tokens, k1, k2, params.latency_limit)
+        return paper_impact(queue, engine.target_tokens, k1, k2, params.qos_rule)
     impact = exact_impact if settings.penalty == "exact" else predicted_impact
-    return impact(queue, params.latency_limit, engine_params)
+    return impact(queue, params.qos_rule, engine_params)
 
 
 def _of_expert(expert: jax.Array, tree: Any) -> Any:
@@ -126,9 +127,7 @@ def _context_sum(prompt: jax.Array, overlap: jax.Array) -> jax.Array:
     return overlap * prompt + overlap * (overlap + 1) / 2
 
 
-def paper_impact(
-    queue: Queue, true_tokens: jax.Array, k1: jax.Array, k2: jax.Array, latency_limit: jax.Array
-) -> jax.Array:
+def paper_impact(queue: Queue, true_tokens: jax.Array, k1: jax.Array, k2: jax.Array, rule: QosRule) -> jax.Array:
     """The paper's penalty, float [...]: the scores of running requests whose latency per token exceeds the limit.
 
     `l+ = (k1*p + k2*sum_{k=1..n}(p + k)) / d` with n = max(min(d - o, d_i) - 1, 0). A request is counted if
@@ -140,11 +139,12 @@ def paper_impact(
     overlap = _overlap(true_tokens - engine.generated, queue.output_tokens)
     added = k1 * queue.prompt_tokens + k2 * _context_sum(queue.prompt_tokens, overlap)
     so_far = jnp.where(engine.generated > 0, queue.age / jnp.maximum(engine.generated, 1), 0.0)
-    missed = so_far + added / jnp.maximum(true_tokens, 1) > latency_limit
+    length = jnp.maximum(true_tokens, 1)
+    missed = so_far + added / length > rule.per_token(length)
     return jnp.sum(jnp.where(running & missed, queue.score, 0.0), axis=0)
 
 
-def predicted_impact(queue: Queue, latency_limit: jax.Array, params: EngineParams) -> jax.Array:
+def predicted_impact(queue: Queue, rule: QosRule, params: EngineParams) -> jax.Array:
     """Our penalty, float [...]: predicted scores of the requests that the action turns from met to missed.
 
     It is the paper's formula with predicted lengths d = max(prediction, o + 1), with the expert's own c1, c2 and c3 in
@@ -171,14 +171,15 @@ def predicted_impact(queue: Queue, latency_limit: jax.Array, params: EngineParam
     finish = queue.age + begun + line.prefill_time + turnover * prefix_sum(line.unseated) + iteration * remaining
     so_far = queue.age / jnp.maximum(engine.generated, 1)
     without = jnp.where(line.running, so_far, finish / length)
-    turned = engine.unfinished() & (without < latency_limit) & (without + added >= latency_limit)
+    limit = rule.per_token(length)
+    turned = engine.unfinished() & (without < limit) & (without + added >= limit)
     return jnp.sum(jnp.where(turned, queue.predicted_score, 0.0), axis=0)
 
 
-def exact_impact(queue: Queue, latency_limit: jax.Array, params: EngineParams) -> jax.Array:
+def exact_impact(queue: Queue, rule: QosRule, params: EngineParams) -> jax.Array:
     """Like `predicted_impact`, with latencies from two runs of the engine until it is empty; float [...]."""
     engine = predicted_engine(queue.engine, queue.predicted_tokens, params)
-    without, joined = _met(engine, queue.age, queue.prompt_tokens, queue.output_tokens, latency_limit, params)
+    without, joined = _met(engine, queue.age, queue.prompt_tokens, queue.output_tokens, rule, params)
     return jnp.sum(jnp.where(without & ~joined, queue.predicted_score, 0.0), axis=0)
 
 
@@ -189,14 +190,14 @@ def joining_gain(
     prompt_tokens: jax.Array,
     output_tokens: jax.Array,
     own_score: jax.Array,
-    latency_limit: jax.Array,
+    rule: QosRule,
     params: EngineParams,
 ) -> jax.Array:
     """QoS that a request adds to the engine's, float [...]: its own QoS, less the QoS that others lose.
 
     It is computed like `exact_impact`, with the lengths in `engine` and the given scores, float [S, ...] and [...].
     """
-    without, joined = _met(engine, age, prompt_tokens, output_tokens, latency_limit, params)
+    without, joined = _met(engine, age, prompt_tokens, output_tokens, rule, params)
     score = jnp.where(engine.position == engine.num_requests, own_score, score)
     return jnp.sum(jnp.where(joined, score, 0.0) - jnp.where(without, score, 0.0), axis=0)
 
@@ -245,7 +246,7 @@ def _met(
     age: jax.Array,
     prompt_tokens: jax.Array,
     output_tokens: jax.Array,
-    latency_limit: jax.Array,
+    rule: QosRule,
     params: EngineParams,
 ) -> tuple[jax.Array, jax.Array]:
     """Which requests meet the limit if the engine runs until it is empty with no further arrivals, bool [S, ...] each:
@@ -258,5 +259,5 @@ def _met(
     done, *_ = run_until(both, jnp.asarray(AFTER_ALL, float), params)
     age = jnp.where(engine.position < engine.num_requests, age, 0)[:, None]
     finish = jnp.where(done.finish_time == IGNORED, NEVER, done.finish_time)
-    met = both.unfinished() & ((finish + age) / both.target_tokens < latency_limit)
+    met = both.unfinished() & rule.met(done.first_token_time + age, finish + age, both.target_tokens)
     return met[:, 0], met[:, 1]

@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from jaxroute.environment.batching import batch_first, batch_last, in_own_modes
+from jaxroute.environment.qos import QosRule
 from jaxroute.simulator.advance import EngineWork
 from jaxroute.simulator.engine import LARGE, lowest, slot_positions, total
 
@@ -31,11 +32,13 @@ class EpisodeTotals(struct.PyTreeNode):
     dropped: jax.Array  # float []
     rejected_full: jax.Array  # float [N], the expert had no free slot
     rejected_infeasible: jax.Array  # float [N], the expert could never serve it
+    abandoned: jax.Array  # float [N], the client gave up
     completed: jax.Array  # float [N]
-    qos: jax.Array  # float [N], sum over completed requests
+    qos: jax.Array  # float [N], sum over completed requests, less their cost
+    cost: jax.Array  # float [N], sum over completed requests
     drained_qos: jax.Array  # float [], the part of `qos` after the last step
     score: jax.Array  # float [N], sum over completed requests, whether they met the limit or not
-    violations: jax.Array  # float [N], completed requests that missed the latency limit
+    violations: jax.Array  # float [N], completed requests that missed their limit
     preemptions: jax.Array  # float [N], of completed requests
     timings: jax.Array  # float [3, N], sums of TIMINGS over completed requests (tpot: with two or more tokens)
     several_tokens: jax.Array  # float [N], completed requests with two or more tokens
@@ -58,10 +61,14 @@ class Completed(struct.PyTreeNode):
     first_token: jax.Array  # float
     finish: jax.Array  # float
 
-    def qos(self, latency_limit: jax.Array) -> jax.Array:
-        """float [S, N, B]: the score if the latency per token is below the limit, else 0 (simulation.md section 4)."""
-        met = self.served & ((self.finish - self.arrival) / self.tokens < latency_limit)
-        return jnp.where(met, self.score, 0)
+    def met(self, rule: QosRule) -> jax.Array:
+        """bool [S, N, B]: the request was served within its limit."""
+        ttft, latency = self.first_token - self.arrival, self.finish - self.arrival
+        return self.served & rule.met(ttft, latency, self.tokens)
+
+    def qos(self, rule: QosRule) -> jax.Array:
+        """float [S, N, B]: the score if the limit is met, else 0; less the cost (simulation.md section 4)."""
+        return jnp.where(self.met(rule), self.score, 0) - jnp.where(self.served, rule.cost(self.tokens), 0)
 
 
 def empty_totals(num_experts: int, level: Level, episode_length: int) -> EpisodeTotals | None:
@@ -76,8 +83,10 @@ def empty_totals(num_experts: int, level: Level, episode_length: int) -> Episode
         dropped=one,
         rejected_full=each,
         rejected_infeasible=each,
+        abandoned=each,
         completed=each,
         qos=each,
+        cost=each,
         drained_qos=one,
         score=each,
         violations=each,
@@ -106,17 +115,16 @@ def totals_first(totals: EpisodeTotals | None) -> EpisodeTotals | None:
     return batch_first(totals.replace(timing_record=None)).replace(timing_record=totals.timing_record)
 
 
-def add_work(totals: EpisodeTotals, work: EngineWork, ignored: jax.Array, usable_blocks: jax.Array) -> EpisodeTotals:
-    """Adds to the totals the work of the engines and the number of requests that they `ignored` (int32 [N, B])."""
+def add_work(totals: EpisodeTotals, work: EngineWork, usable_blocks: jax.Array) -> EpisodeTotals:
+    """Adds to the totals the work of the engines."""
     return totals.replace(
         busy=totals.busy + work.busy_time,
         block_seconds=totals.block_seconds + work.block_seconds,
         kv_seconds=totals.kv_seconds + work.block_seconds / usable_blocks,
-        rejected_infeasible=totals.rejected_infeasible + ignored,
     )
 
 
-def add_completed(totals: EpisodeTotals, level: Level, completed: Completed, latency_limit: jax.Array) -> EpisodeTotals:
+def add_completed(totals: EpisodeTotals, level: Level, completed: Completed, rule: QosRule) -> EpisodeTotals:
     """Adds the completed requests to the totals; both have environments last (`totals_last`)."""
     several = completed.served & (completed.tokens > 1)
     latency = (completed.finish - completed.arrival) / completed.tokens
@@ -127,9 +135,10 @@ def add_completed(totals: EpisodeTotals, level: Level, completed: Completed, lat
     sum_of = lambda values: total(jnp.where(completed.served, values, 0))  # noqa: E731
     return totals.replace(
         completed=totals.completed + total(completed.served),
-        qos=totals.qos + total(completed.qos(latency_limit)),
+        qos=totals.qos + total(completed.qos(rule)),
+        cost=totals.cost + sum_of(rule.cost(completed.tokens)),
         score=totals.score + sum_of(completed.score),
-        violations=totals.violations + total(completed.served & (latency >= latency_limit)),
+        violations=totals.violations + total(completed.served & ~completed.met(rule)),
         preemptions=totals.preemptions + sum_of(completed.preemptions),
         timings=totals.timings + jnp.stack([total(timing) for timing in timings]),
         several_tokens=totals.several_tokens + total(several),
@@ -188,7 +197,8 @@ def _percentiles(totals: EpisodeTotals, level: Level) -> jax.Array:
 def summarize(totals: EpisodeTotals, level: Level) -> dict[str, jax.Array]:
     """Metrics of an episode (or of the sum of several, with "histogram"), float []; `expert_...` float [N].
 
-    `qos` is the mean over all arrived requests, and the rates of drops and rejections are shares of them. `score`,
+    `qos` and `cost` are means over all arrived requests, and the rates of drops and rejections are shares of them.
+    `goodput` is the number of requests per second of simulated time that met their limit. `score`,
     timings and `violation_rate` are over completed requests. `utilization` and `kv_use` are shares of the simulated
     time. The `qos` and rejection rate of an expert are over the requests routed to it. Percentiles are for the whole
     cluster. A value is NaN if there is nothing to average.
@@ -198,7 +208,7 @@ def summarize(totals: EpisodeTotals, level: Level) -> dict[str, jax.Array]:
     experts = totals.completed.shape[-1]
     busy = jnp.sum(totals.busy)
     rejected = totals.rejected_full + totals.rejected_infeasible
-    routed = totals.completed + rejected  # to each expert
+    routed = totals.completed + rejected + totals.abandoned  # to each expert
     percentiles = _percentiles(totals, level)
     counts = jnp.stack([completed, completed, several])
     means = jnp.sum(totals.timings, axis=1) / counts
@@ -209,11 +219,14 @@ def summarize(totals: EpisodeTotals, level: Level) -> dict[str, jax.Array]:
             timings[f"{name}_{quantile}"] = percentiles[row, column]
     return {
         "qos": jnp.sum(totals.qos) / totals.arrived,
+        "goodput": (completed - jnp.sum(totals.violations)) / totals.elapsed,
+        "cost": jnp.sum(totals.cost) / totals.arrived,
         "score": jnp.sum(totals.score) / completed,
         **timings,
         "violation_rate": jnp.sum(totals.violations) / completed,
         "drop_rate": totals.dropped / totals.arrived,
         "rejection_rate": jnp.sum(rejected) / totals.arrived,
+        "abandon_rate": jnp.sum(totals.abandoned) / totals.arrived,
         "full_rejection_rate": jnp.sum(totals.rejected_full) / totals.arrived,
         "preemptions": jnp.sum(totals.preemptions),
         "utilization": busy / experts / totals.elapsed,

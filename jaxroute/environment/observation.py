@@ -124,6 +124,8 @@ def observe(state: EnvState, params: EnvParams, queue_nodes: QueueNodes, slots: 
     """
     engine, queued, request, scale = state.engines, state.queued, state.request, params.token_scale
     iteration = decode_time(engine, params.engines)
+    qos_rule = params.qos_rule
+    own_limit = qos_rule.per_token(request.predicted_output_tokens)
     start = jnp.maximum(engine.clock, 0)
     waiting = engine.num_requests - engine.num_running
     rows_seen, per_queue = (slots, FULL_SCALE) if queue_nodes == "all" else (queue_nodes, queue_nodes)
@@ -135,14 +137,15 @@ def observe(state: EnvState, params: EnvParams, queue_nodes: QueueNodes, slots: 
         length = expected_length(predicted, generated)
         finish = start - arrival + iteration * (length - generated)
         blocks = rules(params.engines).held_blocks(rows(engine.computed), params.engines)
+        limit = qos_rule.per_token(length)
         features = (
             rows(engine.prompt_tokens) / scale,
             _score(rows(queued.predicted_score)),
             predicted / scale,
             blocks / params.engines.usable_blocks,
             generated / scale,
-            _squash(-arrival / jnp.maximum(generated, 1) / params.latency_limit),
-            _squash(finish / length / params.latency_limit),
+            _squash(-arrival / jnp.maximum(generated, 1) / limit),
+            _squash(finish / length / limit),
         )
         mask = node < count
         stacked = jnp.stack([jnp.where(mask, feature, 0).astype(jnp.float32) for feature in features])
@@ -155,18 +158,18 @@ def observe(state: EnvState, params: EnvParams, queue_nodes: QueueNodes, slots: 
         used_blocks(engine, params.engines) / params.engines.usable_blocks,
         engine.num_running / per_queue,
         waiting / per_queue,
-        _squash(iteration / params.latency_limit),
+        _squash(iteration / own_limit),
         _score(request.predicted_score),
         request.predicted_output_tokens / scale,
-        _squash(finish / request.predicted_output_tokens / params.latency_limit),
+        _squash(finish / request.predicted_output_tokens / own_limit),
         ahead.expected_qos,
         ahead.impact,
         _squash(ahead.at_risk),
-        _squash(ahead.iteration_time / params.latency_limit),
+        _squash(ahead.iteration_time / own_limit),
         _squash(ahead.remaining_tokens / per_queue / scale),
-        _squash(ahead.prefill_time / params.latency_limit / per_queue),
+        _squash(ahead.prefill_time / own_limit / per_queue),
     )
-    node_time = params.latency_limit * scale / (engine.num_requests.shape[0] * per_queue)
+    node_time = qos_rule.per_token(scale) * scale / (engine.num_requests.shape[0] * per_queue)
     recent_load = jnp.where(state.step > 0, node_time / (node_time + state.recent_gap), 0)
     heads = {
         "arrived": jnp.stack([request.prompt_tokens / scale, recent_load], axis=-1).astype(jnp.float32),

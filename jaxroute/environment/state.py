@@ -7,6 +7,7 @@ from flax import struct
 
 from jaxroute.environment.disturbances import Disturbances
 from jaxroute.environment.metrics import EpisodeTotals
+from jaxroute.environment.qos import QosRule
 from jaxroute.simulator.engine import EngineParams, EngineState
 from jaxroute.workload.arrivals import WorkloadState
 from jaxroute.workload.request import Request
@@ -35,6 +36,20 @@ class EnvParams(struct.PyTreeNode):
     # with this discount the request is worth its QoS at its arrival. None: no division
     credit_discount: jax.Array | None = None
     disturbances: Disturbances | None = None  # changes during an episode; None: no changes
+    # Limits on TTFT and TPOT, float [], s: both, and they take the place of `latency_limit`; None: it applies
+    ttft_limit: jax.Array | None = None
+    tpot_limit: jax.Array | None = None
+    token_price: jax.Array | None = None  # float [N], QoS that 1,000 output tokens of each expert cost; None: nothing
+    # float [], s after which a client gives up: its request is cancelled, and has no QoS. None: nobody does
+    patience: jax.Array | None = None
+    # float [], s: a router sees the engines as they were at the last scrape, and a scrape is made at the first decision
+    # at which the last one is at least that old. None: at every decision
+    signal_delay: jax.Array | None = None
+
+    @property
+    def qos_rule(self) -> QosRule:
+        """What the answers are worth."""
+        return QosRule(self.latency_limit, self.ttft_limit, self.tpot_limit, self.token_price)
 
     def at(self, decision: jax.Array) -> EnvParams:
         """The parameters between `decision` (int32 [], or [B] with environments last) and the next decision."""
@@ -54,6 +69,14 @@ class QueuedRequests(struct.PyTreeNode):
     predicted_tokens: jax.Array  # int32, predicted output tokens
 
 
+class Scrape(struct.PyTreeNode):
+    """The engines and their requests as a router last saw them; times are relative to the decision of the scrape."""
+
+    engines: EngineState
+    queued: QueuedRequests
+    age: jax.Array  # float [], s
+
+
 class EnvState(struct.PyTreeNode):
     """One environment at a decision. Times are relative to the decision; random numbers come from the key of a step."""
 
@@ -66,3 +89,9 @@ class EnvState(struct.PyTreeNode):
     recent_latency: jax.Array  # float [N], s per token, see `RECENT_COMPLETIONS`; 0 before the first completion
     # totals of the episode up to now; at its first decision, those of the previous episode; None: metrics off
     totals: EpisodeTotals | None
+    scrape: Scrape | None = None  # with `EnvParams.signal_delay`
+
+    def visible(self) -> EnvState:
+        """The state in which the engines are as a router sees them."""
+        scrape = self.scrape
+        return self if scrape is None else self.replace(engines=scrape.engines, queued=scrape.queued)

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxroute.environment.abandonment import run_with_patience, without_late
 from jaxroute.environment.batching import run_if
 from jaxroute.environment.few_slots import take_both
 from jaxroute.environment.impact import action_penalty
@@ -23,7 +24,14 @@ from jaxroute.environment.metrics import (
 )
 from jaxroute.environment.observation import RoutingGraph, flatten, observe
 from jaxroute.environment.settings import Settings
-from jaxroute.environment.state import RECENT_COMPLETIONS, RECENT_GAPS, EnvParams, EnvState, QueuedRequests
+from jaxroute.environment.state import (
+    RECENT_COMPLETIONS,
+    RECENT_GAPS,
+    EnvParams,
+    EnvState,
+    QueuedRequests,
+    Scrape,
+)
 from jaxroute.environment.turns import NOBODY, Arrival, Outcome, Taken, Turn
 from jaxroute.simulator.advance import EngineWork
 from jaxroute.simulator.cluster import AFTER_ALL, Finished, collect, restart, route, run_until, shift_time
@@ -73,7 +81,7 @@ def drain(state: EnvState, params: EnvParams) -> jax.Array:
 
 def observe_batch(settings: Settings, state: EnvState, params: EnvParams) -> Observation:
     """The observation, graph or flat as in `settings`, leaves [B, ...]."""
-    observation = observe(state, params.at(state.step), settings.queue_nodes, settings.slots, settings.drop)
+    observation = observe(state.visible(), params.at(state.step), settings.queue_nodes, settings.slots, settings.drop)
     return flatten(observation) if settings.obs == "flat" else observation
 
 
@@ -120,8 +128,14 @@ def _route(settings: Settings, state: EnvState, action: jax.Array, params: EnvPa
 
 def _run(state: EnvState, until: jax.Array, params: EnvParams) -> tuple[EnvState, Finished, EngineWork]:
     """Runs every iteration that starts before `until` (s) and removes the finished requests."""
-    engines, work, _ = run_until(state.engines, until, params.engines)
-    engines, queued, finished = collect(engines, state.queued, params.engines)
+    if params.patience is None:
+        engines, work, _ = run_until(state.engines, until, params.engines)
+        engines, queued, finished = collect(engines, state.queued, params.engines)
+    else:
+        leaves = state.queued.arrival + params.patience
+        engines, work = run_with_patience(state.engines, leaves, until, params.engines)
+        engines, queued, finished = collect(engines, state.queued, params.engines, aborts=True)
+        finished = without_late(finished, leaves)
     return state.replace(engines=engines, queued=queued), finished, work
 
 
@@ -141,7 +155,7 @@ def _completed(finished: Finished) -> Completed:
 
 def _reward(completed: Completed, params: EnvParams) -> tuple[jax.Array, jax.Array]:
     """QoS of the finished requests, and their credit in the reward (`EnvParams.credit_discount`), float [B] each."""
-    qos = credit = completed.qos(params.latency_limit)
+    qos = credit = completed.qos(params.qos_rule)
     if params.credit_discount is not None:
         credit = jnp.where(completed.served, qos * params.credit_discount**completed.arrival, 0)
     return jnp.sum(total(qos), axis=0), jnp.sum(total(credit), axis=0)
@@ -153,8 +167,12 @@ def _count(
     """Adds the work and the completed requests to the totals, and to the mean latency of recent completions."""
     totals = state.totals
     if totals is not None:
-        totals = add_work(totals, work, finished.ignored, params.engines.usable_blocks)
-        totals = add_completed(totals, settings.metrics, completed, params.latency_limit)
+        totals = add_work(totals, work, params.engines.usable_blocks)
+        if params.patience is None:
+            totals = totals.replace(rejected_infeasible=totals.rejected_infeasible + finished.ignored)
+        else:
+            totals = totals.replace(abandoned=totals.abandoned + finished.ignored)
+        totals = add_completed(totals, settings.metrics, completed, params.qos_rule)
     latency = (completed.finish - completed.arrival) / completed.tokens
     count = total(completed.served)
     mean = total(jnp.where(completed.served, latency, 0)) / jnp.maximum(count, 1)
@@ -174,14 +192,20 @@ def _move_on(state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> 
     # `step` has been increased, so it is the number of gaps.
     change = (gap - state.recent_gap) / jnp.clip(state.step, 1, RECENT_GAPS)
     recent_gap = state.recent_gap + jnp.where(turn.takes_part, change, 0)
-    engines = shift_time(state.engines, gap, params.engines)
+    engines = restart(shift_time(state.engines, gap, params.engines), begins)
+    queued = state.queued.replace(arrival=state.queued.arrival - gap)
+    scrape = state.scrape
+    if scrape is not None and params.signal_delay is not None:
+        present = Scrape(engines, queued, scrape.age + gap)
+        scrape = _scrape(scrape, present, turn.takes_part & (begins | (present.age >= params.signal_delay)))
 
     def arrived(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(turn.takes_part, new, old)
 
     return state.replace(
-        engines=restart(engines, begins),
-        queued=state.queued.replace(arrival=state.queued.arrival - gap),
+        engines=engines,
+        queued=queued,
+        scrape=scrape,
         request=jax.tree.map(arrived, turn.arrival.request, state.request),
         workload=jax.tree.map(arrived, turn.arrival.workload, state.workload),
         step=jnp.where(begins, 0, state.step),
@@ -189,3 +213,18 @@ def _move_on(state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> 
         recent_latency=jnp.where(begins, 0, state.recent_latency),
         totals=totals,
     )
+
+
+def _scrape(last: Scrape, present: Scrape, due: jax.Array) -> Scrape:
+    """The scrape that the router has at the next decision: a new one where it is `due` (bool [B]).
+
+    `present`, which may have fewer slots, is the state then and the age of `last`.
+    """
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        if new.shape[0] < old.shape[0]:
+            new = jnp.concatenate([new, old[new.shape[0] :]])
+        return jnp.where(due, new, old)
+
+    newest = jax.tree.map(choose, present, last)
+    return newest.replace(age=jnp.where(due, 0, present.age))

@@ -133,7 +133,7 @@ def make_router(name: str, env: RoutingEnvironment, **parameters: Any) -> RuleRo
         if policy is not None and not callable(policy):
             raise UserError(f"router {name}: policy must be a router, not {policy!r}")
         parameters["policy"] = make_router(spec.follows, env) if policy is None else policy
-    return RuleRouter(rule, env, parameters, spec.knows_future)
+    return RuleRouter(rule, env, parameters, spec.knows_future, sees_all=not spec.honest)
 
 
 def _check_value(what: str, value: Any, num_experts: int | None) -> None:

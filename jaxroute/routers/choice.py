@@ -28,6 +28,7 @@ class RuleRouter(struct.PyTreeNode):
     parameters: dict[str, Any]  # parameters of the rule, and `admission`, by name, traced
     # its key is that of the environment in the episode, from which the requests to come can be sampled
     knows_future: bool = struct.field(pytree_node=False, default=False)
+    sees_all: bool = struct.field(pytree_node=False, default=False)  # the engines as they are, whatever a router sees
 
     @in_own_modes
     def __call__(self, key: jax.Array, observation: Any, state: EnvState, params: EnvParams) -> jax.Array:
@@ -37,11 +38,13 @@ class RuleRouter(struct.PyTreeNode):
         `admission` leaves out those whose `predicted_latency` is not below `admission` * the latency limit, and the
         request is dropped if none is left. It has no effect where requests may not be dropped (`env.drop`).
         """
+        if not self.sees_all:
+            state = state.visible()
         own, among = dict(self.parameters), candidates(self.env, state, params)
         admission = own.pop("admission", None)
         if admission is None or not self.env.drop:
             return self.rule(self.env, key, observation, state, params, among, **own)
-        admitted = among & (predicted_latency(state, params) < admission * params.latency_limit)
+        admitted = among & (predicted_latency(state, params) < admission * own_limit(state, params))
         action = self.rule(self.env, key, observation, state, params, admitted, **own)
         return jnp.where(admitted.any(), action, self.env.num_experts).astype(jnp.int32)
 
@@ -54,6 +57,11 @@ def candidates(env: RoutingEnvironment, state: EnvState, params: EnvParams) -> j
     """bool [N]: the experts that the action mask allows, or all experts if it allows none."""
     allowed = action_mask(state, params, env.slots)[:-1]
     return allowed | ~allowed.any()
+
+
+def own_limit(state: EnvState, params: EnvParams) -> jax.Array:
+    """float [N]: s per output token that the arriving request may take at each expert, by its predicted length."""
+    return params.qos_rule.per_token(state.request.predicted_output_tokens)
 
 
 def actions_among(env: RoutingEnvironment, state: EnvState, params: EnvParams, among: jax.Array) -> jax.Array:

@@ -101,7 +101,8 @@ def _gains(state: EnvState, params: EnvParams, clairvoyant: bool) -> jax.Array:
         request.prompt_tokens,
         length,
         own_score,
-        params.latency_limit,
+        params.qos_rule,
         params.engines,
     )
+    gain -= params.qos_rule.cost(length)
     return jnp.where(rules(params.engines).can_serve(request.prompt_tokens, length, params.engines), gain, 0)

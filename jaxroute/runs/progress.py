@@ -36,6 +36,10 @@ class TrainingProgress(ExitStack):
         self._show(f"{what}: {simulated:,} of {decisions:,} decisions{found}", simulated >= decisions)
         self._updated = time.monotonic()
 
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._show(text, last=True)
+
     def update(self, frames: int, record: dict[str, Any]) -> None:
         """Reports `frames` frames in total; `record` has the metrics of the last chunk."""
         now = time.monotonic()

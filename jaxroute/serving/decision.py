@@ -108,7 +108,8 @@ def _decide(
     state = environment_state(facts, request, params.engines)
     # An expert that is not allowed has no room for any prompt, which is what the action mask of every router asks.
     longest = jnp.where(allowed, params.engines.max_model_len, 0)
-    params = params.replace(latency_limit=limit, engines=params.engines.replace(max_model_len=longest))
+    engines = params.engines.replace(max_model_len=longest)
+    params = params.replace(latency_limit=limit, ttft_limit=None, tpot_limit=None, engines=engines)
     action = router(jax.random.fold_in(key, state.step), env.observe(state, params), state, params)
     mask = action_mask(state, params, env.slots)
     # A rule that finds no expert allowed chooses among all.

@@ -19,6 +19,7 @@ from jaxroute.simulator.advance import EngineWork, Jump, advance
 from jaxroute.simulator.advance_kernel import advance_engines
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import IGNORED, LARGE, EngineParams, EngineState, Tree, target_tokens, total
+from jaxroute.simulator.prefix_cache import after_abort
 from jaxroute.simulator.slots import append, remove
 
 AFTER_ALL = 1e30
@@ -39,7 +40,7 @@ class Finished(struct.PyTreeNode):
     engines: EngineState
     payload: Any  # each leaf [S, ...]
     served: jax.Array  # bool [S, ...], the request has all of its tokens; other slots are not among the finished
-    ignored: jax.Array  # int32 [...], requests that the engine dropped because they can never fit (vllm_v0)
+    ignored: jax.Array  # int32 [...], requests that can never fit, which vllm_v0 drops; or those that `abort` ended
 
 
 def route(
@@ -111,11 +112,27 @@ def run_until(
     return advance(engines, work, *bounds, on_jump, seen)
 
 
-def collect(engines: EngineState, payload: Tree, params: EngineParams) -> tuple[EngineState, Tree, Finished]:
-    """Removes the requests that the engines have finished; the others keep their order."""
+def abort(engines: EngineState, leaves: jax.Array, params: EngineParams) -> EngineState:
+    """Ends the requests `leaves` (bool [S, ...]) before the next iteration, and frees their blocks, as vLLM does when a
+    client disconnects. They are then finished without being served. For vllm_v1.
+    """
+    cache = engines.cache
+    if cache is not None:
+        running = leaves & (engines.position < engines.num_running)
+        cache = after_abort(engines, cache, running, params)
+    return engines.replace(finish_time=jnp.where(leaves, IGNORED, engines.finish_time), cache=cache)
+
+
+def collect(
+    engines: EngineState, payload: Tree, params: EngineParams, aborts: bool = False
+) -> tuple[EngineState, Tree, Finished]:
+    """Removes the requests that the engines have finished; the others keep their order.
+
+    `aborts`: there may be requests that `abort` ended.
+    """
     done = rules(params).finished(engines, params)
     served, ignored = done, jnp.zeros_like(engines.num_requests)
-    if rules(params).ignores:
+    if rules(params).ignores or aborts:
         served = done & (engines.finish_time > IGNORED)
         ignored = total(done & ~served)
     finished = Finished(engines, payload, served, ignored)

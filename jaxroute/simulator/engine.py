@@ -21,7 +21,8 @@ NEVER = jnp.inf
 """Time of an event that has not happened."""
 
 IGNORED = -jnp.inf
-"""Finish time of a request that `vllm_v0` dropped because it can never fit."""
+"""Finish time of a request that ended without being served: `vllm_v0` dropped it because it can never fit, or its
+client gave up."""
 
 LARGE = 2**30
 """An integer above every count of tokens, iterations or positions."""
@@ -100,7 +101,7 @@ class EngineState(struct.PyTreeNode):
     computed: jax.Array  # int32 [S, ...], tokens in the KV cache; 0 while waiting
     preemptions: jax.Array  # int32 [S, ...]
     first_token_time: jax.Array  # float [S, ...], NEVER before it
-    finish_time: jax.Array  # float [S, ...], NEVER before it, IGNORED for a request that was dropped
+    finish_time: jax.Array  # float [S, ...], NEVER before it, IGNORED for one that was not served
     cache: OwnBlocks | None = None  # with `enable_prefix_caching`
     flight: Flight | None = None  # with `async_scheduling`; clock is then the time at which the next batch is scheduled
 

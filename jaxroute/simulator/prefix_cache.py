@@ -73,6 +73,18 @@ def after_schedule(
 
 def after_finish(state: EngineState, cache: OwnBlocks, finished: jax.Array, params: EngineParams) -> OwnBlocks:
     """The cache after the requests `finished` (bool [S, ...]) released their blocks; the final token has none."""
-    full = full_blocks(state.prompt_tokens + state.generated - 1, params.block_size)
-    without_content = total(jnp.where(finished, blocks_for(state.computed, params.block_size) - full, 0))
+    return _after_release(state, cache, finished, state.prompt_tokens + state.generated - 1, params)
+
+
+def after_abort(state: EngineState, cache: OwnBlocks, aborted: jax.Array, params: EngineParams) -> OwnBlocks:
+    """The cache after the running requests `aborted` (bool [S, ...]) released their blocks before their end."""
+    known = state.computed if state.flight is None else state.computed - state.flight.unhashed  # rule C6
+    return _after_release(state, cache, aborted, known, params)
+
+
+def _after_release(
+    state: EngineState, cache: OwnBlocks, released: jax.Array, hashed_tokens: jax.Array, params: EngineParams
+) -> OwnBlocks:
+    full = full_blocks(hashed_tokens, params.block_size)
+    without_content = total(jnp.where(released, blocks_for(state.computed, params.block_size) - full, 0))
     return cache.replace(ahead=cache.ahead + without_content)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxroute.environment.disturbances import FAILED, Disturbances
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.state import EnvParams
+from jaxroute.errors import UserError
 from jaxroute.evaluation.episodes import as_pytree
 from jaxroute.routers.choice import Router
 from jaxroute.timelines.record import Log, Pieces, Results, Routed, replay, run_episode
@@ -77,6 +78,10 @@ def collect(
 
     `experts` are N names.
     """
+    if params.patience is not None or params.ttft_limit is not None:
+        raise UserError(
+            "a timeline shows limits on the latency per token alone; leave patience, ttft_limit and tpot_limit out"
+        )
     # The penalty is part only of the reward, which is not shown.
     env = dataclasses.replace(env, metrics="exact", penalty="off")
     policies = [as_pytree(router) for router in routers.values()]

@@ -180,7 +180,7 @@ def _run(
         admitted=left.admitted - left.arrival,
         tokens=state.generated,
         preemptions=state.preemptions,
-        met=latency / jnp.maximum(state.generated, 1) < params.latency_limit,
+        met=params.qos_rule.met(state.first_token_time - left.arrival, latency, jnp.maximum(state.generated, 1)),
     )
     return engines, carried, log, jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), results, new)
 

@@ -26,14 +26,25 @@ class Arrival:
 
 
 @dataclass
+class Worth:
+    """When an answer is in time, and what it costs."""
+
+    limit: float  # latency limit, seconds per output token
+    ttft: float | None = None  # seconds; with the next, instead of the latency limit
+    tpot: float | None = None  # seconds
+    price: list[float] | None = None  # of 1,000 output tokens, by expert
+    patience: float = math.inf  # seconds until a client gives up
+
+
+@dataclass
 class Fate:
     """What became of a request. Times in seconds; timings are None unless it completed."""
 
     arrival: float
     expert: int | None  # None: dropped
-    status: str  # open, completed, dropped, rejected_full, rejected_infeasible
+    status: str  # open, completed, dropped, rejected_full, rejected_infeasible, abandoned
     score: float
-    limit: float  # latency limit, seconds per output token
+    worth: Worth
     served: reference.Request | None = None
 
     @property
@@ -57,19 +68,32 @@ class Fate:
 
     @property
     def violated(self) -> bool:
-        latency = self.latency_per_token
-        return latency is not None and latency >= self.limit
+        latency, ttft, tpot = self.latency_per_token, self.ttft, self.tpot
+        if latency is None or ttft is None:
+            return False
+        if self.worth.ttft is not None and self.worth.tpot is not None:
+            return ttft >= self.worth.ttft or (tpot is not None and tpot >= self.worth.tpot)
+        return latency >= self.worth.limit
+
+    @property
+    def cost(self) -> float:
+        if self.status != "completed" or self.worth.price is None:
+            return 0.0
+        assert self.served is not None and self.expert is not None
+        return self.worth.price[self.expert] * self.served.generated / 1000
 
     @property
     def qos(self) -> float:
-        return self.score if self.status == "completed" and not self.violated else 0.0
+        return (self.score if self.status == "completed" and not self.violated else 0.0) - self.cost
 
 
 class Expert:
     """One engine with a clock, and what it did so far."""
 
-    def __init__(self, config: dict[str, Any], engine: str = "V1"):
+    def __init__(self, config: dict[str, Any], engine: str = "V1", patience: float = math.inf):
         self.config = {**reference.DEFAULT_CONFIG, **config}
+        self.patience = patience
+        self.gone: list[Any] = []  # requests whose clients gave up
         self.engine = reference.ENGINES[engine](self.config)
         self.clock = 0.0  # start of the next iteration, unless idle
         self.busy = 0.0
@@ -84,6 +108,17 @@ class Expert:
                 request.first_token_time = self.clock
         for request in finished:
             request.finish_time = self.clock
+
+    def cancel(self, at: float) -> None:
+        """The clients that have waited too long at this time give up."""
+        for queue in (self.engine.running, self.engine.waiting):
+            for request in list(queue):
+                self.margin = min(self.margin, abs(request.arrival + self.patience - at))
+                if request.arrival + self.patience <= at:
+                    queue.remove(request)
+                    self.engine.release(request)
+                    request.finish_time = math.inf
+                    self.gone.append(request)
 
     def queue_length(self) -> int:
         return len(self.engine.running) + len(self.engine.waiting)
@@ -118,7 +153,8 @@ class Expert:
         done = []
         while self.queue_length():
             self.margin = min(self.margin, abs(self.clock - until))
-            if self.clock >= until:
+            self.cancel(min(self.clock, until))
+            if self.clock >= until or not self.queue_length():
                 break
             entries, preempted = self.engine.schedule()
             self.ignored += self.engine.ignored
@@ -143,8 +179,8 @@ class ExpertToday(Expert):
     tokens.
     """
 
-    def __init__(self, config: dict[str, Any]):
-        super().__init__(config)
+    def __init__(self, config: dict[str, Any], patience: float = math.inf):
+        super().__init__(config, patience=patience)
         self.config = {**caching.DEFAULTS, **config}
         self.engine = caching.Engine(self.config)
         self.flights: deque[tuple[list[caching.Entry], float]] = deque()  # batches and their ends; clock is now
@@ -166,7 +202,8 @@ class ExpertToday(Expert):
         done, depth = [], 2 if self.config["async_scheduling"] else 1
         while self.queue_length():
             self.margin = min(self.margin, abs(self.clock - until))
-            if self.clock >= until:
+            self.cancel(min(self.clock, until))
+            if self.clock >= until or not self.queue_length():
                 break
             entries, preempted, _ = self.engine.schedule()
             assert entries or preempted or self.flights, "the engine is stalled"
@@ -196,11 +233,13 @@ class ExpertToday(Expert):
 class Cluster:
     """N experts with at most `slots` requests each in the system, and every request's fate in order of arrival."""
 
-    def __init__(self, configs: list[dict[str, Any]], slots: int, latency_limit: float, engine: str = "V1"):
-        today = "enable_prefix_caching" in configs[0]
-        self.experts = [ExpertToday(config) if today else Expert(config, engine) for config in configs]
+    def __init__(self, configs: list[dict[str, Any]], slots: int, worth: Worth, engine: str = "V1"):
+        today, patience = "enable_prefix_caching" in configs[0], worth.patience
+        self.experts = [
+            ExpertToday(config, patience) if today else Expert(config, engine, patience) for config in configs
+        ]
         self.slots = slots
-        self.limit = latency_limit
+        self.worth = worth
         self.now = 0.0
         self.fates: list[Fate] = []
 
@@ -216,10 +255,10 @@ class Cluster:
 
     def _route(self, request: Arrival, action: int) -> None:
         if action == len(self.experts):
-            self.fates.append(Fate(self.now, None, "dropped", 0.0, self.limit))
+            self.fates.append(Fate(self.now, None, "dropped", 0.0, self.worth))
             return
         expert, output = self.experts[action], request.output[action]
-        fate = Fate(self.now, action, "open", request.score[action], self.limit)
+        fate = Fate(self.now, action, "open", request.score[action], self.worth)
         if not expert.can_serve(request.prompt, output):
             fate.status = "rejected_infeasible"
         elif expert.queue_length() >= self.slots:
@@ -234,8 +273,11 @@ class Cluster:
         for expert in self.experts:
             for request in expert.run_until(until):
                 fate = self.fates[int(request.id)]
-                fate.status = "completed"
+                in_time = request.finish_time <= request.arrival + self.worth.patience
+                fate.status = "completed" if in_time else "abandoned"
                 qos += fate.qos
+            for request in expert.gone:
+                self.fates[int(request.id)].status = "abandoned"
             for request in expert.ignored:
                 self.fates[int(request.id)].status = "rejected_infeasible"
         return qos
