@@ -100,6 +100,16 @@ def test_unknown_lengths_cost_the_ends_of_the_iteration_under_way(name):
     assert equal.mean() > 0.88
 
 
+def test_a_delay_that_is_known_costs_little():
+    env, found = runs()
+    params, run, actions = found["paper-3"]
+    shares = [
+        np.mean([equal_queues(one).mean() for one in watch(env, params, run, actions, True, 0.006, known)[0]])
+        for known in (True, False)
+    ]
+    assert shares[0] > 0.99 and shares[1] < 0.5
+
+
 def test_recent_latency_is_the_environments():
     env, found = runs()
     params, run, actions = found["paper-3"]
