@@ -1,6 +1,6 @@
 """jump == per-iteration == plain Python reference on random engines and workloads (`make fuzz CASES=n`), under every
-discipline, and V1 also with the options that vLLM has on by default. With prompts that share prefixes, it is `replay`
-that equals the reference.
+discipline, and V1 also with the options that vLLM has on by default, without shared prefixes and with them. If content
+may be in two blocks, it is `replay` that equals the reference.
 """
 
 from __future__ import annotations
@@ -14,10 +14,16 @@ import numpy as np
 
 from jaxroute.simulator.replay import replay
 from tests.reference import caching, engine
-from tests.reference.cases import MAX_ITERATIONS, MAX_REQUESTS, VARIANTS, sharing_case, variant_case
+from tests.reference.cases import MAX_ITERATIONS, MAX_REQUESTS, VARIANTS, prefix_case, sharing_case, variant_case
 from tests.replaying import Batch
 
 CHUNK = 100
+PIECES, RUNS = 10, 32
+"""Size of the prefix cache of the cases in `PREFIXES`."""
+
+PREFIXES = {"V1 prefixes": False, "V1 prefixes, async": True}
+"""Names of the cases of engines in JAX with prompts that share segments, and whether scheduling is asynchronous."""
+
 SHARING = "V1 sharing prefixes"
 """Name of the cases of `replay` with prompts that share segments."""
 
@@ -32,14 +38,15 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     return (caching if "enable_prefix_caching" in spec["config"] else engine).simulate(spec)
 
 
-def differences(specs: list[dict[str, Any]]) -> list[str]:
+def differences(specs: list[dict[str, Any]], pieces: int = 0, most_iterations: int = MAX_ITERATIONS) -> list[str]:
     """What differs between the three ways on these specs of one variant, in float64, exactly; a line each, with the
-    spec's index.
+    spec's index. `pieces` are those of prompts that share segments.
     """
-    fields = FIELDS + (V0_FIELDS if specs[0]["engine"] == "V0" else ())
+    fields = FIELDS + (V0_FIELDS if specs[0].get("engine") == "V0" else ())
     with jax.enable_x64(True):
-        batch = Batch(specs + specs[:1] * (CHUNK - len(specs)), MAX_REQUESTS)
-        jumps, iterations = batch.by_jumps(), batch.by_iterations(MAX_ITERATIONS)
+        most_requests = max(MAX_REQUESTS, *(len(spec["requests"]) for spec in specs))
+        batch = Batch(specs + specs[:1] * (CHUNK - len(specs)), most_requests, pieces, RUNS)
+        jumps, iterations = batch.by_jumps(), batch.by_iterations(most_iterations)
     found = []
     for index, spec in enumerate(specs):
         wanted = simulate(spec)
@@ -88,19 +95,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     failed = 0
-    for variant in [*VARIANTS, SHARING]:
+    for variant in [*VARIANTS, *PREFIXES, SHARING]:
         rng = np.random.default_rng(arguments.seed)
         done = 0
         while done < arguments.cases:
             number = min(CHUNK, arguments.cases - done)
             if variant == SHARING:
-                specs = [sharing_case(rng) for _ in range(number)]
+                found = sharing_differences([sharing_case(rng) for _ in range(number)])
+            elif variant in PREFIXES:
+                found = differences([prefix_case(rng, PREFIXES[variant], PIECES) for _ in range(number)], PIECES)
             else:
-                specs = [variant_case(rng, variant) for _ in range(number)]
-            for line in (sharing_differences if variant == SHARING else differences)(specs):
+                found = differences([variant_case(rng, variant) for _ in range(number)])
+            for line in found:
                 failed += 1
                 print(line)
-            done += len(specs)
+            done += number
             print(f"{variant}: {done} of {arguments.cases} cases, {failed} differences", flush=True)
     return 1 if failed else 0
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from jaxroute.simulator.recorded import Recording, replay_by_iterations, replay_by_jumps
 from jaxroute.simulator.replay import engine_and_recording, result
+from jaxroute.workload.request import Prefix
 from tests.compiling import AS_USERS_GET
+from tests.reference.caching import prefixes
 
 _jit = functools.partial(jax.jit, compiler_options=AS_USERS_GET)
 _by_jumps = _jit(jax.vmap(replay_by_jumps))
@@ -19,15 +21,33 @@ _by_iterations = _jit(jax.vmap(replay_by_iterations, in_axes=(0, 0, None)), stat
 
 
 def _pad(recording: Recording, size: int) -> Recording:
-    pad = lambda leaf: jnp.pad(leaf, (0, size - leaf.shape[0])) if leaf.ndim else leaf  # noqa: E731
+    def pad(leaf: jax.Array) -> jax.Array:
+        return jnp.pad(leaf, [(0, size - leaf.shape[0]), *[(0, 0)] * (leaf.ndim - 1)]) if leaf.ndim else leaf
+
     return jax.tree.map(pad, recording)
+
+
+def _prefix(spec: dict[str, Any], order: np.ndarray, pieces: int) -> Prefix:
+    more = lambda own: jnp.asarray(np.pad(own, ((0, 0), (0, pieces - own.shape[1]))))  # noqa: E731
+    return Prefix(*map(more, prefixes(spec, order)))
 
 
 class Batch:
     """Specs of one discipline on one padded shape; `by_jumps` and `by_iterations` give one result dictionary a spec."""
 
-    def __init__(self, specs: list[dict[str, Any]], num_requests: int):
+    def __init__(self, specs: list[dict[str, Any]], num_requests: int, pieces: int = 0, runs: int = 0):
+        """With `pieces`, the engines have that many `prefix_pieces`, and as many `prefix_runs` as given."""
         parts = [engine_and_recording(spec, f"spec {index}") for index, spec in enumerate(specs)]
+        if pieces:
+            parts = [
+                (
+                    engine.replace(prefix_pieces=pieces, prefix_runs=runs),
+                    recording.replace(prefix=_prefix(spec, order, pieces)),
+                    order,
+                    times,
+                )
+                for spec, (engine, recording, order, times) in zip(specs, parts, strict=True)
+            ]
         stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
         self.engine = jax.tree.map(stack, *(part[0] for part in parts))
         self.recording = jax.tree.map(stack, *(_pad(part[1], num_requests) for part in parts))

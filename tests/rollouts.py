@@ -35,9 +35,11 @@ class Run(NamedTuple):
     def request(self, step: int) -> Arrival:
         """The request that was routed in this step."""
         request = self.before.request
-        return Arrival(
-            int(request.prompt_tokens[step]), request.output_tokens[step].tolist(), request.score[step].tolist()
-        )
+        pieces = None
+        if request.prefix is not None:
+            pieces = list(zip(request.prefix.owner[step].tolist(), request.prefix.end[step].tolist(), strict=True))
+        lengths = int(request.prompt_tokens[step]), request.output_tokens[step].tolist()
+        return Arrival(*lengths, request.score[step].tolist(), pieces)
 
 
 def rollout(env: RoutingEnvironment, params: EnvParams, key: jax.Array, actions: jax.Array) -> Run:

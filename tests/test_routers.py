@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxroute
+from jaxroute.environment.affinity import SentRecord
 from jaxroute.errors import UserError
 from jaxroute.routers import ROUTERS, make_router
+from jaxroute.workload import Prefix
 from tests.rollouts import CHEAP_COMPILE
 
 SLOTS, STATES, KEYS, EXPERTS = 6, 60, 80, 3
@@ -19,7 +23,11 @@ NUMBERS = {
     "score_minus_load": {"weight": 0.04},
     "route_balance": {"latency_weight": 0.5, "cost_weight": 0.2},
     "index_rule": {"load_weight": 0.04, "length_weight": 0.1, "threshold": 0.5, "cap": 5},
+    "index_rule_prefix": {"load_weight": 0.04, "length_weight": 0.1, "threshold": 0.5, "cap": 5, "prefix_weight": 0.3},
+    "dynamo_kv": {"overlap_weight": 3.0},
+    "sglang_cache_aware": {"balance_abs_threshold": 2},
 }
+RECORD, EXPIRY = 12, 5.0
 ADMITTED = {"shortest_queue+admission": 0.6, "feasible_best": 0.5, "index_rule+admission": 0.6}
 NUMBERS |= {name: {**NUMBERS.get(name.partition("+")[0], {}), "admission": c} for name, c in ADMITTED.items()}
 # Admission is the same code for every rule; tests/test_impact.py and tests/test_rollout.py have what simulates.
@@ -30,6 +38,8 @@ RULES = [name for name in ROUTERS if name not in SIMULATING and ("+" not in name
 @pytest.fixture(scope="module")
 def scenario():
     env, params = jaxroute.make("paper-3", slots=SLOTS, episode_length=60, metrics="off", penalty="off")
+    env = dataclasses.replace(env, prefix_share="estimated")
+    params = params.replace(prefix_expiry=jnp.asarray(EXPIRY))
     blocks, seats = jnp.asarray([40, 25, 60], jnp.int32), jnp.asarray([6, 4, 3], jnp.int32)
     return env, params.replace(engines=params.engines.replace(usable_blocks=blocks, max_num_seqs=seats))
 
@@ -39,7 +49,8 @@ def states(scenario):
     """Random queues, some of them full, equal or empty, with random work in them; each leaf [STATES, ...]."""
     env, params = scenario
     rng = np.random.default_rng(0)
-    one = jax.jit(env.reset, compiler_options=CHEAP_COMPILE)(jax.random.key(0), params)[1]
+    reset = dataclasses.replace(env, prefix_share="off").reset
+    one = jax.jit(reset, compiler_options=CHEAP_COMPILE)(jax.random.key(0), params)[1]
     state = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], STATES, axis=0), one)
     each, slots = (STATES, EXPERTS), (STATES, SLOTS, EXPERTS)
     requests = rng.integers(0, SLOTS + 1, each).astype(np.int32)
@@ -61,12 +72,37 @@ def states(scenario):
         engines=engines,
         queued=state.queued.replace(predicted_tokens=rng.integers(1, 60, slots).astype(np.int32)),
         request=state.request.replace(
+            prompt_tokens=rng.integers(20, 200, STATES).astype(np.int32),
+            prefix=Prefix(pieces(rng, 4, STATES, 2), pieces(rng, 250, STATES, 2)),
             predicted_score=rng.uniform(0.5, 0.9, each).astype(np.float32),
             predicted_output_tokens=rng.integers(1, 200, each).astype(np.int32),
         ),
         recent_latency=latency,
         step=rng.integers(0, 60, STATES).astype(np.int32),
+        sent=SentRecord(
+            owner=tuple(pieces(rng, 4, STATES, RECORD) for _ in range(2)),
+            end=tuple(pieces(rng, 250, STATES, RECORD) for _ in range(2)),
+            expert=pieces(rng, EXPERTS, STATES, RECORD),
+            sent=-rng.uniform(0, 3 * EXPIRY, (STATES, RECORD)).astype(np.float32),
+            next=np.zeros(STATES, np.int32),
+        ),
     )
+
+
+def pieces(rng: np.random.Generator, below: int, *shape: int) -> np.ndarray:
+    return rng.integers(0, below, shape).astype(np.int32)
+
+
+def share(e: int, state, params) -> float:
+    """Of the prompt, what expert `e` is expected to hold, entry by entry of the record."""
+    prefix, sent, prompt = state.request.prefix, state.sent, int(state.request.prompt_tokens)
+    longest = 0
+    for entry in range(RECORD):
+        if sent.expert[entry] == e and sent.sent[entry] > -params.prefix_expiry:
+            for k in range(2):
+                if prefix.owner[k] == sent.owner[k][entry]:
+                    longest = max(longest, min(int(prefix.end[k]), prompt, int(sent.end[k][entry])))
+    return longest / prompt
 
 
 def kv_use(e: int, state, params) -> float:
@@ -150,22 +186,39 @@ def possible(name: str, state, params) -> set[int]:
         value = [score[e] + 0.5 * (1 - latency[e] / slowest) + 0.2 * (1 - tokens[e] / dearest) for e in experts]
         best = max(value[e] for e in among)
         return {e for e in among if value[e] > best - 1e-6}
-    if name == "llm_d":
+    if name in ("llm_d", "llm_d_prefix"):
         most, fewest = max(waiting[e] for e in among), min(waiting[e] for e in among)
         sums = {}
         for e in among:
             queue = 1.0 if most == fewest else (most - waiting[e]) / (most - fewest)
             load = 0.5 if waiting[e] == 0 else 0.5 * (1 - min(waiting[e], 128) / 128)
-            sums[e] = 2 * queue + 2 * (1 - kv_use(e, state, params)) + load
+            others = load if name == "llm_d" else 3 * share(e, state, params)
+            sums[e] = 2 * queue + 2 * (1 - kv_use(e, state, params)) + others
         return {e for e in among if sums[e] > max(sums.values()) - 1e-6}
     if name == "routellm":
         order = (2, 0, 1) if score[2] - score[0] >= np.float32(0.05) else (0, 2, 1)
         return {next(e for e in order if e in among)}
-    if name == "index_rule":
-        tokens = state.request.predicted_output_tokens
+    if name in ("index_rule", "index_rule_prefix"):
+        tokens, weight = state.request.predicted_output_tokens, 0.3 if name == "index_rule_prefix" else 0
         value = {e: score[e] - 0.04 * total[e] - 0.1 * tokens[e] / 100 for e in among if total[e] < 5}
+        value = {e: own + weight * share(e, state, params) for e, own in value.items()}
         best = max(value, key=lambda e: value[e], default=EXPERTS)
         return {best if best < EXPERTS and value[best] > 0.5 else EXPERTS}
+    if name == "dynamo_kv":
+        cost = {}
+        for e in among:
+            size, to_prefill = int(params.engines.block_size[e]), 0.0
+            active = -(-int(state.request.prompt_tokens) // size)
+            for s in range(total[e]):
+                to_prefill += max(int(engines.prompt_tokens[s, e]) - int(engines.computed[s, e]), 0)
+                active += -(-int(engines.prompt_tokens[s, e] + engines.generated[s, e]) // size)
+            to_prefill += int(state.request.prompt_tokens) * (1 - share(e, state, params))
+            cost[e] = 3 * to_prefill / size + active
+        return {e for e in among if cost[e] < min(cost.values()) + 1e-4}
+    if name == "sglang_cache_aware":
+        loads, shares = [total[e] for e in among], {e: share(e, state, params) for e in among}
+        unequal = max(loads) - min(loads) > 2 and max(loads) > 1.5 * min(loads)
+        return {least(total if unequal or max(shares.values()) <= np.float32(0.3) else {e: -shares[e] for e in among})}
     assert name == "score_minus_load"
     return {least(np.float32(0.04) * total.astype(np.float32) - score)}
 
@@ -208,6 +261,19 @@ def test_random_choices_are_all_alike(scenario, states):
     for name, actions in zip(names, taken, strict=True):
         counts = np.bincount(actions, minlength=EXPERTS)
         assert counts[1] == 0 and abs(counts[0] - 500) < 70, name
+
+
+def test_dynamos_temperature_is_that_of_a_softmax_over_the_range_of_costs(scenario, states):
+    env, params = scenario
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), states)  # idle experts
+    one = state.sent.replace(expert=state.sent.expert * 0, sent=state.sent.sent * 0)
+    one = one.replace(owner=(state.request.prefix.owner[0] + one.owner[0] * 0, one.owner[1]))
+    state = state.replace(sent=one, request=state.request.replace(prompt_tokens=jnp.int32(100)))
+    router = make_router("dynamo_kv", env, temperature=0.5)
+    taken = jax.vmap(lambda key: router(key, None, state, params))(jax.random.split(jax.random.key(0), 2000))
+    counts = np.bincount(taken, minlength=EXPERTS) / 2000
+    weights = np.exp([2.0, 0.0, 0.0])  # expert 0 costs the least, by the whole range
+    np.testing.assert_allclose(counts, weights / weights.sum(), atol=0.04)
 
 
 def test_unknown_names_have_the_nearest(scenario):

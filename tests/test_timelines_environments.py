@@ -57,7 +57,7 @@ def totals_as_metrics(monkeypatch):
     monkeypatch.setattr(episodes, "summarize", lambda totals, level: totals)
 
 
-def check(episode: Episode) -> None:
+def check(episode: Episode, is_async: bool = False) -> None:
     requests, totals = episode.requests, episode.metrics
     served = requests.fate <= MISSED
     experts = len(episode.experts)
@@ -83,7 +83,9 @@ def check(episode: Episode) -> None:
     np.testing.assert_allclose([met[own].sum() for own in of_expert], totals.qos, rtol=1e-5, atol=1e-6)
     preempted = [requests.preemptions[own & served].sum() for own in of_expert]
     np.testing.assert_array_equal(preempted, totals.preemptions)
-    assert episode.end == pytest.approx(float(totals.elapsed), rel=1e-5)
+    # With asynchronous scheduling, a last batch, whose results are dropped, ends after the last request.
+    late = episode.end - float(totals.elapsed)
+    assert 0 <= late < 0.1 if is_async else late == pytest.approx(0, abs=1e-5 * episode.end)
 
 
 @pytest.mark.slow
@@ -94,7 +96,7 @@ def test_every_request_fares_in_the_timeline_as_in_the_environment(name, tmp_pat
     )
     experts = tuple(f"expert {number}" for number in range(env.num_experts))
     (episode,) = collect(env, params, {"some": some_router}, experts, jax.random.key(7))
-    check(episode)
+    check(episode, params.engines.async_scheduling)
     if name in LABELS:
         (part,) = episode.disturbed
         assert part.expert == 0 and part.start == episode.requests.arrival[LENGTH // 3]

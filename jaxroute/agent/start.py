@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxroute.cma_es import Search
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.environment.observation import EXPERT_FEATURES, RoutingGraph
+from jaxroute.environment.observation import EXPERT_FEATURES, RoutingGraph, expert_features
 from jaxroute.environment.state import EnvParams
 from jaxroute.evaluation.episodes import for_search, run_episodes
 from jaxroute.routers.choice import Router
@@ -51,7 +51,7 @@ def linear_start(
     """
     env = for_search(env, _LENGTH)
     per_generation = _POPULATION * _EPISODES * env.episode_length
-    origin = np.array([*(FIRST_GUESS.get(name, 0.0) for name in EXPERT_FEATURES), 0.0])
+    origin = np.array([*(FIRST_GUESS.get(name, 0.0) for name in expert_features(env)), 0.0])
     key = jax.random.fold_in(jax.random.key(seed), _SEARCH_KEY)
     rows, own_axes = rows_of(params, axes, _SEEN_EPISODES)
     keys = jax.random.split(jax.random.fold_in(key, _SEEN_STEPS), _SEEN_EPISODES)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxroute.environment.affinity import SentRecord, empty_record
 from jaxroute.environment.batching import batch_first, batch_last, in_own_modes, keep_batch_last, over_batch
 from jaxroute.environment.metrics import empty_totals, totals_first, totals_last
 from jaxroute.environment.settings import Settings
@@ -14,7 +15,9 @@ from jaxroute.environment.spaces import Discrete, Space, observation_space
 from jaxroute.environment.state import EnvParams, EnvState, QueuedRequests, Scrape
 from jaxroute.environment.step import Observation, drain, observe_batch, step
 from jaxroute.environment.turns import Arrival
+from jaxroute.errors import UserError
 from jaxroute.simulator.engine import empty_engine
+from jaxroute.workload.request import Request
 
 DYNAMICS_VERSION = 2
 """Version of what environments compute, independent of the package's version. Only results of equal versions can be
@@ -64,6 +67,7 @@ class RoutingEnvironment(Settings):
             recent_latency=jnp.zeros(self.num_experts, float),
             totals=empty_totals(self.num_experts, self.metrics, self.episode_length),
             scrape=None if params.signal_delay is None else Scrape(engines, queued, jnp.zeros((), float)),
+            sent=self._no_record(request, params),
         )
         # Each leaf is a buffer of its own, as in results of compiled programs, so that the state can be donated.
         return self.observe(state, params), jax.tree.map(jnp.copy, state)
@@ -112,6 +116,17 @@ class RoutingEnvironment(Settings):
     def queue_lengths(self, state: EnvState) -> jax.Array:
         """int32 [N]: number of requests running or waiting at each expert, as far as a router sees them."""
         return state.visible().engines.num_requests
+
+    def _no_record(self, request: Request, params: EnvParams) -> SentRecord | None:
+        if self.prefix_share == "off":
+            return None
+        exact = self.prefix_share == "exact" and not params.engines.prefix_pieces
+        if request.prefix is None or params.prefix_expiry is None or exact:
+            raise UserError(
+                f"prefix_share={self.prefix_share} needs requests with prefixes, as in chat-3, params.prefix_expiry"
+                f"{' and engines with prefix_pieces' if exact else ''}; or set it to off"
+            )
+        return empty_record(self.prefix_record, request.prefix)
 
     @_traced_once
     def _observe(self, state: EnvState, params: EnvParams) -> Observation:

@@ -24,7 +24,9 @@ from jaxroute.simulator.cluster import AFTER_ALL, run_until
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import IGNORED, NEVER, EngineParams, EngineState, prefix_sum, target_tokens, total
 from jaxroute.simulator.latency import iteration_time, prefill_time
+from jaxroute.simulator.prefix_runs import path_of
 from jaxroute.simulator.slots import append
+from jaxroute.workload.request import Prefix
 
 
 def action_penalty(settings: Settings, state: EnvState, action: jax.Array, params: EnvParams) -> jax.Array:
@@ -44,6 +46,7 @@ def action_penalty(settings: Settings, state: EnvState, action: jax.Array, param
         predicted_tokens=queued.predicted_tokens,
         prompt_tokens=request.prompt_tokens,
         output_tokens=output_tokens,
+        prefix=request.prefix,
     )
     if settings.penalty == "paper":
         k1, k2 = _of_expert(action, (params.penalty_prefill, params.penalty_context))
@@ -74,6 +77,7 @@ class Queue(struct.PyTreeNode):
     predicted_tokens: jax.Array  # int32 [S, ...]
     prompt_tokens: jax.Array  # int32 [...], of the request that may join
     output_tokens: jax.Array  # int32 [...], its predicted length, or for `paper_impact` its true length
+    prefix: Prefix | None = None  # [K, ...], what it shares with others
 
 
 def expected_length(predicted_tokens: jax.Array, generated: jax.Array) -> jax.Array:
@@ -179,7 +183,8 @@ def predicted_impact(queue: Queue, rule: QosRule, params: EngineParams) -> jax.A
 def exact_impact(queue: Queue, rule: QosRule, params: EngineParams) -> jax.Array:
     """Like `predicted_impact`, with latencies from two runs of the engine until it is empty; float [...]."""
     engine = predicted_engine(queue.engine, queue.predicted_tokens, params)
-    without, joined = _met(engine, queue.age, queue.prompt_tokens, queue.output_tokens, rule, params)
+    lengths = queue.prompt_tokens, queue.output_tokens
+    without, joined = _met(engine, queue.age, *lengths, rule, params, queue.prefix)
     return jnp.sum(jnp.where(without & ~joined, queue.predicted_score, 0.0), axis=0)
 
 
@@ -192,24 +197,29 @@ def joining_gain(
     own_score: jax.Array,
     rule: QosRule,
     params: EngineParams,
+    prefix: Prefix | None = None,
 ) -> jax.Array:
     """QoS that a request adds to the engine's, float [...]: its own QoS, less the QoS that others lose.
 
     It is computed like `exact_impact`, with the lengths in `engine` and the given scores, float [S, ...] and [...].
     """
-    without, joined = _met(engine, age, prompt_tokens, output_tokens, rule, params)
+    without, joined = _met(engine, age, prompt_tokens, output_tokens, rule, params, prefix)
     score = jnp.where(engine.position == engine.num_requests, own_score, score)
     return jnp.sum(jnp.where(joined, score, 0.0) - jnp.where(without, score, 0.0), axis=0)
 
 
 def joining_finish(
-    engine: EngineState, prompt_tokens: jax.Array, output_tokens: jax.Array, params: EngineParams
+    engine: EngineState,
+    prompt_tokens: jax.Array,
+    output_tokens: jax.Array,
+    params: EngineParams,
+    prefix: Prefix | None = None,
 ) -> jax.Array:
     """When a request of these lengths finishes if it joins now, s from now, float [...]; NEVER if it cannot.
 
     It is computed like `exact_impact`, with the lengths in `engine`.
     """
-    joined = _joined(engine, prompt_tokens, output_tokens, params)
+    joined = _joined(engine, prompt_tokens, output_tokens, params, prefix)
     done, *_ = run_until(joined, jnp.asarray(AFTER_ALL, float), params)
     finish = jnp.where((done.position == engine.num_requests) & joined.unfinished(), done.finish_time, NEVER).min(0)
     return jnp.where(finish == IGNORED, NEVER, finish)
@@ -234,11 +244,17 @@ def _target(prompt_tokens: jax.Array, length: jax.Array, params: EngineParams) -
 
 
 def _joined(
-    engine: EngineState, prompt_tokens: jax.Array, output_tokens: jax.Array, params: EngineParams
+    engine: EngineState,
+    prompt_tokens: jax.Array,
+    output_tokens: jax.Array,
+    params: EngineParams,
+    prefix: Prefix | None,
 ) -> EngineState:
     """The engine with a request of these lengths in the slot behind the others, if there is room for it."""
     joins = (engine.num_requests < engine.num_slots) & (prompt_tokens < _room(params))
-    return append(engine, joins, prompt_tokens, _target(prompt_tokens, output_tokens, params), jnp.zeros((), float))
+    target, now = _target(prompt_tokens, output_tokens, params), jnp.zeros((), float)
+    path = None if prefix is None or not params.prefix_pieces else path_of(prefix, params)
+    return append(engine, joins, prompt_tokens, target, now, path=path)
 
 
 def _met(
@@ -248,11 +264,12 @@ def _met(
     output_tokens: jax.Array,
     rule: QosRule,
     params: EngineParams,
+    prefix: Prefix | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Which requests meet the limit if the engine runs until it is empty with no further arrivals, bool [S, ...] each:
     without a request of these lengths, and with it in the slot behind the others.
     """
-    joined = _joined(engine, prompt_tokens, output_tokens, params)
+    joined = _joined(engine, prompt_tokens, output_tokens, params, prefix)
     # Both runs at once: [S, 2, ...] and [2, ...].
     axes = engine.num_requests.ndim
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=leaves[0].ndim - axes), engine, joined)

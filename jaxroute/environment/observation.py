@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxroute.environment.forecast import forecast
 from jaxroute.environment.impact import decode_time, expected_length
-from jaxroute.environment.settings import QueueNodes
+from jaxroute.environment.settings import QueueNodes, Settings
 from jaxroute.environment.state import EnvParams, EnvState
 from jaxroute.simulator.disciplines import rules, used_blocks
 
@@ -31,6 +31,7 @@ EXPERT_FEATURES = (
     "remaining_tokens",
     "prefill_time",
 )
+PREFIX_FEATURE = "prefix_share"
 REQUEST_FEATURES = (
     "prompt_tokens",
     "predicted_score",
@@ -46,7 +47,14 @@ by x / (1 + x), so the limit is at 0.5. `recent_load` is mapped in the same way,
 recent rate in the time that `token_scale` output tokens may take, divided by N and by K or FULL_SCALE. It is 0 at the
 first decision of an episode, because no rate is known yet. The last six features of an expert are those of
 `forecast.Forecast`, over its whole queue. Mapped by x / (1 + x) are `at_risk`, `joined_iteration_time` relative to the
-limit, `remaining_tokens` relative to K requests of `token_scale` tokens, and `prefill_time` relative to K limits."""
+limit, `remaining_tokens` relative to K requests of `token_scale` tokens, and `prefill_time` relative to K limits. Where
+prompts share prefixes (`Settings.prefix_share`), an expert has `PREFIX_FEATURE` behind these: the share of the arriving
+prompt that it holds."""
+
+
+def expert_features(settings: Settings) -> tuple[str, ...]:
+    """Names of an expert's features."""
+    return EXPERT_FEATURES if settings.prefix_share == "off" else (*EXPERT_FEATURES, PREFIX_FEATURE)
 
 
 FULL_SCALE = 10
@@ -115,12 +123,20 @@ def action_mask(state: EnvState, params: EnvParams, slots: int, drop: bool = Tru
     return jnp.concatenate([allowed, dropped])
 
 
-def observe(state: EnvState, params: EnvParams, queue_nodes: QueueNodes, slots: int, drop: bool = True) -> RoutingGraph:
+def observe(
+    state: EnvState,
+    params: EnvParams,
+    queue_nodes: QueueNodes,
+    slots: int,
+    drop: bool = True,
+    prefix_share: jax.Array | None = None,
+) -> RoutingGraph:
     """The observation of environments, whose axis B is the last of `state`. Fields of the result are [B, ...].
 
     If `queue_nodes` is a number K, the result is a `GraphObservation`. If it is "all", the result is a
     `FullGraphObservation` with S = `slots`, and features that are relative to K are relative to FULL_SCALE instead.
-    The fields of `state` may have any number of slots that is enough for all requests.
+    The fields of `state` may have any number of slots that is enough for all requests. `prefix_share`, float [N, B], is
+    a further feature of the experts.
     """
     engine, queued, request, scale = state.engines, state.queued, state.request, params.token_scale
     iteration = decode_time(engine, params.engines)
@@ -169,6 +185,8 @@ def observe(state: EnvState, params: EnvParams, queue_nodes: QueueNodes, slots: 
         _squash(ahead.remaining_tokens / per_queue / scale),
         _squash(ahead.prefill_time / own_limit / per_queue),
     )
+    if prefix_share is not None:
+        expert = (*expert, prefix_share)
     node_time = qos_rule.per_token(scale) * scale / (engine.num_requests.shape[0] * per_queue)
     recent_load = jnp.where(state.step > 0, node_time / (node_time + state.recent_gap), 0)
     heads = {

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.environment.disturbances import FAILED, Disturbances
@@ -23,12 +24,20 @@ from jaxroute.simulator.catalogue import load_profile
 from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.engine_config import engine_from_config, stack_engines
 from jaxroute.workload.arrivals import Arrivals, MarkovArrivals, PoissonArrivals, TraceArrivals
+from jaxroute.workload.prefixes import PIECES, ConversationRequests, DocumentRequests, PrefixRequests, Tokens
 from jaxroute.workload.requests import FrozenRequests
 from jaxroute.workload.trace import load_trace
 from jaxroute.workload.trace_lengths import AZURE_CONVERSATION, MOONCAKE_CONVERSATION, Lengths
 from jaxroute.workload.workload import Workload
 
 THREE, SIX = SCENARIOS["paper-3"], SCENARIOS["paper-6"]
+
+
+REPLICAS = ("alpaca-native",) * 3
+"""Experts of the environments in which prompts share prefixes: one model on three servers."""
+
+EXPIRY = 120.0
+"""s for which a router counts on what it sent: the default of Dynamo's router without events of the engines."""
 
 
 OF_EXPERTS = ("experts", "profile", "kv_cache_tokens", "discipline", "max_model_len", "engine")
@@ -69,6 +78,35 @@ def _scenario(
 ) -> None:
     SCENARIOS[name] = tuple(experts)
     register(name, lambda **options: _of_experts(arrivals(), options, experts, **own), description)
+
+
+def _with_prefixes(
+    name: str,
+    description: str,
+    arrivals: Callable[[], Arrivals],
+    requests: Callable[[list[float]], PrefixRequests],
+    runs: int,
+    **own: Any,
+) -> None:
+    """Replicas of one expert under vLLM's present defaults, which keep `runs` ranges of cached blocks apart (`Runs`).
+
+    `requests` makes the requests from the experts' mean scores.
+    """
+    SCENARIOS[name] = experts = REPLICAS
+
+    def factory(**options: Any) -> tuple[RoutingEnvironment, EnvParams]:
+        env, params = _of_experts(
+            arrivals(), options, experts, "rtx4090", engine={"engine": "vllm-0.33"}, prefix_share="estimated", **own
+        )
+        workload, engines = params.workload, params.engines
+        if engines.enable_prefix_caching:
+            engines = engines.replace(prefix_pieces=PIECES, prefix_runs=runs)
+        made = requests(np.asarray(workload.requests.score_mean).tolist())
+        workload = Workload.create(workload.arrivals, made)
+        expiry = jnp.asarray(EXPIRY, float)
+        return env, params.replace(workload=workload, engines=engines, prefix_expiry=expiry)
+
+    register(name, factory, description)
 
 
 def _middle(env: RoutingEnvironment, factors: dict[str, float]) -> Disturbances:
@@ -276,6 +314,55 @@ _scenario(
     latency_limit=0.060,
     lengths=MOONCAKE_CONVERSATION,
     engine={"kv_cache_tokens": 14_000},
+)
+_with_prefixes(
+    "chat-3",
+    "conversations of eight tenants on three servers of one model: who has the conversation's prefix may be busy",
+    lambda: PoissonArrivals.create(22.0),
+    lambda scores: ConversationRequests.create(
+        system_tokens=[400] * 8,
+        tenant_weights=[1 / rank for rank in range(1, 9)],
+        turns=5.0,
+        message=Tokens.create(50, 0.7),
+        answer=Tokens.create(80, 0.5),
+        score_mean=scores,
+        most_tokens=6000,
+        pool=128,
+    ),
+    latency_limit=0.024,
+    runs=128,
+)
+_with_prefixes(
+    "documents-3",
+    "questions about documents of 3,000 tokens: one server alone cannot answer all about the most popular one",
+    lambda: PoissonArrivals.create(10.0),
+    lambda scores: DocumentRequests.create(
+        popularity=[rank**-1.5 for rank in range(1, 25)],
+        questions=40.0,
+        document=Tokens.create(3000, 0.4),
+        message=Tokens.create(80, 0.5),
+        answer=Tokens.create(150, 0.5),
+        score_mean=scores,
+    ),
+    latency_limit=0.030,
+    runs=128,
+)
+_with_prefixes(
+    "agents-3",
+    "agents with tools of 3,000 tokens call in bursts, with short answers: their histories grow until they are evicted",
+    lambda: MarkovArrivals.create((8.0, 24.0), (20.0, 4.0)),
+    lambda scores: ConversationRequests.create(
+        system_tokens=[3000] * 4,
+        tenant_weights=[1 / rank for rank in range(1, 5)],
+        turns=10.0,
+        message=Tokens.create(120, 0.8),
+        answer=Tokens.create(40, 0.6),
+        score_mean=scores,
+        most_tokens=12_000,
+        pool=64,
+    ),
+    latency_limit=0.040,
+    runs=64,
 )
 SCENARIOS["azure"] = THREE
 register("azure", _azure, 'the arrivals of a recorded trace, path="...csv", whose rate varies over hours')

@@ -8,6 +8,7 @@ from jaxroute.errors import UserError, require_known
 
 Penalty = Literal["predicted", "paper", "exact", "off"]
 QueueNodes = int | Literal["all"]
+PrefixShare = Literal["off", "estimated", "exact"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,15 @@ class Settings:
     penalty: Penalty = "predicted"  # form of the action impact estimator
     metrics: Level = "histogram"
     drop: bool = True  # whether dropping is always allowed; if not, only if no expert is allowed
+    prefix_share: PrefixShare = "off"  # the observed share of the prompt that experts hold; off: prompts share nothing
+    prefix_record: int = 128  # M: sent requests that the router remembers for its estimate
 
     def __post_init__(self) -> None:
         choices = {"obs": ("graph", "flat"), "penalty": get_args(Penalty), "metrics": get_args(Level)}
+        choices["prefix_share"] = get_args(PrefixShare)
         for name, allowed in choices.items():
             require_known(getattr(self, name), allowed, name)
-        for name in ("num_experts", "slots", "episode_length", "queue_nodes"):
+        for name in ("num_experts", "slots", "episode_length", "queue_nodes", "prefix_record"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not (whole and value >= 1) and (name, value) != ("queue_nodes", "all"):

@@ -15,10 +15,10 @@ import numpy as np
 
 from jaxroute.environment.observation import (
     ARRIVED_FEATURES,
-    EXPERT_FEATURES,
     REQUEST_FEATURES,
     FullGraphObservation,
     GraphObservation,
+    expert_features,
 )
 from jaxroute.environment.settings import Settings
 
@@ -144,6 +144,7 @@ RANGES = {
     "prefill_time": SHARE,
     "generated_tokens": POSITIVE,
     "latency_so_far": SHARE,
+    "prefix_share": SHARE,
 }
 """Minimum and maximum of each feature of the observation."""
 
@@ -164,7 +165,7 @@ def observation_space(settings: Settings) -> Space:
 
     spaces = {
         "arrived": features(ARRIVED_FEATURES),
-        "expert": features(EXPERT_FEATURES, experts),
+        "expert": features(expert_features(settings), experts),
         **{name: features(REQUEST_FEATURES, experts, rows) for name in queues},
         "running_mask": mask(experts, rows),
         "waiting_mask": mask(experts, rows),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 from flax import struct
 
+from jaxroute.environment.affinity import SentRecord
 from jaxroute.environment.disturbances import Disturbances
 from jaxroute.environment.metrics import EpisodeTotals
 from jaxroute.environment.qos import QosRule
@@ -45,6 +46,8 @@ class EnvParams(struct.PyTreeNode):
     # float [], s: a router sees the engines as they were at the last scrape, and a scrape is made at the first decision
     # at which the last one is at least that old. None: at every decision
     signal_delay: jax.Array | None = None
+    # float [], s for which the router counts on what it sent to an expert; None: prompts share nothing
+    prefix_expiry: jax.Array | None = None
 
     @property
     def qos_rule(self) -> QosRule:
@@ -90,6 +93,7 @@ class EnvState(struct.PyTreeNode):
     # totals of the episode up to now; at its first decision, those of the previous episode; None: metrics off
     totals: EpisodeTotals | None
     scrape: Scrape | None = None  # with `EnvParams.signal_delay`
+    sent: SentRecord | None = None  # what the router remembers, with `prefix_share`
 
     def visible(self) -> EnvState:
         """The state in which the engines are as a router sees them."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute.environment.abandonment import run_with_patience, without_late
+from jaxroute.environment.affinity import estimated_share, exact_share, note_sent, restarted
 from jaxroute.environment.batching import run_if
 from jaxroute.environment.few_slots import take_both
 from jaxroute.environment.impact import action_penalty
@@ -81,8 +82,18 @@ def drain(state: EnvState, params: EnvParams) -> jax.Array:
 
 def observe_batch(settings: Settings, state: EnvState, params: EnvParams) -> Observation:
     """The observation, graph or flat as in `settings`, leaves [B, ...]."""
-    observation = observe(state.visible(), params.at(state.step), settings.queue_nodes, settings.slots, settings.drop)
+    now, state = params.at(state.step), state.visible()
+    share = None if settings.prefix_share == "off" else prefix_share(settings, state, now)
+    observation = observe(state, now, settings.queue_nodes, settings.slots, settings.drop, share)
     return flatten(observation) if settings.obs == "flat" else observation
+
+
+def prefix_share(settings: Settings, state: EnvState, params: EnvParams) -> jax.Array:
+    """float [N, ...]: the share of the arriving prompt that each expert holds, as the router knows it; any axes."""
+    if settings.prefix_share == "exact":
+        return exact_share(state.engines, state.request, params.engines)
+    assert state.sent is not None and params.prefix_expiry is not None
+    return estimated_share(state.sent, state.request, params.prefix_expiry, settings.num_experts)
 
 
 def _begin_totals(settings: Settings, state: EnvState) -> EnvState:
@@ -113,7 +124,9 @@ def _route(settings: Settings, state: EnvState, action: jax.Array, params: EnvPa
         predicted_tokens=request.predicted_output_tokens,
     )
     lengths = request.prompt_tokens, request.output_tokens
-    engines, queued, admission = route(state.engines, state.queued, chosen, *lengths, own, params.engines)
+    engines, queued, admission = route(
+        state.engines, state.queued, chosen, *lengths, own, params.engines, request.prefix
+    )
     arrives = action != NOBODY
     if totals is not None:
         totals = totals.replace(
@@ -122,8 +135,10 @@ def _route(settings: Settings, state: EnvState, action: jax.Array, params: EnvPa
             rejected_infeasible=totals.rejected_infeasible + admission.infeasible,
             rejected_full=totals.rejected_full + admission.full,
         )
-    state = state.replace(engines=engines, queued=queued, totals=totals, step=state.step + arrives)
-    return state, jnp.any(admission.joined, axis=0)
+    joined = jnp.any(admission.joined, axis=0)
+    sent = None if state.sent is None else note_sent(state.sent, request, action, joined)
+    state = state.replace(engines=engines, queued=queued, totals=totals, step=state.step + arrives, sent=sent)
+    return state, joined
 
 
 def _run(state: EnvState, until: jax.Array, params: EnvParams) -> tuple[EnvState, Finished, EngineWork]:
@@ -212,6 +227,7 @@ def _move_on(state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> 
         recent_gap=jnp.where(begins, 0, recent_gap),
         recent_latency=jnp.where(begins, 0, state.recent_latency),
         totals=totals,
+        sent=None if state.sent is None else restarted(state.sent, gap, begins),
     )
 
 

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.errors import UserError, require_known
-from jaxroute.routers import paper, planning, rollout, serving
+from jaxroute.routers import paper, planning, prefixes, rollout, serving
 from jaxroute.routers.choice import Router, RuleRouter
 
 Parameters = dict[str, float | int]
@@ -49,6 +49,13 @@ _EXPERTS = ("strong", "weak")  # parameters that are the number of an expert
 
 _ADMISSION = {"admission": Range(0.5, 2, log=True)}
 
+_INDEX_RULE = {
+    "load_weight": Range(1e-4, 0.3, log=True),
+    "length_weight": Range(-0.2, 0.3),
+    "threshold": Range(-1, 0.9),
+    "cap": Range(1, 300, log=True),
+}
+
 _RULES = {
     "round_robin": RouterSpec(paper.round_robin, "Round-Robin"),
     "shortest_queue": RouterSpec(paper.shortest_queue, "Shortest Queue First"),
@@ -62,15 +69,21 @@ _RULES = {
     "llm_d": RouterSpec(serving.llm_d, "llm-d"),
     "routellm": RouterSpec(serving.routellm, "RouteLLM", {"threshold": Range(-0.2, 0.2)}, choices=_pairs),
     "score_minus_load": RouterSpec(serving.score_minus_load, "Score - Load", {"weight": Range(1e-4, 0.5, log=True)}),
-    "index_rule": RouterSpec(
+    "index_rule": RouterSpec(serving.index_rule, "Index rule", _INDEX_RULE),
+    "llm_d_prefix": RouterSpec(serving.llm_d, "llm-d, prefixes", fixed={"load_weight": 0.0, "prefix_weight": 3.0}),
+    "dynamo_kv": RouterSpec(
+        prefixes.dynamo_kv, "Dynamo KV", {"overlap_weight": Range(0.05, 20, log=True), "temperature": Range(0, 1)}
+    ),
+    "sglang_cache_aware": RouterSpec(
+        prefixes.sglang_cache_aware,
+        "SGLang cache-aware",
+        {"cache_threshold": Range(0, 1), "balance_abs_threshold": Range(1, 64, log=True)},
+    ),
+    "index_rule_prefix": RouterSpec(
         serving.index_rule,
-        "Index rule",
-        {
-            "load_weight": Range(1e-4, 0.3, log=True),
-            "length_weight": Range(-0.2, 0.3),
-            "threshold": Range(-1, 0.9),
-            "cap": Range(1, 300, log=True),
-        },
+        "Index rule, prefixes",
+        {**_INDEX_RULE, "prefix_weight": Range(1e-3, 1, log=True)},
+        {"prefix_weight": 0.1},
     ),
     "feasible_best": RouterSpec(paper.bert_router, "Feasible best", _ADMISSION, {"admission": 1.0}),
     "route_balance": RouterSpec(

@@ -12,6 +12,7 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.impact import expected_length
 from jaxroute.environment.observation import action_mask
 from jaxroute.environment.state import EnvParams, EnvState
+from jaxroute.environment.step import prefix_share
 from jaxroute.simulator.disciplines import rules, used_blocks
 from jaxroute.simulator.latency import iteration_time, prefill_time
 
@@ -83,6 +84,13 @@ def kv_use(state: EnvState, params: EnvParams) -> jax.Array:
 def waiting_requests(state: EnvState) -> jax.Array:
     """int32 [N]: requests that wait at each expert."""
     return state.engines.num_requests - state.engines.num_running
+
+
+def held_share(env: RoutingEnvironment, state: EnvState, params: EnvParams) -> jax.Array:
+    """float [N]: the share of the arriving prompt that each expert is expected to hold, or holds (`prefix_share`)."""
+    if env.prefix_share == "off":
+        return jnp.zeros(env.num_experts, float)
+    return prefix_share(env, state, params)
 
 
 def predicted_latency(state: EnvState, params: EnvParams) -> jax.Array:

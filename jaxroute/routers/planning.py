@@ -83,7 +83,7 @@ def _latencies(state: EnvState, params: EnvParams) -> jax.Array:
     request = state.request
     engines = predicted_engine(state.engines, state.queued.predicted_tokens, params.engines)
     length = request.predicted_output_tokens
-    finish = joining_finish(engines, request.prompt_tokens, length, params.engines)
+    finish = joining_finish(engines, request.prompt_tokens, length, params.engines, request.prefix)
     return jnp.where(rules(params.engines).can_serve(request.prompt_tokens, length, params.engines), finish, NEVER)
 
 
@@ -103,6 +103,7 @@ def _gains(state: EnvState, params: EnvParams, clairvoyant: bool) -> jax.Array:
         own_score,
         params.qos_rule,
         params.engines,
+        request.prefix,
     )
     gain -= params.qos_rule.cost(length)
     return jnp.where(rules(params.engines).can_serve(request.prompt_tokens, length, params.engines), gain, 0)

@@ -10,6 +10,7 @@ from jaxroute.environment.impact import expected_length
 from jaxroute.environment.state import EnvParams, EnvState
 from jaxroute.routers.choice import (
     cheapest,
+    held_share,
     kv_use,
     predicted_latency,
     smallest,
@@ -109,12 +110,14 @@ def llm_d(
     queue_weight: float | jax.Array = 2.0,
     kv_weight: float | jax.Array = 2.0,
     load_weight: float | jax.Array = 1.0,
+    prefix_weight: float | jax.Array = 0.0,
 ) -> jax.Array:
     """The expert with the highest weighted sum of llm-d's scores; ties are broken at random.
 
     For a candidate with w waiting requests, the scores are: queue (max w - w) / (max w - min w), or 1 if all are equal;
-    KV cache 1 - use; load 0.5 * (1 - min(w, 128) / 128). The weights are those of llm-d's default and sample profiles
-    without its prefix scorer, because prompts here share no prefixes.
+    KV cache 1 - use; load 0.5 * (1 - min(w, 128) / 128); prefix: the share of the prompt that it is expected to hold.
+    The weights are those of llm-d's default and sample profiles without its prefix scorer, for prompts that share
+    nothing. `llm_d_prefix` has those of the default profile, 2, 2, 0 and 3.
     https://github.com/kubernetes-sigs/gateway-api-inference-extension/tree/main/pkg/epp/scheduling/framework/plugins/scorer
     and https://github.com/llm-d/llm-d-inference-scheduler/blob/main/pkg/plugins/scorer/load_aware.go.
     """
@@ -123,7 +126,10 @@ def llm_d(
     queue = jnp.where(most > least, (most - waiting) / jnp.maximum(most - least, 1), 1.0)
     kv = 1 - kv_use(state, params)
     load = 0.5 * (1 - jnp.minimum(waiting, 128) / 128)
-    return smallest_at_random(-(queue_weight * queue + kv_weight * kv + load_weight * load), among, key)
+    value = queue_weight * queue + kv_weight * kv + load_weight * load
+    if env.prefix_share != "off":
+        value += prefix_weight * held_share(env, state, params)
+    return smallest_at_random(-value, among, key)
 
 
 def routellm(
@@ -182,16 +188,20 @@ def index_rule(
     length_weight: float | jax.Array = 0.0,
     threshold: float | jax.Array = -1.0,
     cap: float | jax.Array = 1000.0,
+    prefix_weight: float | jax.Array = 0.0,
 ) -> jax.Array:
     """The expert with the highest value among those with fewer than `cap` requests; drops if no value is enough.
 
     The value of an expert is its predicted score - `load_weight` * its requests, running and waiting -
     `length_weight` * the predicted output tokens of the arriving request there / 100. The request is dropped if no
     expert is below the cap, or if the highest value is not above `threshold`. All four numbers are tuned. Where
-    requests may not be dropped (`env.drop`), cap and threshold have no effect.
+    requests may not be dropped (`env.drop`), cap and threshold have no effect. `index_rule_prefix` has a further term,
+    which is tuned too: `prefix_weight` * the share of the prompt that the expert is expected to hold.
     """
     request, load = state.request, env.queue_lengths(state)
     value = request.predicted_score - load_weight * load - length_weight * request.predicted_output_tokens / 100
+    if env.prefix_share != "off":
+        value += prefix_weight * held_share(env, state, params)
     enough = among & (load < cap) & (value > threshold)
     if not env.drop:
         return smallest(-value, among)

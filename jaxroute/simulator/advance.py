@@ -15,10 +15,20 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxroute.simulator import prefix_cache, prefix_runs
 from jaxroute.simulator.disciplines import rules
-from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, anywhere, lowest, total
+from jaxroute.simulator.engine import (
+    LARGE,
+    NEVER,
+    EngineParams,
+    EngineState,
+    OwnBlocks,
+    SharedBlocks,
+    anywhere,
+    lowest,
+    total,
+)
 from jaxroute.simulator.latency import decode_run, iteration_time, iterations_started_before, run_time
-from jaxroute.simulator.prefix_cache import after_finish, allocate
 from jaxroute.simulator.scheduler import SchedulerOutput
 
 
@@ -102,7 +112,7 @@ def run_iteration(
     )
     if output.cache is not None:
         finished = state.unfinished() & (after.finish_time < NEVER) & (state.position < output.num_running)
-        after = after.replace(cache=after_finish(after, output.cache, finished, params))
+        after = after.replace(cache=cache_rules(output.cache).after_finish(after, output.cache, finished, params))
     after = own.after_iteration(state, after, output, work.iterations, params)
     work = EngineWork(
         iterations=work.iterations + 1,
@@ -114,6 +124,11 @@ def run_iteration(
         block_seconds=work.block_seconds + duration * output.used_blocks,
     )
     return after, work, output
+
+
+def cache_rules(cache: OwnBlocks | SharedBlocks) -> Any:
+    """The functions of this kind of prefix cache."""
+    return prefix_runs if isinstance(cache, SharedBlocks) else prefix_cache
 
 
 def _iterations_until_full(
@@ -187,6 +202,10 @@ def run_decodes(
     )
     count = jnp.where((plain | stalled) & (gap > 0), count, 0)
     usable = params.usable_blocks - own.spare_blocks if own.spare_blocks else params.usable_blocks
+    held = blocks_after(0)
+    if isinstance(state.cache, SharedBlocks):  # what several requests hold is there once
+        there = params.usable_blocks - prefix_runs.free_blocks(state.cache)
+        usable, held = usable + held - there, there
     to_full = _iterations_until_full(
         blocks_after, usable, batch, context, jnp.where(stalled, 0, count), params.block_size
     )
@@ -210,9 +229,11 @@ def run_decodes(
         )
     finished = (added > 0) & (generated >= state.target_tokens)
     tokens = batch * count
-    held = blocks_after(0) + (0.5 * tokens / params.block_size if own.grows else 0)
+    held = held + (0.5 * tokens / params.block_size if own.grows else 0)
     if state.cache is not None:
-        state = state.replace(cache=allocate(state.cache, blocks_after(count) - blocks_after(0)))
+        state = state.replace(
+            cache=cache_rules(state.cache).allocate(state.cache, blocks_after(count) - blocks_after(0))
+        )
     state = state.replace(
         clock=clock,
         computed=state.computed + added,
@@ -222,7 +243,7 @@ def run_decodes(
         flight=flight,
     )
     if state.cache is not None:
-        state = state.replace(cache=after_finish(state, state.cache, finished, params))
+        state = state.replace(cache=cache_rules(state.cache).after_finish(state, state.cache, finished, params))
     work = work.replace(
         iterations=work.iterations + count,
         idle_iterations=jnp.where(stalled, work.idle_iterations + count, work.idle_iterations),

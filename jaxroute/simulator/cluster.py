@@ -15,12 +15,22 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxroute.simulator.advance import EngineWork, Jump, advance
+from jaxroute.simulator.advance import EngineWork, Jump, advance, cache_rules
 from jaxroute.simulator.advance_kernel import advance_engines
 from jaxroute.simulator.disciplines import rules
-from jaxroute.simulator.engine import IGNORED, LARGE, EngineParams, EngineState, Tree, target_tokens, total
-from jaxroute.simulator.prefix_cache import after_abort
+from jaxroute.simulator.engine import (
+    IGNORED,
+    LARGE,
+    EngineParams,
+    EngineState,
+    SharedBlocks,
+    Tree,
+    target_tokens,
+    total,
+)
+from jaxroute.simulator.prefix_runs import free_blocks, path_of
 from jaxroute.simulator.slots import append, remove
+from jaxroute.workload.request import Prefix
 
 AFTER_ALL = 1e30
 """s, later than any event: engines that run until then finish all requests."""
@@ -51,10 +61,12 @@ def route(
     output_tokens: jax.Array,
     request: Tree,
     params: EngineParams,
+    prefix: Prefix | None = None,
 ) -> tuple[EngineState, Tree, Admission]:
     """Sends a request to the `chosen` engines (bool [...]); it joins those that can finish it and have a free slot.
 
     `request` is its payload: a tree like `payload`, with leaves that broadcast to [...]. It ends by a stop token.
+    `prefix` is what it shares with others, [K, ...], if the engines have `prefix_pieces`.
     """
     can_finish = rules(params).can_serve(prompt_tokens, output_tokens, params)
     free = engines.num_requests < engines.num_slots
@@ -63,7 +75,7 @@ def route(
     )
     now = jnp.zeros((), float)
     lengths = prompt_tokens, output_tokens
-    engines, payload = join(engines, payload, admission.joined, *lengths, request, now, params, stop_token=True)
+    engines, payload = join(engines, payload, admission.joined, *lengths, request, now, params, True, prefix)
     return engines, payload, admission
 
 
@@ -77,17 +89,19 @@ def join(
     at: jax.Array,
     params: EngineParams,
     stop_token: jax.Array | bool = False,
+    prefix: Prefix | None = None,
 ) -> tuple[EngineState, Tree]:
     """Puts a request at the tail of `waiting` at time `at` (s) where `joins` (bool [...]), which need a free slot.
 
     Unlike `route`, it checks nothing: a request that can never finish stalls its engine, as in vLLM. `stop_token`: the
-    request ends by a stop token, which asynchronous scheduling does not know ahead.
+    request ends by a stop token, which asynchronous scheduling does not know ahead. `prefix` is that of `route`.
     """
     here = joins & (engines.position == engines.num_requests)
     payload = jax.tree.map(lambda old, new: jnp.where(here, new, old), payload, request)
     target = target_tokens(prompt_tokens, output_tokens, rules(params).longest(params))
     known_end = ~jnp.asarray(stop_token) | (prompt_tokens + target >= rules(params).longest(params))
-    return append(engines, joins, prompt_tokens, target, at, known_end), payload
+    path = None if prefix is None or not params.prefix_pieces else path_of(prefix, params)
+    return append(engines, joins, prompt_tokens, target, at, known_end, path), payload
 
 
 def run_until(
@@ -119,7 +133,7 @@ def abort(engines: EngineState, leaves: jax.Array, params: EngineParams) -> Engi
     cache = engines.cache
     if cache is not None:
         running = leaves & (engines.position < engines.num_running)
-        cache = after_abort(engines, cache, running, params)
+        cache = cache_rules(cache).after_abort(engines, cache, running, params)
     return engines.replace(finish_time=jnp.where(leaves, IGNORED, engines.finish_time), cache=cache)
 
 
@@ -141,11 +155,15 @@ def collect(
 
 
 def restart(engines: EngineState, begins: jax.Array) -> EngineState:
-    """Idle engines at time 0 where `begins` (bool [...]): as after their creation."""
-    flight = engines.flight
+    """Idle engines at time 0 where `begins` (bool [...]): as after their creation, when no block has content."""
+    flight, cache = engines.flight, engines.cache
+    if isinstance(cache, SharedBlocks):
+        bounds = cache.runs.bounds
+        blank = jnp.where(begins, free_blocks(cache), cache.blank)
+        cache = cache.replace(blank=blank, runs=cache.runs.replace(bounds=jnp.where(begins, 0, bounds)))
     if flight is not None:
         flight = flight.replace(duration=jnp.where(begins, 0, flight.duration))
-    return engines.replace(clock=jnp.where(begins, 0, engines.clock), flight=flight)
+    return engines.replace(clock=jnp.where(begins, 0, engines.clock), flight=flight, cache=cache)
 
 
 def shift_time(engines: EngineState, by: jax.Array, params: EngineParams) -> EngineState:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute.simulator import scheduler, scheduler_orca, scheduler_v0
-from jaxroute.simulator.engine import NEVER, EngineParams, EngineState, blocks_for, total
+from jaxroute.simulator.engine import NEVER, EngineParams, EngineState, SharedBlocks, blocks_for, total
+from jaxroute.simulator.prefix_runs import free_blocks
 from jaxroute.simulator.scheduler import SchedulerOutput
 
 
@@ -104,6 +105,8 @@ DISCIPLINES = {
 
 def used_blocks(state: EngineState, params: EngineParams) -> jax.Array:
     """int32 [...]: KV blocks that the running requests hold."""
+    if isinstance(state.cache, SharedBlocks):
+        return params.usable_blocks - free_blocks(state.cache)
     blocks = rules(params).held_blocks(state.computed, params)
     return total(jnp.where(state.position < state.num_running, blocks, 0))
 

@@ -67,6 +67,8 @@ class EngineParams(struct.PyTreeNode):
     async_scheduling: bool = struct.field(pytree_node=False, default=False)
     unhashed_first: bool = struct.field(pytree_node=False, default=True)  # rule B8: False before vLLM 0.23
     threshold_when_alone: bool = struct.field(pytree_node=False, default=True)  # rule A1: False since vLLM 0.31
+    prefix_pieces: int = struct.field(pytree_node=False, default=0)  # K of `Path`; 0: prompts share nothing
+    prefix_runs: int = struct.field(pytree_node=False, default=64)  # R of `Runs`
 
 
 class OwnBlocks(struct.PyTreeNode):
@@ -74,6 +76,37 @@ class OwnBlocks(struct.PyTreeNode):
 
     found: jax.Array  # int32 [S, ...], cached blocks of a preempted request; 0 for others
     ahead: jax.Array  # int32 [S, ...], free blocks that are allocated before these; means nothing where `found` is 0
+
+
+class Path(struct.PyTreeNode):
+    """What the full blocks of a request are: K pieces, each of which ends `end` blocks after the request's beginning.
+
+    Two requests have their leading blocks in common up to the smaller end of a piece in which both have one owner, an
+    arbitrary number; so an owner has its place among the pieces, and all before it are the same. An end of 0: no piece.
+    """
+
+    owner: tuple[jax.Array, ...] | jax.Array  # K of int32 [S, ...] or, in `Runs`, [R, ...]
+    end: tuple[jax.Array, ...] | jax.Array  # the same, blocks
+
+
+class Runs(struct.PyTreeNode):
+    """Free blocks with content: R ranges of blocks of requests that left, in the order in which they are allocated.
+
+    The last block of a range is allocated first. Ranges without blocks may be anywhere. The additional first axis tells
+    these arrays from those of slots.
+    """
+
+    path: Path  # of the requests, [K, R, ...]
+    bounds: jax.Array  # int32 [2, R, ...], the first block, and the one behind the last
+
+
+class SharedBlocks(struct.PyTreeNode):
+    """The prefix cache of requests that share prefixes (prefix_runs.py)."""
+
+    path: Path  # of each request
+    hit: jax.Array  # int32 [S, ...], blocks that a running request found at its admission
+    blank: jax.Array  # int32 [...], free blocks without content, which are allocated before all others
+    runs: Runs
 
 
 class Flight(struct.PyTreeNode):
@@ -102,7 +135,7 @@ class EngineState(struct.PyTreeNode):
     preemptions: jax.Array  # int32 [S, ...]
     first_token_time: jax.Array  # float [S, ...], NEVER before it
     finish_time: jax.Array  # float [S, ...], NEVER before it, IGNORED for one that was not served
-    cache: OwnBlocks | None = None  # with `enable_prefix_caching`
+    cache: OwnBlocks | SharedBlocks | None = None  # with `enable_prefix_caching`
     flight: Flight | None = None  # with `async_scheduling`; clock is then the time at which the next batch is scheduled
 
     @property
@@ -135,7 +168,6 @@ def empty_engine(num_slots: int, shape: tuple[int, ...] = (), params: EnginePara
 
     The static options of `params` say what the state consists of; without it, they have their defaults.
     """
-    caching = params is not None and params.enable_prefix_caching
     in_flight = params is not None and params.async_scheduling
     no = jnp.zeros((num_slots, *shape), bool)
     integers = jnp.zeros((num_slots, *shape), jnp.int32)
@@ -151,8 +183,24 @@ def empty_engine(num_slots: int, shape: tuple[int, ...] = (), params: EnginePara
         preemptions=integers,
         first_token_time=never,
         finish_time=never,
-        cache=OwnBlocks(integers, integers) if caching else None,
+        cache=_empty_cache(integers, params),
         flight=Flight(jnp.zeros(shape, float), no, no, no) if in_flight else None,
+    )
+
+
+def _empty_cache(slots: jax.Array, params: EngineParams | None) -> OwnBlocks | SharedBlocks | None:
+    """The cache of idle engines; `slots` are zeros, int32 [S, ...]."""
+    if params is None or not params.enable_prefix_caching:
+        return None
+    pieces, shape = params.prefix_pieces, slots.shape[1:]
+    if not pieces:
+        return OwnBlocks(slots, slots)
+    none = jnp.zeros((pieces, params.prefix_runs, *shape), jnp.int32)
+    return SharedBlocks(
+        path=Path((slots,) * pieces, (slots,) * pieces),
+        hit=slots,
+        blank=jnp.broadcast_to(params.usable_blocks, shape),
+        runs=Runs(Path(none, none), jnp.zeros((2, params.prefix_runs, *shape), jnp.int32)),
     )
 
 

@@ -45,7 +45,7 @@ def after_schedule(
     blocks that the scheduled requests are allocated; int32 [S, ...].
     """
     cache = state.cache
-    assert cache is not None
+    assert isinstance(cache, OwnBlocks)
     cache = OwnBlocks(found=jnp.where(found + need > 0, 0, cache.found), ahead=ahead)
     held = held_blocks(state, params)
     free = params.usable_blocks - total(held)

@@ -13,6 +13,7 @@ from jaxroute.simulator.cluster import AFTER_ALL, join, run_until, shift_time
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import IGNORED, LARGE, NEVER, EngineParams, EngineState, empty_engine, total
 from jaxroute.simulator.scheduler import SchedulerOutput
+from jaxroute.workload.request import Prefix
 
 
 class Recording(struct.PyTreeNode):
@@ -27,6 +28,7 @@ class Recording(struct.PyTreeNode):
     by_iteration: jax.Array  # bool [], whether arrivals are given by iteration instead of time
     max_iterations: jax.Array  # int32 []
     stall_iterations: jax.Array  # int32 [], this many consecutive empty iterations after the last arrival: a stall
+    prefix: Prefix | None = None  # [R, K], what each request shares with others, if the engine has `prefix_pieces`
 
 
 class ReplayOutcome(struct.PyTreeNode):
@@ -100,7 +102,8 @@ def _join(recording: Recording, run: _Run, params: EngineParams) -> _Run:
     if state.flight is not None:  # an engine that is idle until then ends its last batch first
         at += jnp.where(recording.by_iteration & (to_index > run.skipped), state.flight.duration, 0)
     prompt, output = recording.prompt_tokens[index], recording.output_tokens[index]
-    state, _ = join(state, (), jnp.bool_(True), prompt, output, (), at, params, recording.stop_token[index])
+    stop_token, prefix = recording.stop_token[index], jax.tree.map(lambda leaf: leaf[index], recording.prefix)
+    state, _ = join(state, (), jnp.bool_(True), prompt, output, (), at, params, stop_token, prefix)
     # An engine that is already stalled when the last request joins runs one more iteration, which shows the stall.
     idle = jnp.minimum(run.work.idle_iterations, recording.stall_iterations - 1)
     return run.replace(

@@ -24,6 +24,7 @@ from jaxroute.simulator.engine import (
     EngineState,
     Flight,
     OwnBlocks,
+    SharedBlocks,
     anywhere,
     blocks_for,
     lowest,
@@ -31,6 +32,8 @@ from jaxroute.simulator.engine import (
     total,
 )
 from jaxroute.simulator.prefix_cache import after_schedule, allocate, held_blocks
+from jaxroute.simulator.prefix_runs import free_blocks
+from jaxroute.simulator.scheduler_prefixes import head_is_blocked, take_turns
 
 
 class SchedulerOutput(struct.PyTreeNode):
@@ -45,7 +48,7 @@ class SchedulerOutput(struct.PyTreeNode):
     used_blocks: jax.Array  # int32 [...], KV blocks held during the iteration
     ignored: jax.Array | None = None  # bool [S, ...], vllm_v0: dropped because they can never fit
     found: jax.Array | None = None  # int32 [S, ...], prefix caching: cached blocks of an admitted request
-    cache: OwnBlocks | None = None  # prefix caching: the cache afterwards
+    cache: OwnBlocks | SharedBlocks | None = None  # prefix caching: the cache afterwards
 
 
 def prefill_limit(state: EngineState, params: EngineParams) -> jax.Array:
@@ -102,16 +105,19 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
     ample = (
         (total(wanted) <= budget) & (most_blocks <= params.usable_blocks) & (total(unfinished) <= params.max_num_seqs)
     )
-    computed, found, ahead = state.computed, None, None
-    if state.cache is None:
+    computed, found, ahead, cache = state.computed, None, None, state.cache
+    if cache is None:
 
-        def take_turns(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def in_turns(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             _, unfinished, wanted, _ = carry
             # All True, but not a constant, which Triton rejects as the result of a round of a loop.
             return ample | ~ample, *in_turn(unfinished, wanted, state.computed)
 
         all_at_once = (ample, unfinished, wanted, state.num_requests)
-        _, _, tokens, num_running = jax.lax.while_loop(lambda carry: anywhere(~carry[0]), take_turns, all_at_once)
+        _, _, tokens, num_running = jax.lax.while_loop(lambda carry: anywhere(~carry[0]), in_turns, all_at_once)
+    elif isinstance(cache, SharedBlocks):
+        tokens, num_running, found, cache = take_turns(state, params, wanted, limit)
+        computed = computed + found * params.block_size
     else:
         tokens, num_running, found, ahead = _with_own_blocks(state, params, ample, wanted, asked, in_turn)
         computed = computed + found * params.block_size
@@ -133,7 +139,11 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
         context_tokens=total(jnp.where(tokens > 0, computed + tokens, 0)),
         used_blocks=total(jnp.where(scheduled, blocks, 0)),
     )
-    if found is not None and ahead is not None:
+    if found is not None and isinstance(cache, SharedBlocks):
+        hit = jnp.where(position < state.num_running, cache.hit, found)
+        used = params.usable_blocks - free_blocks(cache)  # what several requests hold is there once
+        output = output.replace(found=found, cache=cache.replace(hit=hit), used_blocks=used)
+    elif found is not None and ahead is not None:
         found = jnp.where(scheduled, found, 0)
         need = jnp.where(scheduled, blocks - found - held_blocks(state, params), 0)
         output = output.replace(found=found, cache=after_schedule(state, output.preempted, found, ahead, need, params))
@@ -159,7 +169,7 @@ def _with_own_blocks(
     looked up after the other, in order of the queue; the last round decides for all.
     """
     cache, position, unfinished = state.cache, state.position, state.unfinished()
-    assert cache is not None
+    assert isinstance(cache, OwnBlocks)
     held = held_blocks(state, params)
     owners = unfinished & (position >= state.num_running) & (cache.found > 0)
     ample &= total(owners) == 0
@@ -224,6 +234,9 @@ def _is_blocked(
         nobody = total(waiting) == 0
     length = total(jnp.where(head, state.prompt_tokens + state.generated, 0))
     next_blocks = blocks_after(1)
+    if isinstance(state.cache, SharedBlocks):
+        blocks = (blocks_after(0), next_blocks)
+        return nobody | head_is_blocked(state, head, batch, blocks, params, prefill_limit(state, params))
     budget = params.max_num_batched_tokens - batch
     if state.cache is None:
         wanted = jnp.minimum(length, prefill_limit(state, params))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxroute.simulator.engine import NEVER, EngineState, Flight, Tree, prefix_sum, total
+from jaxroute.simulator.engine import NEVER, EngineState, Flight, OwnBlocks, Path, Tree, prefix_sum, total
 
 
 def append(
@@ -13,16 +13,21 @@ def append(
     target_tokens: jax.Array,
     at: jax.Array,
     known_end: jax.Array | bool = True,
+    path: Path | None = None,
 ) -> EngineState:
     """Puts a request at the tail of `waiting` at time `at` (s) where `joins` (bool [...]); all arguments are [...].
 
     The caller has checked that a slot is free. An idle engine starts at the arrival; a busy engine keeps its clock.
-    `known_end`: the request ends by its length, and not by a stop token (rules C3 and C4).
+    `known_end`: the request ends by its length, and not by a stop token (rules C3 and C4). `path` is needed by a cache
+    of shared blocks only: K of int32 [...].
     """
     here = joins & (state.position == state.num_requests)
     cache = state.cache
-    if cache is not None:
+    if isinstance(cache, OwnBlocks):
         cache = cache.replace(found=jnp.where(here, 0, cache.found))
+    elif cache is not None:
+        own = jax.tree.map(lambda new, old: jnp.where(here, new, old), path, cache.path)
+        cache = cache.replace(path=own, hit=jnp.where(here, 0, cache.hit))
     clock, flight = state.clock, state.flight
     if flight is not None:
         # A last batch, of which nothing was left, ends before an idle engine notices the arrival.
@@ -73,7 +78,7 @@ def remove(state: EngineState, carried: Tree, done: jax.Array) -> tuple[EngineSt
         comes = [(shifted(gaps, by) == by) & ~shifted(leaves_now, by) for by in range(_AT_ONCE)]
 
         def fill(leaf: jax.Array) -> jax.Array:
-            if leaf.ndim < done.ndim:
+            if leaf.ndim != done.ndim:  # of engines, or of `Runs`
                 return leaf
             filled = shifted(leaf, _AT_ONCE)
             for by in reversed(range(_AT_ONCE)):

@@ -17,8 +17,8 @@ from jaxroute.evaluation.episodes import follow_episodes
 from jaxroute.routers.choice import Router
 from jaxroute.simulator.advance import EngineWork, Jump, jump
 from jaxroute.simulator.cluster import AFTER_ALL, collect, route, run_until, shift_time
-from jaxroute.simulator.disciplines import rules
-from jaxroute.simulator.engine import NEVER, EngineParams, EngineState, empty_engine, total
+from jaxroute.simulator.disciplines import rules, used_blocks
+from jaxroute.simulator.engine import NEVER, EngineParams, EngineState, SharedBlocks, empty_engine, total
 from jaxroute.simulator.latency import decode_run
 from jaxroute.workload.request import Request
 
@@ -128,7 +128,7 @@ def _replay(env: RoutingEnvironment, rows: int, routed: Routed, params: EnvParam
         own = _Carried(index, 0.0, NEVER)  # pyright: ignore[reportArgumentType]
         request, chosen = decision.request, jnp.arange(env.num_experts) == decision.action
         lengths = request.prompt_tokens, request.output_tokens
-        engines, carried, _ = route(engines, carried, chosen, *lengths, own, now.engines)
+        engines, carried, _ = route(engines, carried, chosen, *lengths, own, now.engines, request.prefix)
         engines, carried, log, results = _run(engines, carried, log, results, decision.gap, index, now)
         engines = shift_time(engines, decision.gap, now.engines)
         carried = carried.replace(arrival=carried.arrival - decision.gap, admitted=carried.admitted - decision.gap)
@@ -192,7 +192,9 @@ def _row(done: Jump, index: jax.Array, params: EngineParams) -> JumpRow:
     decoding = unfinished & runs
     batch, context = total(decoding), total(jnp.where(decoding, middle.computed, 0))
     first, growth = decode_run(params.latency, batch, context.astype(middle.clock.dtype))
-    blocks = lambda tokens: total(jnp.where(decoding, rules(params).held_blocks(tokens, params), 0))  # noqa: E731
+    held = lambda tokens: total(jnp.where(decoding, rules(params).held_blocks(tokens, params), 0))  # noqa: E731
+    # What several requests hold is there once, and decodes take blocks of their own.
+    shared = held(middle.computed) - used_blocks(middle, params) if isinstance(middle.cache, SharedBlocks) else 0
     iteration = Pieces(
         expert=jnp.arange(len(batch)),
         start=done.before.next_start,
@@ -218,8 +220,8 @@ def _row(done: Jump, index: jax.Array, params: EngineParams) -> JumpRow:
         context=context + batch,
         first=first,
         growth=growth,
-        blocks=blocks(middle.computed + 1),
-        last_blocks=blocks(after.computed),
+        blocks=held(middle.computed + 1) - shared,
+        last_blocks=held(after.computed) - shared,
         running=batch,
         preempted=jnp.zeros_like(batch),
     )

@@ -2,28 +2,34 @@
 
 Arrivals are a Poisson process, a process with bursts, a recorded trace, or have piecewise constant rates. Requests come
 from the frozen generator of the paper's scenarios, from quantiles of the lengths of public traces, from a table of
-recorded answers, or from the lengths of the trace.
+recorded answers, or from the lengths of the trace; or they share prefixes, as turns of conversations or questions about
+documents.
 The loaders read recorded answers and traces.
 """
 
 from jaxroute.workload.arrivals import MarkovArrivals, PiecewiseArrivals, PoissonArrivals, TraceArrivals, WorkloadState
 from jaxroute.workload.frozen import predict_with_frozen_errors
 from jaxroute.workload.mixinstruct import load_mixinstruct
-from jaxroute.workload.request import Request
+from jaxroute.workload.prefixes import ConversationRequests, DocumentRequests, Tokens
+from jaxroute.workload.request import Prefix, Request
 from jaxroute.workload.requests import FrozenRequests, QuantileRequests, TableRequests, TraceRequests
 from jaxroute.workload.table import RequestTable, Trace
 from jaxroute.workload.trace import load_trace
 from jaxroute.workload.workload import Workload
 
 __all__ = [
+    "ConversationRequests",
+    "DocumentRequests",
     "FrozenRequests",
     "MarkovArrivals",
     "PiecewiseArrivals",
     "PoissonArrivals",
+    "Prefix",
     "QuantileRequests",
     "Request",
     "RequestTable",
     "TableRequests",
+    "Tokens",
     "Trace",
     "TraceArrivals",
     "TraceRequests",

@@ -13,6 +13,7 @@ Use `create` to build them, which checks its input. Rates are traced leaves, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,11 @@ from jaxroute.errors import UserError
 
 
 class WorkloadState(struct.PyTreeNode):
-    """State of a workload between two arrivals. Both fields are bounded, so float32 remains precise in a long run."""
+    """State of a workload between two arrivals. All fields are bounded, so float32 remains precise in a long run."""
 
     cursor: jax.Array  # int32 [], row of the next arrival in the trace, or current piece or regime of the rates; else 0
     phase: jax.Array  # float [], seconds elapsed of the next recorded gap, or in the current piece; else 0
+    pool: Any = None  # of requests that share prefixes: what is going on (prefixes.py)
 
 
 def _state(cursor: ArrayLike, phase: ArrayLike) -> WorkloadState:

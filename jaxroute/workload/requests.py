@@ -70,7 +70,8 @@ def _deviations(uniforms: jax.Array, num_experts: int) -> tuple[jax.Array, jax.A
     return deviations[0], deviations[1:].reshape(4, num_experts)
 
 
-def _mean_scores(score_mean: Sequence[float] | np.ndarray) -> jax.Array:
+def mean_scores(score_mean: Sequence[float] | np.ndarray) -> jax.Array:
+    """Each expert's mean score, float [N], as given. Raises `UserError` unless all are from 0 to 1."""
     means = np.asarray(score_mean, np.float64)
     if means.ndim != 1 or not means.size or not ((means >= 0) & (means <= 1)).all():
         raise UserError(f"the experts' mean scores must be one number from 0 to 1 each, are {means.tolist()}")
@@ -105,7 +106,7 @@ class FrozenRequests(_WithFrozenNormals, struct.PyTreeNode):
     @classmethod
     def create(cls, score_mean: Sequence[float] | np.ndarray) -> FrozenRequests:
         """From each expert's mean score, [N] from 0 to 1. Raises `UserError`."""
-        return cls(score_mean=_mean_scores(score_mean))
+        return cls(score_mean=mean_scores(score_mean))
 
     def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
         """A request of the generator, from `uniforms` [draws]."""
@@ -139,7 +140,7 @@ class QuantileRequests(_WithFrozenNormals, struct.PyTreeNode):
         return cls(
             log_prompt=jnp.asarray(np.log(lengths.prompt_tokens), float),
             log_output=jnp.asarray(np.log(lengths.output_tokens), float),
-            score_mean=_mean_scores(score_mean),
+            score_mean=mean_scores(score_mean),
         )
 
     def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
@@ -226,7 +227,7 @@ class TraceRequests(_WithFrozenNormals, struct.PyTreeNode):
         return cls(
             prompt_tokens=jnp.asarray(prompt_tokens, jnp.int32),
             output_tokens=jnp.asarray(output_tokens, jnp.int32),
-            score_mean=_mean_scores(score_mean),
+            score_mean=mean_scores(score_mean),
         )
 
     def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:

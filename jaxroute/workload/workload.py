@@ -10,10 +10,11 @@ from flax import struct
 
 from jaxroute.errors import UserError
 from jaxroute.workload.arrivals import Arrivals, TraceArrivals, WorkloadState
+from jaxroute.workload.prefixes import PrefixRequests
 from jaxroute.workload.request import Request
 from jaxroute.workload.requests import FrozenRequests, QuantileRequests, TableRequests, TraceRequests
 
-Requests = FrozenRequests | QuantileRequests | TableRequests | TraceRequests
+Requests = FrozenRequests | QuantileRequests | TableRequests | TraceRequests | PrefixRequests
 
 
 class Workload(struct.PyTreeNode):
@@ -48,8 +49,11 @@ class Workload(struct.PyTreeNode):
         return self.requests.num_experts
 
     def reset(self, key: jax.Array) -> WorkloadState:
-        """The state before the first arrival; only a trace with a random start uses the key."""
-        return self.arrivals.reset(key)
+        """The state before the first arrival. The key is that of a trace with a random start, and of a pool."""
+        state = self.arrivals.reset(key)
+        if isinstance(self.requests, PrefixRequests):
+            state = state.replace(pool=self.requests.reset(jax.random.fold_in(key, 1)))
+        return state
 
     def sample(self, key: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, Request]:
         """The next arrival: the state after it, the seconds since the previous arrival (float []), and the request.
@@ -67,8 +71,12 @@ class Workload(struct.PyTreeNode):
     def next(self, uniforms: jax.Array, state: WorkloadState) -> tuple[WorkloadState, jax.Array, Request]:
         """Like `sample`, with the uniforms from `draw`."""
         count = self.arrivals.draws
-        state, gap, row = self.arrivals.next(uniforms[:count], state)
-        request = self.requests.sample(uniforms[count:], row)
+        following, gap, row = self.arrivals.next(uniforms[:count], state)
+        if isinstance(self.requests, PrefixRequests):
+            pool, request = self.requests.next(uniforms[count:], state.pool)
+            following = following.replace(pool=pool)
+        else:
+            request = self.requests.sample(uniforms[count:], row)
         if self.true_lengths:
             request = replace(request, predicted_output_tokens=request.output_tokens)
-        return state, gap, request
+        return following, gap, request

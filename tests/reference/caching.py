@@ -11,6 +11,8 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from tests.reference.engine import DEFAULT_CONFIG, duration, result_of
 
 DEFAULTS: dict[str, Any] = {
@@ -38,6 +40,7 @@ class BlockPool:
         self.cached: dict[int, list[Block]] = {}  # the blocks of a hash in order of insertion
         self.unhashed_first = unhashed_first
         self.evicted = 0
+        self.copies = 0  # blocks that got content while another block had the same
 
     def take(self, number: int) -> list[Block]:
         """Allocates (rule B6): blocks from the front, whose content is lost."""
@@ -60,6 +63,7 @@ class BlockPool:
 
     def insert(self, block: Block, hash: int) -> None:
         block.hash = hash
+        self.copies += hash in self.cached
         self.cached.setdefault(hash, []).append(block)
 
     def release(self, blocks: list[Block]) -> None:
@@ -113,6 +117,29 @@ def contents(requests: list[dict[str, Any]]) -> list[list[Any]]:
         output = entry.get("output_segment", ("output of", index))
         result.append(tokens + [(output, k) for k in range(entry["output_len"])])
     return result
+
+
+def prefixes(spec: dict[str, Any], order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`Prefix` of the requests of a spec in this order: owner and end, int [requests, pieces].
+
+    The owner of a block is the first request that has it, and all before it, among its tokens.
+    """
+    size = spec["config"]["block_size"]
+    tokens = contents(spec["requests"])
+    owners: dict[Any, tuple[int, int]] = {}  # by the content of a block and the number of the one before: owner, number
+    paths = []
+    for request in order.tolist():
+        path: dict[int, int] = {}
+        before = -1
+        for block in range(len(tokens[request]) // size):
+            content = (before, tuple(tokens[request][block * size : (block + 1) * size]))
+            owner, before = owners.setdefault(content, (request, len(owners)))
+            path[owner] = (block + 1) * size
+        paths.append(path)
+    owner, end = np.zeros((2, len(paths), max(map(len, paths))), np.int32)
+    for row, path in enumerate(paths):
+        owner[row, : len(path)], end[row, : len(path)] = list(path), list(path.values())
+    return owner, end
 
 
 class Entry:
@@ -381,4 +408,4 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
         "computed_tokens": sum(r.computed_total for r in everyone),
         "cached_tokens": sum(r.cached_total for r in everyone),
     }
-    return result
+    return {**result, "copies": engine.pool.copies}

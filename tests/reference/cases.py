@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from tests.reference import caching
 from tests.reference.engine import ENGINES, simulate
 
 MAX_REQUESTS = 24
@@ -231,6 +232,22 @@ def sharing_case(rng: np.random.Generator) -> dict[str, Any]:
     _share(rng, spec["requests"])
     _with_stop_tokens(rng, spec["requests"])
     return spec
+
+
+def prefix_case(rng: np.random.Generator, is_async: bool, most_pieces: int) -> dict[str, Any]:
+    """A case of V1 with prompts that share segments, which the engines in JAX simulate exactly: no content is ever in
+    two blocks. No request has more than `most_pieces` pieces of others (`caching.prefixes`).
+    """
+    while True:
+        spec = random_case(rng)
+        spec["config"] |= {"enable_prefix_caching": True, "async_scheduling": is_async, "threshold_when_alone": True}
+        spec["config"]["long_prefill_token_threshold"] = 0  # with it, two requests may compute the same blocks at once
+        _share(rng, spec["requests"])
+        if is_async:
+            _with_stop_tokens(rng, spec["requests"])
+        pieces = caching.prefixes(spec, np.arange(len(spec["requests"])))[0].shape[1]
+        if pieces <= most_pieces and not caching.simulate(spec)["copies"]:
+            return spec
 
 
 def cases(variant: str) -> st.SearchStrategy[dict[str, Any]]:

@@ -23,6 +23,7 @@ class Arrival:
     prompt: int
     output: list[int]
     score: list[float]
+    pieces: list[tuple[int, int]] | None = None  # (owner, end): of whom its tokens are, up to where
 
 
 @dataclass
@@ -140,7 +141,8 @@ class Expert:
             return False
         return self.engine.blocks_for(min(prompt + output, model_len) - 1) <= self.engine.usable_blocks
 
-    def new_request(self, number: int, now: float, prompt: int, output: int) -> reference.Request:
+    def new_request(self, number: int, now: float, prompt: int, output: int, pieces: Any = None) -> reference.Request:
+        assert pieces is None
         return reference.Request(str(number), now, prompt, output)
 
     def join(self, request: reference.Request, now: float) -> None:
@@ -175,9 +177,7 @@ class Expert:
 
 
 class ExpertToday(Expert):
-    """One V1 engine with prefix caching, asynchronous scheduling or both; its requests share nothing, and end by stop
-    tokens.
-    """
+    """One V1 engine with prefix caching, asynchronous scheduling or both; its requests end by stop tokens."""
 
     def __init__(self, config: dict[str, Any], patience: float = math.inf):
         super().__init__(config, patience=patience)
@@ -185,7 +185,10 @@ class ExpertToday(Expert):
         self.engine = caching.Engine(self.config)
         self.flights: deque[tuple[list[caching.Entry], float]] = deque()  # batches and their ends; clock is now
 
-    def new_request(self, number: int, now: float, prompt: int, output: int) -> Any:
+    def new_request(self, number: int, now: float, prompt: int, output: int, pieces: Any = None) -> Any:
+        if pieces is not None:
+            tokens = [(next(o for o, end in pieces if k < end), k) for k in range(prompt + output)]
+            return caching.Request(str(number), now, prompt, output, 10**9, tokens)
         lengths = {"prompt_len": prompt, "output_len": output, "output_segment": f"output of {number}"}
         (tokens,) = caching.contents([{**lengths, "segments": [[f"prompt of {number}", prompt]]}])
         return caching.Request(str(number), now, prompt, output, 10**9, tokens)
@@ -264,7 +267,7 @@ class Cluster:
         elif expert.queue_length() >= self.slots:
             fate.status = "rejected_full"
         else:
-            fate.served = expert.new_request(len(self.fates), self.now, request.prompt, output)
+            fate.served = expert.new_request(len(self.fates), self.now, request.prompt, output, request.pieces)
             expert.join(fate.served, self.now)
         self.fates.append(fate)
 
