@@ -54,8 +54,8 @@ def watch(
 ) -> tuple[list[Seen], Ledger]:
     """The run under `actions`, seen by a ledger from its streams alone.
 
-    `lengths_known`: the client states each answer's length, as with max_tokens and ignore_eos. Tokens come `delay` s late,
-    which the ledger knows or not. The ledger is returned after the last request has ended.
+    `lengths_known`: the client states each answer's length, as with max_tokens and ignore_eos. Tokens come `delay` s
+    late, which the ledger knows or not. The ledger is returned after the last request has ended.
     """
     streams = token_times(env, params, run, actions)
     ledger = Ledger(env.num_experts, env.slots, np.asarray(params.engines.latency.base))
