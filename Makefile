@@ -10,7 +10,7 @@ DOCS_READY := $(VENV)/.docs_ready
 # Workers of the test suite: compilation is most of it, and takes a core each.
 JOBS ?= 2
 CASES ?= 2000
-SETS ?= gymnax-0 gymnax gymnasium sb3 rejax ray optuna mctx
+SETS ?= gymnax-0 gymnax gymnasium sb3 rejax ray optuna mctx litellm ray-serve openai
 ARGS ?=
 
 .DEFAULT_GOAL := help

@@ -21,10 +21,11 @@ from jaxroute.serving.cluster import Cluster, load_cluster
 from jaxroute.serving.decision import Decider
 from jaxroute.serving.dispatch import Dispatcher
 from jaxroute.serving.front_end import FrontEnd, Limits
+from jaxroute.serving.log import Log
 from jaxroute.serving.openai import Limit
 from jaxroute.serving.predictions import Predictions
 from jaxroute.serving.server import serve
-from jaxroute.serving.statistics import Log, Statistics
+from jaxroute.serving.statistics import Statistics
 from jaxroute.workload import FrozenRequests, PoissonArrivals, Workload
 from tests.compiling import compile_fast
 from tests.mock_servers import MockServer
@@ -59,6 +60,8 @@ def make_dispatcher(
     names = [expert.name for expert in cluster.experts]
     decider = Decider(env, make_router(router, env), params)
     limit = Limit(per_token=float(params.latency_limit))
+    if log is not None:
+        log.begin(router, cluster, params.engines, limit.of(1))
     dispatcher = Dispatcher(cluster, decider, Predictions(names, scores, None), limit, Statistics(names, log))
     dispatcher.warm_up()
     return dispatcher

@@ -44,15 +44,22 @@ estimate = jax.jit(environment_state, compiler_options=CHEAP_COMPILE)
 
 
 def watch(
-    env: RoutingEnvironment, params: EnvParams, run: Run, actions: np.ndarray, lengths_known: bool
+    env: RoutingEnvironment,
+    params: EnvParams,
+    run: Run,
+    actions: np.ndarray,
+    lengths_known: bool,
+    delay: float = 0.0,
+    delay_known: bool = True,
 ) -> tuple[list[Seen], Ledger]:
     """The run under `actions`, seen by a ledger from its streams alone.
 
-    `lengths_known`: the client states each answer's length, as with max_tokens and ignore_eos. The ledger is returned
-    after the last request has ended.
+    `lengths_known`: the client states each answer's length, as with max_tokens and ignore_eos. Tokens come `delay` s
+    late, which the ledger knows or not. The ledger is returned after the last request has ended.
     """
     streams = token_times(env, params, run, actions)
     ledger = Ledger(env.num_experts, env.slots, np.asarray(params.engines.latency.base))
+    ledger.delay[:] = delay * delay_known
     now, seen = 0.0, []
     tickets: dict[int, Ticket] = {}
     waiting: list[tuple[float, int, int]] = []  # time, request, number of its token
@@ -78,7 +85,7 @@ def watch(
                 int(action), now, prompt, int(request.predicted_output_tokens[action]),
                 float(request.predicted_score[action]), min(most, int(longest[action]) - prompt),
             )  # fmt: skip
-            waiting += [(time, step, number) for number, time in enumerate(streams[step], 1)]
+            waiting += [(time + delay, step, number) for number, time in enumerate(streams[step], 1)]
         now += float(run.info["elapsed"][step])
     deliver(np.inf)
     return seen, ledger

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import random
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -152,6 +153,14 @@ class MockServer:
         return stream
 
 
+async def _serve(port: int, gap: float) -> None:
+    server = MockServer(gap)
+    server.port = port
+    await server.start()
+    print(server.port, flush=True)
+    await asyncio.sleep(3600)
+
+
 @contextlib.asynccontextmanager
 async def mock_servers(count: int, gap: float = 0.0) -> AsyncIterator[list[MockServer]]:
     """This many servers, each on a port of its own."""
@@ -163,3 +172,7 @@ async def mock_servers(count: int, gap: float = 0.0) -> AsyncIterator[list[MockS
     finally:
         for server in servers:
             await server.stop()
+
+
+if __name__ == "__main__":  # a server as a process: its port, 0 for any, and the s between tokens
+    asyncio.run(_serve(int(sys.argv[1]), float(sys.argv[2])))

@@ -21,14 +21,15 @@ pytest.importorskip("prometheus_client", reason="needs the extra serve")
 
 from jaxroute.agent.trainer import policy_router  # noqa: E402
 from jaxroute.calibration.logs import load_log  # noqa: E402
-from jaxroute.commands.serve import main, router_of  # noqa: E402
+from jaxroute.commands.serve import main  # noqa: E402
 from jaxroute.config.build import build_experiment  # noqa: E402
 from jaxroute.config.loader import config_text, load_config  # noqa: E402
 from jaxroute.runs.checkpoint import save_checkpoint  # noqa: E402
+from jaxroute.serving.build import router_of  # noqa: E402
 from jaxroute.serving.cluster import load_cluster  # noqa: E402
 from jaxroute.serving.decision import Asked, Decider  # noqa: E402
 from jaxroute.serving.ledger import Ledger  # noqa: E402
-from jaxroute.serving.statistics import Log  # noqa: E402
+from jaxroute.serving.log import Log  # noqa: E402
 from tests.compiling import compile_fast  # noqa: E402
 from tests.live_front_end import front_end, process, write_cluster  # noqa: E402
 from tests.mock_servers import MockServer, mock_servers  # noqa: E402
@@ -169,10 +170,10 @@ def test_a_run_is_a_router_with_its_own_limit_and_scale(tmp_path, kind):
     trained = experiment.network.init(jax.random.key(1), observation)
     save_checkpoint(run, trained)
     path = write_cluster(tmp_path / "experts.yaml", [MockServer() for _ in range(3)])
-    env, router, params = router_of(str(run), load_cluster(path), never_drop=False)
+    env, router, params = router_of(str(run), load_cluster(path))
     assert float(params.latency_limit) == 10 and float(params.token_scale) == 256 and env.slots == 64
     path.write_text(path.read_text().replace("latency_limit: 10", ""))
-    env, router, params = router_of(str(run), load_cluster(path), never_drop=False)
+    env, router, params = router_of(str(run), load_cluster(path))
     assert float(params.latency_limit) == pytest.approx(0.02)
     # On an idle cluster of the same engines it decides as in the environment.
     asked = Asked(

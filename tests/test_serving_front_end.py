@@ -393,6 +393,18 @@ def test_a_server_of_which_only_the_url_is_known_is_measured(tmp_path):
     asyncio.run(run())
 
 
+def test_the_way_to_a_server_and_back_is_learned(tmp_path):
+    async def run():
+        async with mock_servers(2, gap=0.02) as servers:
+            async with front_end(write_cluster(tmp_path / "c.yaml", servers)) as (one, session):
+                for _ in range(3):
+                    await post(session, CHAT)
+                first, second = one.dispatcher.ledger.delay
+                assert 0.003 < first <= 0.015 and second == 0  # the profile has 15 ms for the first token, not 20
+
+    asyncio.run(run())
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 

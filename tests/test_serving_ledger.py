@@ -17,8 +17,10 @@ import jaxroute
 from jaxroute.environment.state import EnvParams
 from jaxroute.serving.ledger import Ledger, Ticket
 from jaxroute.simulator.disciplines import used_blocks
+from jaxroute.timelines.collect import DROPPED
+from jaxroute.timelines.live import Record, live_episodes
 from jaxroute.workload import PoissonArrivals
-from tests.live_streams import Seen, estimate, watch
+from tests.live_streams import Seen, estimate, token_times, watch
 from tests.rollouts import CHEAP_COMPILE, batch_of_runs, rollout, with_engines
 
 LENGTH = 150  # decisions
@@ -98,6 +100,16 @@ def test_unknown_lengths_cost_the_ends_of_the_iteration_under_way(name):
     assert equal.mean() > 0.88
 
 
+def test_a_delay_that_is_known_costs_little():
+    env, found = runs()
+    params, run, actions = found["paper-3"]
+    shares = [
+        np.mean([equal_queues(one).mean() for one in watch(env, params, run, actions, True, 0.006, known)[0]])
+        for known in (True, False)
+    ]
+    assert shares[0] > 0.99 and shares[1] < 0.5
+
+
 def test_recent_latency_is_the_environments():
     env, found = runs()
     params, run, actions = found["paper-3"]
@@ -106,6 +118,36 @@ def test_recent_latency_is_the_environments():
     simulated = np.array([one.simulated.recent_latency for one in seen])
     estimated = np.array([one.estimated.recent_latency for one in seen])
     assert (np.abs(simulated - estimated) < 1e-5).mean() > 0.8
+
+
+def test_a_record_of_these_streams_is_simulated_to_the_same_times():
+    """`timelines.live`: the choices and times of a record, which here come from plain engines."""
+    env, found = runs()
+    params, run, actions = found["paper-3"]
+    streams = token_times(env, params, run, actions)
+    arrival = np.concatenate([[0.0], np.cumsum(run.info["elapsed"][:-1])])
+    nothing = np.zeros(LENGTH)
+    record = Record(
+        router="any",
+        experts=("e0", "e1", "e2"),
+        engines=params.engines,
+        slots=env.slots,
+        latency_limit=0.03,
+        left_out=0,
+        expert=np.where(actions < 3, actions, -1),
+        limit=nothing + 0.03,
+        arrival=arrival,
+        first_token=np.array([stream[0] if stream else np.nan for stream in streams]),
+        finish=np.array([stream[-1] if stream else np.nan for stream in streams]),
+        tokens=np.array([len(stream) for stream in streams]),
+        prompt_tokens=run.before.request.prompt_tokens,
+        score=nothing + 0.5,
+        met=nothing > 0,
+    )
+    live, simulated = (episode.requests for episode in live_episodes(record))
+    for field in ("first_token", "finish"):
+        np.testing.assert_allclose(getattr(live, field), getattr(simulated, field), atol=2e-4)
+    assert (live.fate[actions == 3] == DROPPED).all() and (simulated.fate[actions == 3] == DROPPED).all()
 
 
 EVENTS = st.lists(

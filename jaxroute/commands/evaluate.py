@@ -12,7 +12,7 @@ from jaxroute.config.build import Experiment, build_experiment
 from jaxroute.config.loader import load_saved_config
 from jaxroute.config.schema import Config, TrainingConfig
 from jaxroute.console import print_notes, report_console
-from jaxroute.errors import UserError, command, require_known
+from jaxroute.errors import UserError, command
 from jaxroute.evaluation.episodes import EpisodeValues, evaluate_routers
 from jaxroute.evaluation.tables import print_evaluation
 from jaxroute.evaluation.tuning import Tuning, tuned_routers
@@ -50,15 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_notes(console, experiment.notes)
     print_evaluation(console, compare(config, experiment, params, console))
     return 0
-
-
-def require_run_or_router(path: Path) -> None:
-    """Raises `UserError` for what is no router's name and no folder of a run, although one of them was meant."""
-    if (path / "config.yaml").is_file():
-        return
-    if path.exists() or len(path.parts) > 1:
-        raise UserError(f"{path}: has no config.yaml; give a folder that jaxroute train wrote, or a router")
-    require_known(str(path), ROUTERS, "router")
 
 
 def compare(config: Config, experiment: Experiment, params: Any, console: Console) -> dict[str, EpisodeValues]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import jax
 
-from jaxroute.errors import UserError
+from jaxroute.errors import UserError, require_known
+from jaxroute.routers import ROUTERS
 
 PACKAGES = ("jaxroute", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jraph", "chex", "numpy")
 
@@ -26,6 +27,15 @@ def prepare_run_folder(path: Path) -> None:
     """Creates the folder `path`. Raises `UserError` if it cannot be written or is not empty."""
     if writable_folder(path):
         raise UserError(f"--out {path}: is not empty; name a new folder, or empty this one")
+
+
+def require_run_or_router(path: Path) -> None:
+    """Raises `UserError` for what is no router's name and no folder of a run, although one of them was meant."""
+    if (path / "config.yaml").is_file():
+        return
+    if path.exists() or len(path.parts) > 1:
+        raise UserError(f"{path}: has no config.yaml; give a folder that jaxroute train wrote, or a router")
+    require_known(str(path), ROUTERS, "router")
 
 
 def versions() -> dict[str, str]:

@@ -25,6 +25,7 @@ class Call:
     work: float  # s that its prediction and its decisions took
     ticket: Ticket | None = None  # while it is at a server
     sent: float = 0.0  # to the present server
+    alone: bool = False  # there was no other at the server when it was sent
     first_token: float | None = None
     tokens: int = 0
     prompt_tokens: int | None = None  # once the server has said it

@@ -39,6 +39,11 @@ class Expert:
     api_key: str | None = None  # never logged
     measured_with: dict[str, Any] | None = None  # known options of an engine that is to be measured; None: it is known
 
+    @property
+    def known(self) -> bool:
+        """Whether its model and engine are known."""
+        return bool(self.model) and self.measured_with is None
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -70,6 +75,13 @@ def load_cluster(path: Path) -> Cluster:
     model = _text(path, "model", tree.get("model", MODEL))
     stacked = stack_engines([as_seen(engine) for engine in engines], f"{path}: experts")
     return Cluster(tuple(experts), stacked, model, slots, limit, scale)
+
+
+def require_known_experts(cluster: Cluster) -> None:
+    """Raises `UserError` for an expert without a model or an engine, where nothing is measured."""
+    for expert in cluster.experts:
+        if not expert.known:
+            raise UserError(f"expert {expert.name}: give its model, and profile or latency; nothing is measured here")
 
 
 def as_seen(engine: EngineParams) -> EngineParams:

@@ -33,6 +33,15 @@ class Decision(NamedTuple):
     retry_after: int  # s, when a dropped request might be served in time
 
 
+class _Given(NamedTuple):
+    """What changes from decision to decision."""
+
+    facts: Facts
+    request: Request
+    limit: np.float32  # s per output token
+    allowed: np.ndarray  # bool [N]
+
+
 class Decider:
     """Decides by a router. Every decision is the same program, whatever the queues, the limit and the engines are."""
 
@@ -51,28 +60,51 @@ class Decider:
             predicted_score=asked.predicted_score,  # pyright: ignore
         )
         allowed = up & (ledger.count < ledger.slots)
-        limit = np.float32(asked.latency_limit)
-        facts = ledger.facts(now)
-        action, late = _decide(self.env, self.router, self.params, facts, request, limit, allowed, self._key)
-        chosen = int(action)
-        seconds = float(late)
+        packed, form = _pack(_Given(ledger.facts(now), request, np.float32(asked.latency_limit), allowed))
+        chosen, seconds = _decide(self.env, form, self.router, self.params, *packed, self._key).tolist()
         retry = math.ceil(seconds) if math.isfinite(seconds) else 1
-        return Decision(chosen if chosen < self.env.num_experts else None, max(retry, 1))
+        return Decision(int(chosen) if chosen < self.env.num_experts else None, max(retry, 1))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+class _Form(NamedTuple):
+    """The structure of a packed tree, hashable."""
+
+    tree: Any
+    leaves: tuple[tuple[np.dtype[Any], tuple[int, ...]], ...]  # type and shape
+
+
+def _pack(tree: Any) -> tuple[tuple[np.ndarray, np.ndarray], _Form]:
+    """The leaves as one array of int32 and one of float32: each argument of a program costs time of its own."""
+    leaves, structure = jax.tree.flatten(tree)
+    form = _Form(structure, tuple((leaf.dtype, leaf.shape) for leaf in leaves))
+    of_kind = lambda floats: [leaf.ravel() for leaf in leaves if (leaf.dtype.kind == "f") == floats]  # noqa: E731
+    ints = np.concatenate(of_kind(False), dtype=np.int32, casting="unsafe")
+    return (ints, np.concatenate(of_kind(True), dtype=np.float32)), form
+
+
+def _unpack(form: _Form, ints: jax.Array, floats: jax.Array) -> Any:
+    """The tree of `_pack`."""
+    leaves, at = [], {True: 0, False: 0}
+    for dtype, shape in form.leaves:
+        is_float, size = dtype.kind == "f", math.prod(shape)
+        part = (floats if is_float else ints)[at[is_float] : at[is_float] + size]
+        leaves.append(part.reshape(shape).astype(dtype))
+        at[is_float] += size
+    return jax.tree.unflatten(form.tree, leaves)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _decide(
     env: RoutingEnvironment,
+    form: _Form,
     router: Any,
     params: EnvParams,
-    facts: Facts,
-    request: Request,
-    limit: jax.Array,
-    allowed: jax.Array,
+    ints: jax.Array,
+    floats: jax.Array,
     key: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """The action int32 [], 0..N, and float [], s that the request would be late at the best of the allowed experts."""
-    request = jax.tree.map(jnp.asarray, request)
+) -> jax.Array:
+    """float [2]: the action, 0..N, and the s that the request would be late at the best of the allowed experts."""
+    facts, request, limit, allowed = _unpack(form, ints, floats)
     state = environment_state(facts, request, params.engines)
     # An expert that is not allowed has no room for any prompt, which is what the action mask of every router asks.
     longest = jnp.where(allowed, params.engines.max_model_len, 0)
@@ -83,4 +115,4 @@ def _decide(
     # A rule that finds no expert allowed chooses among all.
     action = jnp.where(mask[jnp.clip(action, 0, env.num_experts)], action, env.num_experts)
     late = (predicted_latency(state, params) - limit) * request.predicted_output_tokens
-    return action, jnp.min(jnp.where(mask[:-1], late, jnp.inf))
+    return jnp.stack([action.astype(float), jnp.min(jnp.where(mask[:-1], late, jnp.inf))])

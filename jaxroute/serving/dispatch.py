@@ -18,6 +18,11 @@ from jaxroute.serving.predictions import Predictions
 from jaxroute.serving.statistics import Statistics
 from jaxroute.simulator.engine import EngineParams
 
+RECENT_DELAYS = 20
+"""First tokens at idle engines over which the delay of an expert is averaged, about."""
+
+LATENCY = ("base", "per_prefill_token", "per_decode", "per_context_token", "knee_tokens", "per_token_above_knee")
+
 
 class Dispatcher:
     """Sends requests to experts by a router, and keeps what is known of them.
@@ -39,6 +44,7 @@ class Dispatcher:
         self.statistics, self.clock = statistics, clock
         self.ledger = Ledger(len(cluster.experts), decider.env.slots, np.zeros(len(cluster.experts)))
         self._know(decider.params.engines)
+        self._delays = np.zeros(len(cluster.experts), int)  # times that were taken
         self.up = np.ones(len(cluster.experts), bool)
         self.last_progress = np.full(len(cluster.experts), self.clock())
 
@@ -68,7 +74,7 @@ class Dispatcher:
         if without is not None:
             up[without] = False
         if not up.any():
-            self.statistics.dropped("no expert is up")
+            self.statistics.dropped(call, "no expert is up")
             raise Refused(503, "No expert is up; try again later.", "server_error", "no_expert", **{"Retry-After": "5"})
         wanted = Asked(
             call.prompt_estimate,
@@ -83,7 +89,7 @@ class Dispatcher:
         if decision.expert is None:
             full = (self.ledger.count[up] >= self.ledger.slots).all()
             reason = "all queues are full" if full else "the router dropped it"
-            self.statistics.dropped(reason)
+            self.statistics.dropped(call, reason)
             raise Refused(
                 429,
                 f"The request was dropped: {reason}, as no expert is likely to answer within its limit of latency.",
@@ -102,7 +108,8 @@ class Dispatcher:
             float(call.predicted_scores[expert]),
             min(most, call.asked.most_tokens or most),
         )
-        if self.ledger.count[expert] == 1:
+        call.alone = self.ledger.count[expert] == 1
+        if call.alone:
             self.last_progress[expert] = now
         self.statistics.sent(expert)
         return expert
@@ -116,6 +123,8 @@ class Dispatcher:
             call.tokens = tokens
             if call.first_token is None:
                 call.first_token = now
+                if call.alone and prompt_tokens:
+                    self._learn_delay(call.ticket.expert, now - call.sent, prompt_tokens)
         if prompt_tokens is not None and call.prompt_tokens is None:
             call.prompt_tokens = prompt_tokens
         self.ledger.progress(call.ticket, now, call.tokens, prompt_tokens)
@@ -135,15 +144,29 @@ class Dispatcher:
         if outcome == "failed":  # what comes next is another try
             call.first_token, call.tokens = None, 0
 
+    def _learn_delay(self, expert: int, seconds: float, prompt: int) -> None:
+        """Takes the time to the first token at an idle engine, which is one iteration and the way there and back."""
+        c0, c1, _, c3, knee, c4 = self._latency[:, expert]
+        if prompt > self._budget[expert]:  # several iterations
+            return
+        rest = seconds - (c0 + (c1 + c3) * prompt + c4 * max(prompt - knee, 0.0))
+        self._delays[expert] += 1
+        known = self.ledger.delay
+        known[expert] += (np.clip(rest, 0.0, c0) - known[expert]) / min(self._delays[expert], RECENT_DELAYS)
+
     def use_engine(self, expert: int, engine: EngineParams) -> None:
         """Replaces the engine of an expert, each field [], once it has been measured."""
         params, engine = self.decider.params, as_seen(engine)
         engines = jax.tree.map(lambda all_of_them, own: all_of_them.at[expert].set(own), params.engines, engine)
         self.decider.params = params.replace(engines=engines)
         self._know(engines)
+        self._delays[expert] = 0
+        self.statistics.measured(expert, engines)
 
     def _know(self, engines: EngineParams) -> None:
         """Takes what is needed on the host from the engines."""
         self.ledger.shortest_iteration = np.array(engines.latency.base, float)
+        self._latency = np.array([getattr(engines.latency, one) for one in LATENCY], float)
+        self._budget = np.asarray(engines.max_num_batched_tokens)
         longest = np.minimum(engines.max_model_len - 1, engines.usable_blocks * engines.block_size)
         self._longest_prompt, self._model_len = int(longest.max()), np.asarray(engines.max_model_len)

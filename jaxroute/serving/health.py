@@ -38,7 +38,7 @@ class Health:
         """
         self._session, self._prepare = session, prepare
         for expert, reason in enumerate(await asyncio.gather(*map(self._ask, range(len(self._experts))))):
-            if reason is not None or not is_known(self._experts[expert]):
+            if reason is not None or not self._experts[expert].known:
                 self.failed(expert, reason or "it is not known yet")
 
     def failed(self, expert: int, reason: str) -> None:
@@ -66,12 +66,12 @@ class Health:
     async def _is_prepared(self, expert: int) -> bool:
         assert self._prepare is not None
         try:
-            if not is_known(self._experts[expert]):
+            if not self._experts[expert].known:
                 await self._prepare(expert)
         except UserError as error:
             LOGGER.warning("expert %s is not known: %s", self._experts[expert].name, error)
             await asyncio.sleep(10 * PROBE_SECONDS)
-        return is_known(self._experts[expert])
+        return self._experts[expert].known
 
     async def _ask(self, expert: int) -> str | None:
         """Why the expert is not well. Any answer but an error of the server will do: not all have the path."""
@@ -88,11 +88,6 @@ class Health:
         for task in self._probes.values():
             task.cancel()
         await asyncio.gather(*self._probes.values(), return_exceptions=True)
-
-
-def is_known(expert: Expert) -> bool:
-    """Whether the expert's model and engine are known."""
-    return bool(expert.model) and expert.measured_with is None
 
 
 def authorization(expert: Expert) -> dict[str, str]:

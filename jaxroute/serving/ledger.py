@@ -41,7 +41,7 @@ class Facts(struct.PyTreeNode):
     index: Leaf  # int32 [N, S], number of the request, modulo 2**31
     sent: Leaf  # float32 [N, S], <= 0
     predicted_score: Leaf  # float32 [N, S]
-    round_start: Leaf  # float32 [N], <= 0, when the present round of tokens came
+    round_start: Leaf  # float32 [N], <= 0, when the present round of tokens came, less the delay
     complete: Leaf  # bool [N], the round is so old that all of its tokens have come
     step: Leaf  # int32 [], decisions before this one
     recent_gap: Leaf  # float32 [], s
@@ -56,6 +56,7 @@ class Ledger:
         shape = (num_experts, slots)
         self.slots = slots
         self.shortest_iteration = shortest_iteration
+        self.delay = np.zeros(num_experts)  # s on the way to each expert and back, which tokens come late
         self.count = np.zeros(num_experts, np.int32)
         self._number = np.zeros(shape, np.int64)
         self._prompt_tokens = np.zeros(shape, np.int32)
@@ -103,6 +104,8 @@ class Ledger:
             gap = max(now - self._last_arrival, 0.0)
             self._recent_gap += (gap - self._recent_gap) / min(self._decisions, RECENT_GAPS)
         self._last_arrival = now
+        if not self._completed.any():
+            return
         some, old = self._completed > 0, self._recent_latency
         mean = self._latencies / np.maximum(self._completed, 1)
         kept = np.where(old > 0, (1 - 1 / RECENT_COMPLETIONS) ** self._completed, ~some)
@@ -141,7 +144,7 @@ class Ledger:
             return
         present = self._last_round[expert, place] == self._round[expert]
         if present or self._is_complete(expert, now):
-            self._begin_round(expert, now)
+            self._begin_round(expert, max(now - self.delay[expert], self._round_start[expert]))
         self._generated[expert, place] = generated
         self._last_round[expert, place] = self._round[expert]
 
@@ -191,7 +194,8 @@ class Ledger:
 
     def _is_complete(self, expert: int, now: float) -> bool:
         """Whether a token that comes now is of another iteration than those of the present round."""
-        return bool(now - self._round_start[expert] > self.shortest_iteration[expert] / 2)
+        since = now - self.delay[expert] - self._round_start[expert]
+        return bool(since > self.shortest_iteration[expert] / 2)
 
     def _find(self, ticket: Ticket) -> int:
         numbers = self._number[ticket.expert, : self.count[ticket.expert]]

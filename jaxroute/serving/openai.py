@@ -3,12 +3,15 @@
 What the front end does not need to know passes through untouched.
 """
 
+import functools
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from jaxroute.workload.estimate import estimated_tokens
 
 KINDS = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
 """Paths of the API that are routed."""
@@ -77,6 +80,11 @@ class Completion:
         """Whether it can be asked for as a stream, by which its progress is seen."""
         return not any(self.body.get(key) for key in UNSTREAMED)
 
+    @functools.cached_property
+    def estimated_prompt_tokens(self) -> float:
+        """The tokens of its text, as far as words and characters tell."""
+        return estimated_tokens(self.text)[0]
+
     def upstream_body(self, model: str) -> bytes:
         """The body to send to a server that calls its model `model`."""
         body = {**self.body, "model": model}
@@ -93,6 +101,11 @@ def parse_completion(kind: str, data: bytes, model: str, headers: Mapping[str, s
     asked = body.get("model", model)
     if asked != model:
         raise Refused(404, f"The model {asked!r} does not exist; use {model!r}.", code="model_not_found")
+    return completion_of(kind, body, parse_limit(headers.get(LIMIT_HEADER)))
+
+
+def completion_of(kind: str, body: dict[str, Any], limit: Limit | None) -> Completion:
+    """A request of this kind from its parsed body. Raises `Refused`."""
     if kind == "chat":
         text, tokens = _messages_text(body.get("messages")), None
     else:
@@ -118,7 +131,7 @@ def parse_completion(kind: str, data: bytes, model: str, headers: Mapping[str, s
         text=text,
         prompt_tokens=tokens,
         most_tokens=most,
-        limit=parse_limit(headers.get(LIMIT_HEADER)),
+        limit=limit,
     )
 
 

@@ -8,7 +8,6 @@ from jaxroute.errors import UserError
 from jaxroute.predictor.features import sentence_encoder
 from jaxroute.predictor.store import StoredPredictor
 from jaxroute.serving.openai import Completion
-from jaxroute.workload.estimate import estimated_tokens
 
 FIRST_LENGTH = 200.0
 """Output tokens that are predicted before any request has ended."""
@@ -50,11 +49,11 @@ class Predictions:
         """Tokens of the prompt: counted if it is given as tokens, else estimated from its text."""
         if asked.prompt_tokens is not None:
             return max(asked.prompt_tokens, 1)
-        return max(round(self._prompt_ratio * estimated_tokens(asked.text)[0]), 1)
+        return max(round(self._prompt_ratio * asked.estimated_prompt_tokens), 1)
 
     def learn(self, expert: int, asked: Completion, prompt_tokens: int | None, output_tokens: int) -> None:
         """Takes a completed request into the running means."""
         self._lengths[expert] += WEIGHT * (output_tokens - self._lengths[expert])
         if prompt_tokens is not None and asked.prompt_tokens is None:
-            estimated = max(estimated_tokens(asked.text)[0], 1.0)
+            estimated = max(asked.estimated_prompt_tokens, 1.0)
             self._prompt_ratio += WEIGHT * (np.clip(prompt_tokens / estimated, 0.1, 10) - self._prompt_ratio)

@@ -1,17 +1,16 @@
-"""What is counted: for Prometheus, for the status page, and a log of every request for `jaxroute calibrate`."""
+"""What is counted, for Prometheus and for the status page; every request goes to the log too, if there is one."""
 
 import collections
-import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from jaxroute.errors import UserError
 from jaxroute.serving.call import Call
+from jaxroute.serving.log import Log
+from jaxroute.simulator.engine import EngineParams
 
 PERIOD = 5.0
 """Seconds of a bar on the status page."""
@@ -23,56 +22,13 @@ _PER_TOKEN = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2
 _DECISION = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
-class Log:
-    """A file for each expert with a line for each request that was sent there, in a format of docs/formats.md."""
-
-    def __init__(self, path: Path, names: Sequence[str]):
-        """The files are `path` with the expert's name before its ending, and are appended to. Raises `UserError`."""
-        self.paths = [path.with_name(f"{path.stem}.{_file_name(name)}{path.suffix or '.jsonl'}") for name in names]
-        try:
-            self._files: list[TextIO] = [one.open("a", encoding="utf-8", buffering=1) for one in self.paths]
-        except OSError as error:
-            raise UserError(f"--record {path}: cannot be written ({error.strerror}); name another file") from None
-        # Times are seconds since 1970, on a clock that never goes back.
-        self._offset = time.time() - time.monotonic()
-        self._run, self._number = f"{int(time.time()):x}", 0
-
-    def write(self, expert: int, outcome: str, call: Call, first: float, finish: float, met: bool) -> None:
-        """Adds a line. A request that did not complete has 0 completion tokens, which `calibrate` leaves out."""
-        done = outcome == "completed" and call.tokens > 0
-        self._number += 1
-        line = {
-            "request_id": f"{self._run}-{self._number}",
-            "sent_time": round(self._offset + call.sent, 6),
-            "first_token_time": round(self._offset + first, 6),
-            "finish_time": round(self._offset + finish, 6),
-            "prompt_tokens": call.prompt_tokens or call.prompt_estimate,
-            "completion_tokens": call.tokens if done else 0,
-            "outcome": outcome,
-            "streamed_tokens": call.tokens,
-            "predicted_tokens": int(call.predicted_lengths[expert]),
-            "predicted_score": round(float(call.predicted_scores[expert]), 4),
-            "met": bool(met),
-        }
-        self._files[expert].write(json.dumps(line) + "\n")
-
-    def close(self) -> None:
-        """Closes the files."""
-        for file in self._files:
-            file.close()
-
-
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
-
-
 class Statistics:
     """Counts requests of N experts. Times are on the monotonic clock."""
 
     def __init__(self, names: Sequence[str], log: Log | None = None):
-        """`log` gets a line for each request."""
+        """`log` gets a line for each request, and is closed with this."""
         self.registry = CollectorRegistry()
-        self._names, self._log = list(names), log
+        self._names, self.log = list(names), log
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"jaxroute_{name}", text, labels, registry=self.registry)
@@ -115,11 +71,18 @@ class Statistics:
         """A decision took this time."""
         self._decision.observe(seconds)
 
-    def dropped(self, reason: str) -> None:
+    def measured(self, expert: int, engines: EngineParams) -> None:
+        """The engine of an expert is known; `engines` have fields [N]."""
+        if self.log is not None:
+            self.log.measured(expert, engines)
+
+    def dropped(self, call: Call, reason: str) -> None:
         """No expert got the request."""
         self._dropped.labels(reason).inc()
         self.reasons[reason] += 1
         self._bar()["dropped"] += 1
+        if self.log is not None:
+            self.log.dropped(call, reason)
 
     def sent(self, expert: int) -> None:
         """A request was sent."""
@@ -143,8 +106,8 @@ class Statistics:
                 bar["qos"] += float(call.predicted_scores[expert])
         elif outcome == "failed":
             bar["failed"] += 1
-        if self._log is not None:
-            self._log.write(expert, outcome, call, first, finish, met)
+        if self.log is not None:
+            self.log.ended(expert, outcome, call, first, finish, met)
 
     def set_state(self, count: np.ndarray, up: np.ndarray) -> None:
         """Open requests int32 [N] and whether each expert is up, bool [N]."""
@@ -159,5 +122,5 @@ class Statistics:
 
     def close(self) -> None:
         """Closes the log."""
-        if self._log is not None:
-            self._log.close()
+        if self.log is not None:
+            self.log.close()

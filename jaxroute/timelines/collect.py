@@ -91,7 +91,7 @@ def collect(
         log, results = jax.device_get(replay(env, routed, params.replace(workload=None)))
         routed, metrics = jax.device_get((routed, metrics))
         arrival = np.concatenate([[0.0], np.cumsum(routed.gap, dtype=np.float64)])
-        requests, pieces = _requests(routed, results, arrival[:-1], len(experts)), _pieces(log, arrival)
+        requests, pieces = _requests(routed, results, arrival[:-1], len(experts)), episode_pieces(log, arrival)
         usable = np.asarray(params.engines.usable_blocks)
         limit = float(params.latency_limit)
         episode = Episode(label, experts, usable, limit, requests, pieces, metrics, ())
@@ -140,7 +140,7 @@ def _requests(routed: Routed, results: Results, arrival: np.ndarray, num_experts
     )
 
 
-def _pieces(log: Log, arrival: np.ndarray) -> Pieces:
+def episode_pieces(log: Log, arrival: np.ndarray) -> Pieces:
     """The pieces of the jumps by expert and time: an iteration each, and a run of decodes if there was one."""
     jumps = jax.tree.map(lambda field: field[: log.count].T, log.jumps)
     both = Pieces(*(np.stack(fields, axis=-1) for fields in zip(jumps.iteration, jumps.run, strict=True)))

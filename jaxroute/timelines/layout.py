@@ -25,9 +25,9 @@ def of_expert(pieces: Pieces, expert: int) -> Pieces:
 
 def merged(pieces: Pieces) -> Pieces:
     """The pieces, with consecutive decodes of one batch and equal numbers of waiting requests merged. `first` is then
-    the mean duration of the iterations, and `growth` is 0.
+    the mean duration of the iterations, and `growth` is 0. Pieces without iterations stay as they are.
     """
-    if not len(pieces.start):
+    if not pieces.iterations.any():
         return pieces
     same = np.diff(pieces.expert) == 0
     same &= np.abs(pieces.start[1:] - pieces.end[:-1]) < BUSY

@@ -43,6 +43,7 @@ def trace_text(episodes: Sequence[Episode]) -> str:
     iterations, with args prefill_tokens, decodes and context_tokens (np, nd and ctx of simulation.md section 2), and if
     it has disturbances a thread of them. There are counters of requests and KV use, and a flow for each request: its
     arrival, its expert, and the iterations that end with its first and its last token.
+    Of a live server, a slice is a time in which the same requests stream.
     """
     every = sum(int(episode.pieces.iterations.sum()) for episode in episodes) <= MOST_ITERATIONS
     text = ""
@@ -81,7 +82,7 @@ def _events(process: int, episode: Episode, every: bool, spacing: float) -> Iter
 
     for expert in experts:
         own = of_expert(episode.pieces, expert)
-        own = single(own) if every else merged(own)
+        own = single(own) if every and own.iterations.any() else merged(own)
         yield from _iterations(process, thread + 2 * expert + 1, own)
         yield from _counters(process, episode, expert, own, spacing)
     for part in episode.disturbed:
@@ -106,6 +107,8 @@ def _iterations(process: int, thread: int, pieces: Pieces) -> Iterator[Event]:
         if preempted:
             args["preempted"] = preempted
         name = iteration_kind(prefill_tokens, decodes)
+        if not iterations:
+            name, args = ("streaming" if decodes else "waiting"), {"requests": decodes}
         slice_ = {"name": name, "cat": "iteration", "ph": "X", "ts": start, "dur": max(end - start, 1)}
         yield {**slice_, "pid": process, "tid": thread, "args": args}
 

@@ -47,7 +47,8 @@ class Pieces(NamedTuple):
     of jumps, times are relative to the decision.
 
     A piece is one iteration, or a run of `iterations` decodes of one batch. Iteration j of a run takes first + growth *
-    j seconds with a context of context + decodes * j tokens.
+    j seconds with a context of context + decodes * j tokens. A piece of a live server, whose iterations are not seen,
+    has `iterations` 0, and in `decodes` and `running` the requests whose tokens come.
     """
 
     expert: Array

@@ -37,17 +37,21 @@ def write_timeline(
         raise UserError(f"a timeline has one or two routers, not {len(routers)}")
     if len(experts) != env.num_experts:
         raise UserError(f"the environment has {env.num_experts} experts; {len(experts)} names were given")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     episodes = collect(env, params, routers, experts, jax.random.split(jax.random.key(seed), 1)[0])
-    trace = trace_text(episodes)
-    write_text(out / "trace.json", trace)
-    timeline_picture(out / "timeline.png", episodes)
     heading = f"{title or 'Episode'}: {env.episode_length:,} requests under {' and '.join(routers)}"
     about = (
         f"{env.num_experts} experts; QoS is met below {1e3 * float(params.latency_limit):g} ms per output token; "
         f"the same requests for every router (seed {seed})"
     )
+    write_episodes(Path(out), episodes, heading, about)
+    return episodes
+
+
+def write_episodes(out: Path, episodes: Sequence[Episode], heading: str, about: str) -> None:
+    """Writes `FILES` of episodes with the same requests into `out`; `heading` and `about` are one line each."""
+    out.mkdir(parents=True, exist_ok=True)
+    trace = trace_text(episodes)
+    write_text(out / "trace.json", trace)
+    timeline_picture(out / "timeline.png", episodes)
     picture = (out / "timeline.png").read_bytes()
     write_text(out / "timeline.html", page_text(episodes, heading, about, picture, trace))
-    return episodes
