@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,8 +69,8 @@ def _rate(env: RoutingEnvironment, params: EnvParams, piece: int) -> tuple[float
     The requests with one owner of this piece go to one expert, and the caches are full when the clock starts.
     """
 
-    def run(state, key):
-        def step(state, key):
+    def run(state: Any, key: jax.Array) -> Any:
+        def step(state: Any, key: jax.Array) -> tuple[Any, None]:
             actions = state.request.prefix.owner[:, piece] % env.num_experts
             return jax.vmap(env.step, (0, 0, 0, None))(jax.random.split(key, BATCH), state, actions, params)[1], None
 

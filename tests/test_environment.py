@@ -254,6 +254,9 @@ def test_summary_is_numpy_on_the_reference(case):
     routed = done + rejected
     wanted: dict[str, Any] = {
         "qos": qos / EPISODE,
+        "goodput": sum(not fate.violated for fate in completed) / elapsed,
+        "cost": 0,  # and nobody gives up: test_environment_qos.py has others
+        "abandon_rate": 0,
         "score": np.mean([fate.score for fate in completed]),
         "violation_rate": np.mean([fate.violated for fate in completed]),
         "drop_rate": cluster.count("dropped") / EPISODE,

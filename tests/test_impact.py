@@ -152,7 +152,7 @@ def test_exact_impact_ends_when_a_prediction_cannot_fit_the_cache():
     lengths = jnp.ones(4, jnp.int32)
     for prompt in (100, 1000):
         queue = Queue(empty_engine(4), nothing, nothing, nothing, lengths, jnp.int32(prompt), jnp.int32(256))
-        assert jax.jit(exact_impact)(queue, jnp.float32(0.03), params) == 0
+        assert jax.jit(exact_impact)(queue, QosRule(jnp.float32(0.03)), params) == 0
 
 
 PLANNED = np.arange(2, STEPS, 3)

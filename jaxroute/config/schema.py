@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Annotated, Any, Literal, NamedTuple
 
-from jaxroute.environment.settings import Penalty
+from jaxroute.environment.settings import Penalty, PrefixShare
 from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine_config import BLOCK_SIZE
 from jaxroute.simulator.presets import PRESETS
@@ -66,6 +66,7 @@ class EnvironmentConfig:
     penalty: Penalty  # form of the action impact estimator
     penalty_weight: NonNegative  # w
     drop: bool  # whether a router may drop a request
+    prefix_share: PrefixShare | None  # what is observed of prefix caches, where prompts share prefixes
     ttft_limit: Positive | None = None  # seconds; both this and the next, instead of latency_limit
     tpot_limit: Positive | None = None  # seconds per token
     token_price: Prices | None = None  # of 1,000 output tokens of each expert, in QoS

@@ -23,6 +23,7 @@ from jaxroute.files import read_yaml
 from jaxroute.simulator.catalogue import load_profile
 from jaxroute.simulator.engine import EngineParams
 from jaxroute.simulator.engine_config import engine_from_config, stack_engines
+from jaxroute.simulator.profiles import EXPERTS
 from jaxroute.workload.arrivals import Arrivals, MarkovArrivals, PoissonArrivals, TraceArrivals
 from jaxroute.workload.prefixes import PIECES, ConversationRequests, DocumentRequests, PrefixRequests, Tokens
 from jaxroute.workload.requests import FrozenRequests
@@ -98,11 +99,12 @@ def _with_prefixes(
         env, params = _of_experts(
             arrivals(), options, experts, "rtx4090", engine={"engine": "vllm-0.33"}, prefix_share="estimated", **own
         )
-        workload, engines = params.workload, params.engines
+        engines = params.engines
         if engines.enable_prefix_caching:
             engines = engines.replace(prefix_pieces=PIECES, prefix_runs=runs)
-        made = requests(np.asarray(workload.requests.score_mean).tolist())
-        workload = Workload.create(workload.arrivals, made)
+        named = options.get("experts", experts)
+        made = requests([EXPERTS[expert].mean_score for expert in named])
+        workload = Workload.create(params.workload.arrivals, made)
         expiry = jnp.asarray(EXPIRY, float)
         return env, params.replace(workload=workload, engines=engines, prefix_expiry=expiry)
 
@@ -349,7 +351,7 @@ _with_prefixes(
 )
 _with_prefixes(
     "agents-3",
-    "agents with tools of 3,000 tokens call in bursts, with short answers: their histories grow until they are evicted",
+    "agents with tools of 3,000 tokens in bursts, with short answers: histories grow until they are evicted",
     lambda: MarkovArrivals.create((8.0, 24.0), (20.0, 4.0)),
     lambda scores: ConversationRequests.create(
         system_tokens=[3000] * 4,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def _after(owner: jax.Array, by: jax.Array | int) -> jax.Array:
     return jnp.where(owner < _ENDLESS, owner, owner - (_ENDLESS - _FIRST))
 
 
-def _check_pool(pool: int, questions: float, name: str) -> None:
+def _check_pool(pool: Any, questions: float, name: str) -> None:
     if isinstance(pool, bool) or not isinstance(pool, int) or not 2 <= pool < _FIRST:
         raise UserError(f"the pool must have a whole number of entries of at least 2, not {pool!r}")
     if not 1 <= questions < math.inf:
