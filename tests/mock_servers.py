@@ -48,7 +48,7 @@ class MockServer:
         options: dict[str, Any] = {"access_log": None, "logger": silent, "handler_cancellation": True}
         self._runner = web.AppRunner(app, shutdown_timeout=0.1, **options)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, backlog=4096).start()
         self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:

@@ -42,7 +42,7 @@ async def serve(
     assert runner.server is not None
     front_end.connections = lambda: runner.server.connections if runner.server else []  # pyright: ignore
     try:
-        site = web.TCPSite(runner, host, port)
+        site = web.TCPSite(runner, host, port, backlog=front_end.limits.open_requests)
         try:
             await site.start()
         except OSError as error:
