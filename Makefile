@@ -34,13 +34,14 @@ help:
 
 install: $(READY)
 
-# The CUDA build of JAX is installed where an NVIDIA driver answers.
+# The CUDA build of JAX is installed where an NVIDIA driver answers. Bytecode is compiled of what is imported, when it is.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is not Python >= 3.11; name one: make PYTHON=python3.x ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	extras=dev; if nvidia-smi >/dev/null 2>&1; then extras=dev,cuda; fi; \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$$extras]"
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		--editable ".[$$extras]"
 	@touch $@
 
 train: $(READY)
