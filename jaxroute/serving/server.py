@@ -14,6 +14,9 @@ from jaxroute.serving.sidecar import Sidecar
 
 LOGGER = logging.getLogger("jaxroute.serving")
 
+BACKLOG = 4096
+"""Connections that may wait to be accepted, as when clients come all at once; the system may have a lower limit."""
+
 
 async def serve(
     front_end: FrontEnd, host: str, port: int, drain_seconds: float, ready: Callable[[int], None] = lambda port: None
@@ -42,7 +45,7 @@ async def serve(
     assert runner.server is not None
     front_end.connections = lambda: runner.server.connections if runner.server else []  # pyright: ignore
     try:
-        site = web.TCPSite(runner, host, port, backlog=front_end.limits.open_requests)
+        site = web.TCPSite(runner, host, port, backlog=BACKLOG)
         try:
             await site.start()
         except OSError as error:
