@@ -26,7 +26,7 @@ def test_examples_and_documentation_use_public_names_alone():
     programs += [block for page in PAGES for block in python_blocks(page)]
     used = {name for program in programs for name in re.findall(r"\bjaxroute\.(\w+)", program)}
     assert {"make", "evaluate_routers"} <= used
-    assert used <= {*jaxroute.__all__, "adapters", "testing"}
+    assert used <= {*jaxroute.__all__, "adapters", "serving", "testing"}
 
 
 def test_importing_the_package_imports_nothing_that_only_training_and_pictures_need():

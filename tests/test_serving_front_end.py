@@ -358,7 +358,7 @@ def test_shutting_down_lets_open_requests_end(tmp_path):
 
 def test_more_requests_than_the_front_end_holds(tmp_path):
     async def run():
-        async with mock_servers(1, gap=0.05) as servers:
+        async with mock_servers(1, gap=0.3) as servers:  # so slow that all have come before one is answered
             path = write_cluster(tmp_path / "c.yaml", servers)
             async with front_end(path, limits=Limits(open_requests=3)) as (one, session):
                 answers = await asyncio.gather(*(post(session, CHAT) for _ in range(5)))
