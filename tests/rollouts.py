@@ -11,10 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.metrics import TIMINGS
 from jaxroute.environment.state import EnvParams
 from jaxroute.simulator.engine import EngineParams
+from jaxroute.workload.arrivals import TraceArrivals
+from jaxroute.workload.workload import Workload
 from tests.reference.cluster import Arrival, Cluster, Worth
 from tests.reference.impact import Latencies, Queue, Queued, penalty
+
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}
+"""How close two results in float64 are that differ only in the order of their sums."""
 
 CHEAP_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 """Compiler options for programs that run once, which compile in a quarter of the time."""
@@ -141,6 +147,43 @@ def oracle(
         cluster.step(run.request(step), int(actions[step]), float(gap)) for step, gap in zip(steps, gaps, strict=True)
     ]
     return cluster, qos
+
+
+class Judged(NamedTuple):
+    """An episode of recorded arrivals, and what the reference cluster makes of it."""
+
+    run: Run
+    cluster: Cluster  # drained
+    qos: list[float]  # of each step, by the cluster, as is the next
+    drained: float
+    totals: Any  # of the environment, at the end
+
+
+def judged(env: RoutingEnvironment, params: EnvParams, times: np.ndarray, actions: np.ndarray) -> Judged:
+    """An episode in float64 with arrivals at `times`, one more than there are `actions`."""
+    with jax.enable_x64(True):
+        params = params.replace(workload=Workload.create(TraceArrivals.create(times), params.workload.requests))
+        run = batch_of_runs(env, [params], [actions], seed=5)[0]
+    cluster, qos = oracle(env, params, run, range(len(actions)), actions, np.diff(times))
+    totals = jax.tree.map(lambda leaf: leaf[len(actions) - 1], run.info["episode"])
+    drained = cluster.drain()
+    return Judged(run, cluster, qos, drained, totals)
+
+
+def same_qos_and_timings(case: Any) -> None:
+    """Compares the QoS of every step and the timings of every request of a `Judged` case, or one with its fields."""
+    np.testing.assert_allclose(case.run.info["qos"], case.qos, **CLOSE)
+    np.testing.assert_allclose(case.totals.drained_qos, case.drained, **CLOSE)
+    for row, timing in zip(case.totals.timing_record, TIMINGS, strict=True):
+        wanted = [getattr(fate, timing) if fate.status == "completed" else None for fate in case.cluster.fates]
+        np.testing.assert_allclose(row, np.asarray(wanted, float), err_msg=timing, **CLOSE)
+
+
+def same_counts(case: Any, *further: str) -> None:
+    """Compares how many requests of each expert completed and were rejected, or had one of `further` fates."""
+    for status in ("completed", "rejected_full", "rejected_infeasible", *further):
+        counts = [case.cluster.count(status, expert) for expert in range(len(case.cluster.experts))]
+        np.testing.assert_array_equal(getattr(case.totals, status), counts, err_msg=status)
 
 
 def queue_of(params: EnvParams, run: Run, step: int, expert: int) -> Queue:

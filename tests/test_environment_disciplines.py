@@ -12,17 +12,20 @@ import pytest
 from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_config
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.environment.metrics import TIMINGS
 from jaxroute.environment.registry import SCENARIOS, make_params
 from jaxroute.errors import UserError
 from jaxroute.simulator.disciplines import DISCIPLINES
-from jaxroute.workload.arrivals import TraceArrivals
-from jaxroute.workload.workload import Workload
 from tests.reference import impact
-from tests.rollouts import batch_of_runs, oracle, wanted_penalties, with_engines
+from tests.rollouts import (
+    CLOSE,
+    judged,
+    same_counts,
+    same_qos_and_timings,
+    wanted_penalties,
+    with_engines,
+)
 
 EPISODE, SLOTS = 150, 16
-CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 OPTIONS: dict[str, dict[str, Any]] = {
     "vllm_v0": {
         "usable_blocks": [9, 14, 40],
@@ -47,14 +50,8 @@ def case(request):
         params = with_engines(
             make_params(SCENARIOS["paper-3"], latency_limit=0.08, discipline=request.param), **options
         )
-        params = params.replace(workload=Workload.create(TraceArrivals.create(times), params.workload.requests))
-        run = batch_of_runs(env, [params], [actions], seed=5)[0]
-    cluster, qos = oracle(env, params, run, range(EPISODE), actions, np.diff(times))
-    totals = jax.tree.map(lambda leaf: leaf[EPISODE - 1], run.info["episode"])
-    drained = cluster.drain()
-    return SimpleNamespace(
-        name=request.param, params=params, run=run, cluster=cluster, qos=qos, drained=drained, totals=totals
-    )
+    found = judged(env, params, times, actions)
+    return SimpleNamespace(name=request.param, params=params, **found._asdict())
 
 
 def test_the_configuration_names_the_discipline_of_every_engine():
@@ -86,18 +83,12 @@ def test_the_case_contains_what_it_is_for(case):
 
 
 def test_qos_of_every_step_and_timings_of_every_request(case):
-    np.testing.assert_allclose(case.run.info["qos"], case.qos, **CLOSE)
-    np.testing.assert_allclose(case.totals.drained_qos, case.drained, **CLOSE)
-    for row, timing in zip(case.totals.timing_record, TIMINGS, strict=True):
-        wanted = [getattr(fate, timing) if fate.status == "completed" else None for fate in case.cluster.fates]
-        np.testing.assert_allclose(row, np.asarray(wanted, float), err_msg=timing, **CLOSE)
+    same_qos_and_timings(case)
 
 
 def test_totals_count_ignored_requests_as_infeasible(case):
     totals, cluster = case.totals, case.cluster
-    for status in ("completed", "rejected_full", "rejected_infeasible"):
-        counts = [cluster.count(status, expert) for expert in range(3)]
-        np.testing.assert_array_equal(getattr(totals, status), counts, err_msg=status)
+    same_counts(case)
     preemptions = np.zeros(3)
     for fate in cluster.fates:
         if fate.status == "completed":

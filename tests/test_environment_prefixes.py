@@ -13,16 +13,14 @@ import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute.environment.metrics import TIMINGS
 from jaxroute.environment.observation import EXPERT_FEATURES
 from jaxroute.environment.step import prefix_share
 from jaxroute.errors import UserError
 from jaxroute.workload import ConversationRequests, PoissonArrivals, Tokens, Workload
 from tests.reference.cluster import Cluster
-from tests.rollouts import batch_of_runs, configs_of, with_engines, worth_of
+from tests.rollouts import batch_of_runs, configs_of, same_qos_and_timings, with_engines, worth_of
 
 EPISODE, SLOTS, RECORD, PATIENCE = 400, 16, 60, 1.5
-CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +59,7 @@ def test_qos_of_every_step_and_timings_of_every_request(case):
     assert sum(expert.engine.pool.evicted for expert in experts) > 100
     assert case.cluster.count("abandoned") > 10
     assert not any(expert.engine.pool.copies for expert in experts)
-    np.testing.assert_allclose(case.run.info["qos"], case.qos, **CLOSE)
-    np.testing.assert_allclose(case.totals.drained_qos, case.drained, **CLOSE)
-    for row, timing in zip(case.totals.timing_record, TIMINGS, strict=True):
-        wanted = [getattr(fate, timing) if fate.status == "completed" else None for fate in case.cluster.fates]
-        np.testing.assert_allclose(row, np.asarray(wanted, float), err_msg=timing, **CLOSE)
+    same_qos_and_timings(case)
     block_seconds = [expert.block_seconds for expert in experts]
     np.testing.assert_allclose(case.totals.block_seconds, block_seconds, rtol=0.02)
 

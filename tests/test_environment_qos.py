@@ -4,24 +4,19 @@ that give up.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.environment.metrics import TIMINGS, summarize
+from jaxroute.environment.metrics import summarize
 from jaxroute.environment.qos import QosRule
 from jaxroute.environment.registry import SCENARIOS, make, make_params
 from jaxroute.errors import UserError
-from jaxroute.workload.arrivals import TraceArrivals
-from jaxroute.workload.workload import Workload
-from tests.rollouts import batch_of_runs, oracle, with_engines
+from tests.rollouts import CLOSE, judged, same_counts, same_qos_and_timings, with_engines
 
 EPISODE, SLOTS = 150, 16
-CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 FORMS = {
     "V1": {"ttft_limit": 0.4, "tpot_limit": 0.03, "token_price": [0.4, 0.2, 0.1], "patience": 3.0},
     "vllm-0.33": {"patience": 2.5},
@@ -39,31 +34,20 @@ def case(request):
         engine = None if request.param == "V1" else request.param
         params = make_params(SCENARIOS["paper-3"], latency_limit=0.08, engine=engine)
         params = with_engines(params, usable_blocks=[24, 30, 60], max_num_seqs=[64, 64, 5])
-        workload = Workload.create(TraceArrivals.create(times), params.workload.requests)
         numbers = {name: jnp.asarray(value, float) for name, value in FORMS[request.param].items()}
-        params = params.replace(workload=workload, **numbers)
-        run = batch_of_runs(env, [params], [actions], seed=5)[0]
-    cluster, qos = oracle(env, params, run, range(EPISODE), actions, np.diff(times))
-    totals = jax.tree.map(lambda leaf: leaf[EPISODE - 1], run.info["episode"])
-    drained = cluster.drain()
-    return SimpleNamespace(run=run, cluster=cluster, qos=qos, drained=drained, totals=totals)
+        params = params.replace(**numbers)
+    return judged(env, params, times, actions)
 
 
 def test_qos_of_every_step_and_timings_of_every_request(case):
     assert sum(expert.preemptions for expert in case.cluster.experts) > 8
     assert case.cluster.count("abandoned") > 20 and case.cluster.count("completed") > 30
-    np.testing.assert_allclose(case.run.info["qos"], case.qos, **CLOSE)
-    np.testing.assert_allclose(case.totals.drained_qos, case.drained, **CLOSE)
-    for row, timing in zip(case.totals.timing_record, TIMINGS, strict=True):
-        wanted = [getattr(fate, timing) if fate.status == "completed" else None for fate in case.cluster.fates]
-        np.testing.assert_allclose(row, np.asarray(wanted, float), err_msg=timing, **CLOSE)
+    same_qos_and_timings(case)
 
 
 def test_totals(case):
     totals, cluster = case.totals, case.cluster
-    for status in ("completed", "rejected_full", "rejected_infeasible", "abandoned"):
-        counts = [cluster.count(status, expert) for expert in range(3)]
-        np.testing.assert_array_equal(getattr(totals, status), counts, err_msg=status)
+    same_counts(case, "abandoned")
     late = [fate for fate in cluster.fates if fate.status == "completed" and fate.violated]
     assert totals.violations.sum() == len(late)
     np.testing.assert_allclose(totals.busy, [expert.busy for expert in cluster.experts], **CLOSE)

@@ -4,8 +4,6 @@ plain Python cluster; and the presets of versions.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import jax
 import numpy as np
 import pytest
@@ -13,16 +11,12 @@ import pytest
 from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_config
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.environment.metrics import TIMINGS
 from jaxroute.environment.registry import SCENARIOS, make, make_params
 from jaxroute.errors import UserError
 from jaxroute.simulator.presets import PRESETS, seats_and_budget
-from jaxroute.workload.arrivals import TraceArrivals
-from jaxroute.workload.workload import Workload
-from tests.rollouts import batch_of_runs, oracle, with_engines
+from tests.rollouts import CLOSE, judged, same_counts, same_qos_and_timings, with_engines
 
 EPISODE, SLOTS = 150, 16
-CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
 @pytest.fixture(scope="module", params=["both", "asynchronous scheduling"])
@@ -36,28 +30,17 @@ def case(request):
         params = with_engines(params, usable_blocks=[24, 30, 60], max_num_seqs=[64, 64, 5])
         if request.param != "both":
             params = params.replace(engines=params.engines.replace(enable_prefix_caching=False))
-        params = params.replace(workload=Workload.create(TraceArrivals.create(times), params.workload.requests))
-        run = batch_of_runs(env, [params], [actions], seed=5)[0]
-    cluster, qos = oracle(env, params, run, range(EPISODE), actions, np.diff(times))
-    totals = jax.tree.map(lambda leaf: leaf[EPISODE - 1], run.info["episode"])
-    drained = cluster.drain()
-    return SimpleNamespace(run=run, cluster=cluster, qos=qos, drained=drained, totals=totals)
+    return judged(env, params, times, actions)
 
 
 def test_qos_of_every_step_and_timings_of_every_request(case):
     assert sum(expert.preemptions for expert in case.cluster.experts) > 20
-    np.testing.assert_allclose(case.run.info["qos"], case.qos, **CLOSE)
-    np.testing.assert_allclose(case.totals.drained_qos, case.drained, **CLOSE)
-    for row, timing in zip(case.totals.timing_record, TIMINGS, strict=True):
-        wanted = [getattr(fate, timing) if fate.status == "completed" else None for fate in case.cluster.fates]
-        np.testing.assert_allclose(row, np.asarray(wanted, float), err_msg=timing, **CLOSE)
+    same_qos_and_timings(case)
 
 
 def test_totals(case):
     totals, cluster = case.totals, case.cluster
-    for status in ("completed", "rejected_full", "rejected_infeasible"):
-        counts = [cluster.count(status, expert) for expert in range(3)]
-        np.testing.assert_array_equal(getattr(totals, status), counts, err_msg=status)
+    same_counts(case)
     np.testing.assert_allclose(totals.busy, [expert.busy for expert in cluster.experts], **CLOSE)
     np.testing.assert_allclose(totals.elapsed, cluster.elapsed(), **CLOSE)
     block_seconds = [expert.block_seconds for expert in cluster.experts]
