@@ -127,8 +127,7 @@ def llm_d(
     kv = 1 - kv_use(state, params)
     load = 0.5 * (1 - jnp.minimum(waiting, 128) / 128)
     value = queue_weight * queue + kv_weight * kv + load_weight * load
-    if env.prefix_share != "off":
-        value += prefix_weight * held_share(env, state, params)
+    value += prefix_weight * held_share(env, state, params)
     return smallest_at_random(-value, among, key)
 
 
@@ -200,8 +199,7 @@ def index_rule(
     """
     request, load = state.request, env.queue_lengths(state)
     value = request.predicted_score - load_weight * load - length_weight * request.predicted_output_tokens / 100
-    if env.prefix_share != "off":
-        value += prefix_weight * held_share(env, state, params)
+    value += prefix_weight * held_share(env, state, params)
     enough = among & (load < cap) & (value > threshold)
     if not env.drop:
         return smallest(-value, among)

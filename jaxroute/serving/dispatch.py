@@ -21,8 +21,6 @@ from jaxroute.simulator.engine import EngineParams
 RECENT_DELAYS = 20
 """First tokens at idle engines over which the delay of an expert is averaged, about."""
 
-LATENCY = ("base", "per_prefill_token", "per_decode", "per_context_token", "knee_tokens", "per_token_above_knee")
-
 
 class Dispatcher:
     """Sends requests to experts by a router, and keeps what is known of them.
@@ -166,7 +164,7 @@ class Dispatcher:
     def _know(self, engines: EngineParams) -> None:
         """Takes what is needed on the host from the engines."""
         self.ledger.shortest_iteration = np.array(engines.latency.base, float)
-        self._latency = np.array([getattr(engines.latency, one) for one in LATENCY], float)
+        self._latency = np.array(jax.tree.leaves(engines.latency), float)  # in the order of its fields
         self._budget = np.asarray(engines.max_num_batched_tokens)
         longest = np.minimum(engines.max_model_len - 1, engines.usable_blocks * engines.block_size)
         self._longest_prompt, self._model_len = int(longest.max()), np.asarray(engines.max_model_len)

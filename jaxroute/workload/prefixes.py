@@ -22,7 +22,7 @@ from flax import struct
 from jaxroute.errors import UserError
 from jaxroute.workload.frozen import LOG_OUTPUT_ERROR_STD, SCORE_SHARED_STD
 from jaxroute.workload.request import Prefix, Request
-from jaxroute.workload.requests import mean_scores
+from jaxroute.workload.requests import WithMeanScores, drawn_of, mean_scores
 
 PIECES = 2
 """K: what several requests begin with, and what is a request's or a conversation's own."""
@@ -49,16 +49,10 @@ class Tokens(struct.PyTreeNode):
         return jnp.maximum(jnp.round(self.median * jnp.exp(self.spread * normal)), 1).astype(jnp.int32)
 
 
-class _Answered:
+class _Answered(WithMeanScores):
     """What both kinds share: the fields `answer` and `score_mean`, and what follows from them."""
 
     answer: Tokens
-    score_mean: jax.Array
-
-    @property
-    def num_experts(self) -> int:
-        """N."""
-        return self.score_mean.shape[-1]
 
     @property
     def draws(self) -> int:
@@ -179,7 +173,7 @@ class ConversationRequests(_Answered, struct.PyTreeNode):
         """The pool after a turn, and the turn, from `uniforms` [draws]."""
         normals = _normals(uniforms[3:])
         place = jnp.arange(self.pool)
-        chosen = jnp.minimum((uniforms[0] * (self.pool // 2)).astype(jnp.int32), self.pool // 2 - 1)
+        chosen = drawn_of(self.pool // 2, uniforms[0])
         tokens, message = pool.tokens[chosen], self.message.at(normals[0])
         begins = (tokens == 0) | (tokens + message > self.most_tokens)
         owner = jnp.where(begins, pool.next_owner, pool.owner[chosen])

@@ -78,19 +78,28 @@ def mean_scores(score_mean: Sequence[float] | np.ndarray) -> jax.Array:
     return jnp.asarray(means, float)
 
 
+def drawn_of(count: int, uniform: jax.Array) -> jax.Array:
+    """int32 []: one of the numbers from 0 to `count` - 1, which a uniform draws, all equally likely."""
+    return jnp.minimum((uniform * count).astype(jnp.int32), count - 1)  # the product may round up to `count`
+
+
 def _tokens(logarithm: jax.Array) -> jax.Array:
     return jnp.clip(jnp.exp(logarithm), MIN_TOKENS, MAX_TOKENS).astype(jnp.int32)
 
 
-class _WithFrozenNormals:
-    """What the kinds of requests share that are made of the frozen generator's normals."""
+class WithMeanScores:
+    """What the kinds of requests share whose experts have mean scores."""
 
-    score_mean: jax.Array  # float [N], each expert's mean score
+    score_mean: jax.Array  # float [N]
 
     @property
     def num_experts(self) -> int:
         """N."""
         return self.score_mean.shape[-1]
+
+
+class _WithFrozenNormals(WithMeanScores):
+    """What the kinds of requests share that are made of the frozen generator's normals."""
 
     @property
     def draws(self) -> int:
@@ -203,8 +212,7 @@ class TableRequests(struct.PyTreeNode):
         """The row of the table that `uniforms` [1] draw."""
         del row
         count = self.rows.prompt_tokens.shape[0]
-        # The product may round up to `count`.
-        drawn = jnp.minimum((uniforms[0] * count).astype(jnp.int32), count - 1)
+        drawn = drawn_of(count, uniforms[0])
         return jax.tree.map(lambda column: column[drawn], self.rows)
 
 
