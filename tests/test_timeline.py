@@ -361,6 +361,10 @@ def test_command_runs_routers_and_a_run_on_its_configuration(written, tmp_path, 
         (["random", "environment.slot=3"], "unknown key environment.slot"),
         (["random", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["random", "--seed", "-1"], "evaluation.seed: expected a whole number"),
+        (
+            ["random", "environment.ttft_limit=1", "environment.tpot_limit=0.03"],
+            "limits on the latency per token alone",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, arguments, says):

@@ -14,7 +14,7 @@ from jaxroute.routers import ROUTER_LABELS, ROUTERS
 from jaxroute.routers.choice import Router
 from jaxroute.runs.checkpoint import load_params
 from jaxroute.runs.run_folder import prepare_run_folder, require_run_or_router
-from jaxroute.timelines.collect import FATES, Episode
+from jaxroute.timelines.collect import FATES, Episode, require_drawable
 from jaxroute.timelines.live import live_episodes, load_record
 from jaxroute.timelines.write import FILES, write_episodes, write_timeline
 
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         config = load_config(arguments.config, overrides)
     experiment = build_experiment(config)
+    require_drawable(experiment.params)
     networks = {name: _trained(experiment, Path(name)) for name in names if Path(name) in runs}
     prepare_run_folder(arguments.out)
 

@@ -72,6 +72,9 @@ class EnvironmentConfig:
     token_price: Prices | None = None  # of 1,000 output tokens of each expert, in QoS
     patience: Positive | None = None  # seconds after which a client gives up
     signal_delay: NonNegative | None = None  # most seconds that a router's view of the engines is old
+    number: Whole | None = None  # random-cluster: which one
+    num_experts: Count | None = None  # random-cluster: the most experts that it may have
+    two_limits: bool | None = None  # random-cluster: limits on TTFT and TPOT instead of one on the latency per token
 
 
 @dataclass(frozen=True)

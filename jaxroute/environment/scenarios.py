@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxroute.environment.disturbances import FAILED, Disturbances
 from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.random_clusters import random_environment
 from jaxroute.environment.registry import (
     SCENARIOS,
     environment_of,
@@ -365,6 +366,11 @@ _with_prefixes(
     ),
     latency_limit=0.040,
     runs=64,
+)
+register(
+    "random-cluster",
+    random_environment,
+    "cluster number=7 of many drawn at random, with at most num_experts=6: for routers that meet any cluster",
 )
 SCENARIOS["azure"] = THREE
 register("azure", _azure, 'the arrivals of a recorded trace, path="...csv", whose rate varies over hours')

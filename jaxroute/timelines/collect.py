@@ -78,10 +78,7 @@ def collect(
 
     `experts` are N names.
     """
-    if params.patience is not None or params.ttft_limit is not None:
-        raise UserError(
-            "a timeline shows limits on the latency per token alone; leave patience, ttft_limit and tpot_limit out"
-        )
+    require_drawable(params)
     # The penalty is part only of the reward, which is not shown.
     env = dataclasses.replace(env, metrics="exact", penalty="off")
     policies = [as_pytree(router) for router in routers.values()]
@@ -97,6 +94,14 @@ def collect(
         episode = Episode(label, experts, usable, limit, requests, pieces, metrics, ())
         episodes.append(episode._replace(disturbed=_disturbed(params.disturbances, arrival, episode.end)))
     return episodes
+
+
+def require_drawable(params: EnvParams) -> None:
+    """Raises `UserError` for a form of QoS that timelines do not show."""
+    if params.patience is not None or params.ttft_limit is not None:
+        raise UserError(
+            "a timeline shows limits on the latency per token alone; leave patience, ttft_limit and tpot_limit out"
+        )
 
 
 def _disturbed(disturbances: Disturbances | None, arrival: np.ndarray, end: float) -> tuple[Disturbed, ...]:

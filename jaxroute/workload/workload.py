@@ -10,11 +10,12 @@ from flax import struct
 
 from jaxroute.errors import UserError
 from jaxroute.workload.arrivals import Arrivals, TraceArrivals, WorkloadState
+from jaxroute.workload.lognormal import LognormalRequests
 from jaxroute.workload.prefixes import PrefixRequests
 from jaxroute.workload.request import Request
 from jaxroute.workload.requests import FrozenRequests, QuantileRequests, TableRequests, TraceRequests
 
-Requests = FrozenRequests | QuantileRequests | TableRequests | TraceRequests | PrefixRequests
+Requests = FrozenRequests | QuantileRequests | LognormalRequests | TableRequests | TraceRequests | PrefixRequests
 
 
 class Workload(struct.PyTreeNode):
