@@ -1,7 +1,9 @@
-"""What a router sees with `signal_delay`: the engines as they were at the last scrape, and nothing newer."""
+"""What a router sees with `signal_delay`: the engines as they were at the last scrape, and nothing newer; and with
+`signals="counts"`: gauges, and no request."""
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +13,8 @@ import pytest
 
 import jaxroute
 from jaxroute.environment.few_slots import FEW_SLOTS
+from jaxroute.environment.signals import counted
+from jaxroute.simulator.disciplines import used_blocks
 from tests.rollouts import CHEAP_COMPILE, rollout
 
 STEPS, EPISODE, SLOTS = 100, 60, 24
@@ -82,3 +86,61 @@ def test_routers_see_no_more_unless_they_are_clairvoyant(case):
         assert same == (not sees_all), name
     state = jax.tree.map(lambda leaf: leaf[30], late)
     np.testing.assert_array_equal(case.env.queue_lengths(state), state.scrape.engines.num_requests)
+
+
+# Counts
+
+
+@pytest.fixture(scope="module")
+def counts(case):
+    """The same requests and actions, with engines that export counts."""
+    env = dataclasses.replace(case.env, signals="counts")
+    params = case.params.replace(signal_delay=None)
+    with jax.enable_x64(True):
+        actions = jnp.asarray(np.random.default_rng(0).choice(3, STEPS, p=[0.7, 0.2, 0.1]), jnp.int32)
+        run = jax.jit(lambda params: rollout(env, params, jax.random.key(1), actions), compiler_options=CHEAP_COMPILE)
+        return env, params, jax.device_get(run(params))
+
+
+def test_gauges_are_the_engines_own(case, counts):
+    env, params, run = counts
+    jax.tree.map(close, (run.reward, run.before.engines), (case.fresh.reward, case.fresh.before.engines))
+    seen, own = run.before.scrape.engines, run.before.engines
+    np.testing.assert_array_equal(seen.num_requests, own.num_requests)
+    np.testing.assert_array_equal(seen.num_running, own.num_running)
+    used = [jax.vmap(used_blocks, (0, None))(state, params.engines) for state in (seen, own)]
+    assert (used[0] <= used[1] + own.num_running).all() and (used[0] >= used[1] - own.num_running).all()
+    assert used[0].max() > 20
+
+
+def test_requests_behind_equal_gauges_make_no_difference(counts):
+    """Other ages, lengths, predictions and scores of the requests there, and another start of the next iteration."""
+    with jax.enable_x64(True):
+        env, params, run = counts
+        before = run.before
+        last = int(before.engines.num_running.max(1).argmax())
+        state = jax.tree.map(lambda leaf: jnp.asarray(leaf[last]), before)
+        engines, queued, request = state.engines, state.queued, state.request
+        wanted = counted(engines, queued, request, params.engines)
+        other = engines.replace(
+            clock=engines.clock - 0.003,
+            prompt_tokens=engines.prompt_tokens + engines.generated // 2,
+            generated=engines.generated - engines.generated // 2,
+            target_tokens=engines.target_tokens * 3,
+            preemptions=engines.preemptions + 1,
+            first_token_time=engines.first_token_time - 1,
+        )
+        hidden = jax.tree.map(lambda leaf: leaf * 2 + 1, queued)
+        jax.tree.map(np.testing.assert_array_equal, counted(other, hidden, request, params.engines), wanted)
+        # Neither rules nor observations read what is behind the scrape.
+        behind = state.replace(engines=other.replace(num_requests=other.num_requests * 0), queued=hidden)
+        jax.tree.map(np.testing.assert_array_equal, env.observe(behind, params), env.observe(state, params))
+        for name in ("least_work", "lookahead", "universal"):
+            router = jax.jit(jaxroute.make_router(name, env), compiler_options=CHEAP_COMPILE)
+            assert router(jax.random.key(0), None, behind, params) == router(jax.random.key(0), None, state, params)
+
+
+def test_counts_need_engines_that_have_nothing_else(case):
+    env, params = jaxroute.make("paper-3", engine="vllm-0.33", signals="counts")
+    with pytest.raises(jaxroute.UserError, match="signals=counts needs engines without prefix caching"):
+        env.reset(jax.random.key(0), params)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,3 +111,14 @@ def test_it_keeps_the_contract():
 def test_a_bad_number_is_one_clear_line(number):
     with pytest.raises(jaxroute.UserError, match="number of a random cluster"):
         jaxroute.make("random-cluster", number=number)
+
+
+@pytest.mark.parametrize(("number", "wanted"), [(0, "d2ab1db6065d99ec"), (HELD_OUT, "0d610d1724cde7d7")])
+def test_a_number_stays_the_same_cluster(number: int, wanted: str):
+    """All numbers of its parameters to five digits: results that name a number mean this cluster."""
+    params = random_cluster(number, 6, 64, 5000)
+    numbers = {
+        jax.tree_util.keystr(path): [f"{value:.5g}" for value in np.asarray(leaf, float).ravel()]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16] == wanted

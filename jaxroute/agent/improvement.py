@@ -16,10 +16,11 @@ import optax
 
 from jaxroute.agent.router_network import RouterNetwork
 from jaxroute.agent.sac import policy_logits
-from jaxroute.agent.start import QOS_OF_LOGIT, linear_policy, linear_values, rows_of
+from jaxroute.agent.start import QOS_OF_LOGIT, picked, rows_of
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.observation import RoutingGraph
 from jaxroute.environment.state import EnvParams, EnvState
+from jaxroute.routers.linear import linear_policy, linear_values
 from jaxroute.routers.rollout import action_returns
 
 _ENVIRONMENTS, _COMPARED = 128, 32  # stepped together, and of these compared in a round: the least clear decisions
@@ -120,9 +121,7 @@ def _rounds(
         _, chosen = jax.lax.top_k(best[:, 1] - best[:, 0], _COMPARED)
         here = jax.tree.map(lambda leaf: leaf[chosen], walk)
         action = actions[chosen].astype(jnp.int32)
-        own = jax.tree.map(
-            lambda axis, leaf: leaf if axis is None else leaf[chosen], axes, params, is_leaf=lambda axis: axis is None
-        )
+        own = picked(axes, params, chosen)
 
         def returns(key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams) -> jax.Array:
             return action_returns(env, policy, key, state, params, horizon, action)

@@ -7,25 +7,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from jaxroute.cma_es import Search
+from jaxroute.cma_es import ALL, EACH, Search, devices_for, over_devices
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.environment.observation import EXPERT_FEATURES, RoutingGraph, expert_features
+from jaxroute.environment.observation import RoutingGraph, expert_features
 from jaxroute.environment.state import EnvParams
 from jaxroute.evaluation.episodes import for_search, run_episodes
 from jaxroute.routers.choice import Router
+from jaxroute.routers.linear import linear_policy
 
 FIRST_GUESS = {
     "expected_qos": 1.0,
     "impact": -1.0,
     "running": -0.02,
     "waiting": -0.02,
+    "batch_use": -0.05,
+    "latency_use": -0.05,
 }
 """Weights with which the search begins: the QoS that the request gains, less what others lose, less a price of load.
 Those of other features and of dropping begin at 0."""
 
 _SPREAD = 0.1  # standard deviation, in the first generation, of what a feature adds to the value of an action
 _POPULATION, _EPISODES, _LENGTH = 24, 2, 1500  # of a generation; requests of an episode
+_CLUSTERS, _CLUSTER_LENGTH = 12, 600  # episodes of a generation and their requests where training environments differ
 _SEEN_EPISODES, _SEEN_STEPS = 32, 300  # in which the features' standard deviations are measured
 _SMALLEST = 1e-3  # standard deviation at which a feature counts as constant
 _VALIDATION_LENGTH = 1500
@@ -40,35 +45,50 @@ def linear_start(
     decisions: int,
     seed: int,
     done: Callable[[int, float], None] = lambda decisions, qos: None,
+    first: np.ndarray | None = None,
 ) -> np.ndarray:
     """Weights float32 [Fe + 1] of the linear policy (`router_network.withlinear_policy`) with the highest mean QoS.
 
     The search is CMA-ES with `decisions` simulated decisions in all, on new episodes in each generation. The standard
     deviation of a weight in its first generation is inverse to that of the feature under `FIRST_GUESS`, for which 9,600
     further decisions are simulated: a feature may vary by hundredths in one cluster and by tens in another. `params`
-    and `axes` are those of the training environments; of leaves that differ between them, a generation uses some.
-    `done` is called after each generation with the number of decisions and the generation's mean QoS.
+    and `axes` are those of the training environments. Where these differ, each generation takes the next ones in turn,
+    and all of them count alike: a generation's QoS in one is taken relative to its mean and standard deviation there.
+    `done` is called after each generation with the number of decisions and the generation's mean QoS. `first`, float
+    [Fe + 1], are weights as this function returns them, with which the search begins instead of `FIRST_GUESS`.
     """
-    env = for_search(env, _LENGTH)
-    per_generation = _POPULATION * _EPISODES * env.episode_length
-    origin = np.array([*(FIRST_GUESS.get(name, 0.0) for name in expert_features(env)), 0.0])
+    environments = _rows(params, axes)
+    differ = environments > 1
+    env = for_search(env, _CLUSTER_LENGTH if differ else _LENGTH)
+    episodes = _CLUSTERS if differ else _EPISODES
+    per_generation = _POPULATION * episodes * env.episode_length
+    names = expert_features(env)
+    guess = np.array([*(FIRST_GUESS.get(name, 0.0) for name in names), 0.0])
+    origin = guess if first is None else np.asarray(first, np.float64) * QOS_OF_LOGIT
     key = jax.random.fold_in(jax.random.key(seed), _SEARCH_KEY)
     rows, own_axes = rows_of(params, axes, _SEEN_EPISODES)
     keys = jax.random.split(jax.random.fold_in(key, _SEEN_STEPS), _SEEN_EPISODES)
     seen = _feature_spread(env, own_axes, jnp.asarray(origin, jnp.float32), keys, rows)
     spread = np.append(np.maximum(np.asarray(seen, np.float64), _SMALLEST), 1.0)
     search = Search(origin, _SPREAD / spread, _POPULATION, seed)
-    rows, own_axes = rows_of(params, axes, _EPISODES)
+    rows, own_axes = rows_of(params, axes, episodes)
     generations = max(1, decisions // per_generation)
+    order = np.random.default_rng(seed).permutation(environments)
     for generation in range(generations):
         points = search.ask()
-        keys = jax.random.split(jax.random.fold_in(key, generation), _EPISODES)
-        qos = np.asarray(_linear_qos(env, own_axes, jnp.asarray(points, jnp.float32), keys, rows))
-        search.tell(-qos)
+        keys = jax.random.split(jax.random.fold_in(key, generation), episodes)
+        if differ:
+            places = order[(generation * episodes + np.arange(episodes)) % environments]
+            weights = jnp.asarray(points, jnp.float32)
+            qos = np.asarray(_linear_qos_in_turn(env, own_axes, weights, keys, jnp.asarray(places), params))
+            told = ((qos - qos.mean(1, keepdims=True)) / (qos.std(1, keepdims=True) + _SMALLEST)).mean(0)
+        else:
+            told = qos = np.asarray(_linear_qos(env, own_axes, jnp.asarray(points, jnp.float32), keys, rows))
+        search.tell(-told)
         done((generation + 1) * per_generation, float(qos.mean()))
     # A policy is the same for any positive factor. This one makes a unit of value about a unit of QoS.
     weights = search.mean
-    scores = weights[[EXPERT_FEATURES.index("expected_qos"), EXPERT_FEATURES.index("predicted_score")]]
+    scores = weights[[names.index("expected_qos"), names.index("predicted_score")]]
     unit = max(scores[0] + 4 * scores[1], float(np.linalg.norm(weights * spread)))
     return np.asarray(weights / unit / QOS_OF_LOGIT, np.float32)
 
@@ -92,14 +112,26 @@ def rows_of(params: EnvParams, axes: EnvParams | None, count: int) -> tuple[EnvP
     leaves are numbers and None, so that they can be a static argument.
     """
     own: EnvParams = jax.tree.map(lambda _: None, params) if axes is None else axes
+    places = np.linspace(0, _rows(params, axes) - 1, count + 2).round().astype(int)[1:-1]
+    return picked(own, params, places), own
 
-    def pick(axis: int | None, leaf: Any) -> Any:
-        if axis is None:
-            return leaf
-        return leaf[np.linspace(0, len(leaf) - 1, count + 2).round().astype(int)[1:-1]]
 
-    picked = jax.tree.map(pick, own, params, is_leaf=lambda axis: axis is None)
-    return picked, own
+def picked(axes: EnvParams, params: EnvParams, places: Any) -> EnvParams:
+    """`params` in which leaves that differ between environments have the row or rows `places` (int32) only."""
+    found: EnvParams = jax.tree.map(
+        lambda axis, leaf: leaf if axis is None else leaf[places], axes, params, is_leaf=lambda axis: axis is None
+    )
+    return found
+
+
+def _rows(params: EnvParams, axes: EnvParams | None) -> int:
+    """Rows of the leaves that differ between environments; 1 without any."""
+    if axes is None:
+        return 1
+    counts = jax.tree.map(
+        lambda axis, leaf: None if axis is None else len(leaf), axes, params, is_leaf=lambda axis: axis is None
+    )
+    return jax.tree.leaves(counts)[0] if jax.tree.leaves(counts) else 1
 
 
 def _episode_qos(
@@ -127,6 +159,44 @@ def _linear_qos(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
+def _linear_qos_in_turn(
+    env: RoutingEnvironment,
+    axes: EnvParams,
+    weights: jax.Array,
+    keys: jax.Array,
+    places: jax.Array,
+    params: EnvParams,
+) -> jax.Array:
+    """QoS, float [K, P], of the linear policies with `weights` [P, Fe + 1], in the episode of each of the K keys.
+
+    `params` are those of all environments, and `places`, int32 [K], say which of them an episode has. Episodes come one
+    after the other, since in one batch every step would wait for the slowest cluster.
+    """
+
+    def run(weights: jax.Array, keys: jax.Array, places: jax.Array, params: EnvParams) -> jax.Array:
+        def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+            key, place = inputs
+            own = jax.tree.map(
+                lambda axis, leaf: leaf if axis is None else leaf[place],
+                axes,
+                params,
+                is_leaf=lambda axis: axis is None,
+            )
+
+            def of(weights: jax.Array) -> jax.Array:
+                router = jax.tree_util.Partial(linear_policy, weights)
+                return run_episodes(env, [router], jnp.int32(0), key[None], own)["qos"][0]
+
+            return jax.vmap(of)(weights)
+
+        return jax.lax.map(one, (keys, places))
+
+    outputs = PartitionSpec(None, "device")
+    run = over_devices(run, devices_for(len(weights)), inputs=(EACH, ALL, ALL, ALL), outputs=outputs)
+    return run(weights, keys, places, params)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
 def _feature_spread(
     env: RoutingEnvironment, axes: EnvParams, weights: jax.Array, keys: jax.Array, rows: EnvParams
 ) -> jax.Array:
@@ -143,16 +213,3 @@ def _feature_spread(
     begun = jax.vmap(env.reset, (0, axes))(keys, rows)
     _, features = jax.lax.scan(move, begun, jnp.moveaxis(step_keys, 1, 0))
     return features.std((0, 1, 2))
-
-
-def linear_policy(
-    weights: jax.Array, key: jax.Array, observation: RoutingGraph, state: Any, params: EnvParams
-) -> jax.Array:
-    """The action with the highest of `linear_values`, int32 []; a router, once the weights are given."""
-    return jnp.argmax(linear_values(weights, observation)).astype(jnp.int32)
-
-
-def linear_values(weights: jax.Array, observation: RoutingGraph) -> jax.Array:
-    """Values, float32 [N + 1], of the actions under the linear policy with `weights` [Fe + 1]; -inf if forbidden."""
-    values = jnp.append(observation.expert @ weights[:-1], weights[-1])
-    return jnp.where(observation.action_mask, values, -jnp.inf)

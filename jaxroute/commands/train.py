@@ -25,11 +25,13 @@ from jaxroute.config.loader import config_text, dotted_values, load_config, load
 from jaxroute.config.schema import Config
 from jaxroute.console import print_notes, report_console
 from jaxroute.environment.metrics import summarize
+from jaxroute.environment.observation import expert_features
 from jaxroute.errors import UserError, command
 from jaxroute.evaluation.pictures import learning_curve, qos_comparison
 from jaxroute.evaluation.tables import print_evaluation, write_evaluation
 from jaxroute.files import write_text
 from jaxroute.routers import ROUTERS
+from jaxroute.routers.linear import universal_weights
 from jaxroute.runs.checkpoint import save_checkpoint
 from jaxroute.runs.loggers import check_loggers
 from jaxroute.runs.metrics_log import MetricsLog
@@ -256,12 +258,16 @@ class _Validation:
 def _starts(
     config: Config, experiment: Experiment, params: Any, run: Path, progress: TrainingProgress, stop: Stop
 ) -> Iterator[Any]:
-    """The network parameters that training may start from: those with a linear policy, then the improved ones; or, if
-    it starts at random, only `params`.
+    """The network parameters that training may start from: those with the universal router's policy, if asked for, with
+    the linear policy that is found, then the improved ones; or, if it starts at random, only `params`.
     """
-    training = config.training
-    if not training.start_decisions or not isinstance(experiment.network, RouterNetwork):
+    training, first = config.training, None
+    if training.start == "universal":
+        first = universal_weights(expert_features(experiment.env))
+        yield with_linear_policy(params, jnp.asarray(first))
+    elif not training.start_decisions or not isinstance(experiment.network, RouterNetwork):
         yield params
+    if not training.start_decisions or not isinstance(experiment.network, RouterNetwork):
         return
 
     def done(what: str, decisions: int, simulated: int, qos: float | None = None) -> None:
@@ -271,7 +277,7 @@ def _starts(
 
     inputs = experiment.env, experiment.training_params, experiment.params_axes
     report = partial(done, "searching a start", training.start_decisions)
-    weights = jnp.asarray(linear_start(*inputs, training.start_decisions, training.seed, report))
+    weights = jnp.asarray(linear_start(*inputs, training.start_decisions, training.seed, report, first))
     params = with_linear_policy(params, weights)
     yield params
     if training.improvement_decisions:

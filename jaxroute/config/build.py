@@ -23,6 +23,7 @@ from jaxroute.config.schema import (
 )
 from jaxroute.environment.abandonment import require_cancelling
 from jaxroute.environment.environment import RoutingEnvironment
+from jaxroute.environment.random_clusters import random_cluster
 from jaxroute.environment.registry import SCENARIOS, make
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError
@@ -73,6 +74,9 @@ def _build(config: Config) -> Experiment:
     # `make` takes all by the same names but what is traced, which is set below.
     own = ("id", "latency_limit", "penalty_weight", *OPTIONAL)
     options = {key: value for key, value in vars(environment).items() if key not in own and value is not None}
+    if training.start == "universal":
+        _require_universal(config)
+        options["features"] = "relative"
     if config.workload.arrivals.kind is None:  # the scenario reads the trace, if there is one
         options |= _reading_options(config.workload.arrivals)
     try:
@@ -102,7 +106,10 @@ def _build(config: Config) -> Experiment:
     if agent["warmup_frames"] > longest:
         notes.append(f"agent.warmup_frames cut to {longest}, half of training.frames")
         agent["warmup_frames"] = longest
-    varied, axes = _training_params(params, training)
+    if training.clusters is None:
+        varied, axes = _training_params(params, training)
+    else:
+        varied, axes = _training_clusters(env, params, config)
     network = build_network(config.network)
     agent["decay_updates"] = -(-training.frames // training.num_envs) * training.updates_per_step
     return Experiment(env, params, network, Hyperparameters(**agent), sac, notes, varied, axes, experts, [])
@@ -167,6 +174,34 @@ def _training_params(params: EnvParams, training: TrainingConfig) -> tuple[EnvPa
         params = params.replace(latency_limit=spread(training.latency_limit_range, shuffled))
         axes = axes.replace(latency_limit=0)
     return params, axes
+
+
+def _training_clusters(env: RoutingEnvironment, params: EnvParams, config: Config) -> tuple[EnvParams, EnvParams]:
+    """The first `training.clusters` random clusters in turn for the training environments, and the axes likewise.
+
+    What the configuration sets is the same for all. Raises `UserError` for another environment than random-cluster.
+    """
+    environment, training = config.environment, config.training
+    if environment.id != "random-cluster" or training.clusters is None:
+        raise UserError("training.clusters: only random-cluster has clusters; set environment.id=random-cluster")
+    sizes = env.num_experts, env.slots, env.episode_length, bool(environment.two_limits)
+    clusters = [random_cluster(number, *sizes) for number in range(min(training.clusters, training.num_envs))]
+    stacked: EnvParams = jax.tree.map(
+        lambda *leaves: jnp.asarray(np.stack(leaves)[np.arange(training.num_envs) % len(leaves)]), *clusters
+    )
+    axes: Any = jax.tree.map(lambda _: 0, stacked)
+    fields = ["penalty_weight", "credit_discount"]
+    fields += [name for name in ("latency_limit", *OPTIONAL) if getattr(environment, name) is not None]
+    same = {name: getattr(params, name) for name in fields}
+    return stacked.replace(**same), axes.replace(**jax.tree.map(lambda _: None, same))
+
+
+def _require_universal(config: Config) -> None:
+    """Raises `UserError` for what a training that starts with the universal router cannot have."""
+    if config.network.kind == "flat":
+        raise UserError("training.start: universal needs the network han or han_jraph; set network.kind=han")
+    if config.environment.features == "standard":
+        raise UserError("training.start: universal needs its features; set environment.features=relative, or null")
 
 
 def _workload(config: WorkloadConfig, own: Workload, experts: tuple[str, ...]) -> tuple[Workload, list[str]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Annotated, Any, Literal, NamedTuple
 
-from jaxroute.environment.settings import Penalty, PrefixShare
+from jaxroute.environment.settings import Features, Penalty, PrefixShare, Signals
 from jaxroute.simulator.disciplines import DISCIPLINES
 from jaxroute.simulator.engine_config import BLOCK_SIZE
 from jaxroute.simulator.presets import PRESETS
@@ -72,6 +72,8 @@ class EnvironmentConfig:
     token_price: Prices | None = None  # of 1,000 output tokens of each expert, in QoS
     patience: Positive | None = None  # seconds after which a client gives up
     signal_delay: NonNegative | None = None  # most seconds that a router's view of the engines is old
+    features: Features | None = None  # of experts: standard, or relative to what each can serve in time
+    signals: Signals | None = None  # what engines export: requests, or counts
     number: Whole | None = None  # random-cluster: which one
     num_experts: Count | None = None  # random-cluster: the most experts that it may have
     two_limits: bool | None = None  # random-cluster: limits on TTFT and TPOT instead of one on the latency per token
@@ -164,6 +166,8 @@ class TrainingConfig:
     checkpoints_kept: Count
     loggers: Loggers  # further destinations of the metrics beside metrics.jsonl
     seed: Seed
+    start: Literal["search", "universal"] = "search"  # universal: the search begins with the package's universal router
+    clusters: Count | None = None  # random-cluster: how many clusters the training environments are; None: one
 
 
 @dataclass(frozen=True)

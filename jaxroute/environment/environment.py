@@ -11,12 +11,13 @@ from jaxroute.environment.affinity import SentRecord, empty_record
 from jaxroute.environment.batching import batch_first, batch_last, in_own_modes, keep_batch_last, over_batch
 from jaxroute.environment.metrics import empty_totals, totals_first, totals_last
 from jaxroute.environment.settings import Settings
+from jaxroute.environment.signals import require_counts
 from jaxroute.environment.spaces import Discrete, Space, observation_space
 from jaxroute.environment.state import EnvParams, EnvState, QueuedRequests, Scrape
 from jaxroute.environment.step import Observation, drain, observe_batch, step
 from jaxroute.environment.turns import Arrival
 from jaxroute.errors import UserError
-from jaxroute.simulator.engine import empty_engine
+from jaxroute.simulator.engine import EngineState, empty_engine
 from jaxroute.workload.request import Request
 
 DYNAMICS_VERSION = 2
@@ -66,7 +67,7 @@ class RoutingEnvironment(Settings):
             recent_gap=jnp.zeros((), float),
             recent_latency=jnp.zeros(self.num_experts, float),
             totals=empty_totals(self.num_experts, self.metrics, self.episode_length),
-            scrape=None if params.signal_delay is None else Scrape(engines, queued, jnp.zeros((), float)),
+            scrape=self._first_scrape(engines, queued, params),
             sent=self._no_record(request, params),
         )
         # Each leaf is a buffer of its own, as in results of compiled programs, so that the state can be donated.
@@ -116,6 +117,13 @@ class RoutingEnvironment(Settings):
     def queue_lengths(self, state: EnvState) -> jax.Array:
         """int32 [N]: number of requests running or waiting at each expert, as far as a router sees them."""
         return state.visible().engines.num_requests
+
+    def _first_scrape(self, engines: EngineState, queued: QueuedRequests, params: EnvParams) -> Scrape | None:
+        if self.signals == "counts":
+            require_counts(params.engines)
+        elif params.signal_delay is None:
+            return None
+        return Scrape(engines, queued, jnp.zeros((), float))
 
     def _no_record(self, request: Request, params: EnvParams) -> SentRecord | None:
         if self.prefix_share == "off":

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jaxroute.environment.forecast import forecast
 from jaxroute.environment.impact import decode_time, expected_length
-from jaxroute.environment.settings import QueueNodes, Settings
+from jaxroute.environment.relative import relative_features
+from jaxroute.environment.settings import Features, QueueNodes, Settings
 from jaxroute.environment.state import EnvParams, EnvState
 from jaxroute.simulator.disciplines import rules, used_blocks
 
@@ -31,6 +32,23 @@ EXPERT_FEATURES = (
     "remaining_tokens",
     "prefill_time",
 )
+RELATIVE_FEATURES = (
+    "predicted_score",
+    "expected_qos",
+    "impact",
+    "at_risk",
+    "batch_use",
+    "batch_use_squared",
+    "latency_use",
+    "latency_use_squared",
+    "kv_ahead",
+    "kv_ahead_squared",
+    "demand",
+    "prefill_ahead",
+    "slack_taken",
+)
+"""Names of an expert's features with `Settings.features` "relative", instead of `EXPERT_FEATURES` (`relative`)."""
+
 PREFIX_FEATURE = "prefix_share"
 REQUEST_FEATURES = (
     "prompt_tokens",
@@ -54,7 +72,8 @@ prompt that it holds."""
 
 def expert_features(settings: Settings) -> tuple[str, ...]:
     """Names of an expert's features."""
-    return EXPERT_FEATURES if settings.prefix_share == "off" else (*EXPERT_FEATURES, PREFIX_FEATURE)
+    names = RELATIVE_FEATURES if settings.features == "relative" else EXPERT_FEATURES
+    return names if settings.prefix_share == "off" else (*names, PREFIX_FEATURE)
 
 
 FULL_SCALE = 10
@@ -129,14 +148,15 @@ def observe(
     queue_nodes: QueueNodes,
     slots: int,
     drop: bool = True,
+    features: Features = "standard",
     prefix_share: jax.Array | None = None,
 ) -> RoutingGraph:
     """The observation of environments, whose axis B is the last of `state`. Fields of the result are [B, ...].
 
     If `queue_nodes` is a number K, the result is a `GraphObservation`. If it is "all", the result is a
     `FullGraphObservation` with S = `slots`, and features that are relative to K are relative to FULL_SCALE instead.
-    The fields of `state` may have any number of slots that is enough for all requests. `prefix_share`, float [N, B], is
-    a further feature of the experts.
+    The fields of `state` may have any number of slots that is enough for all requests. `features` selects those of the
+    experts (`expert_features`), and `prefix_share`, float [N, B], is a further one.
     """
     engine, queued, request, scale = state.engines, state.queued, state.request, params.token_scale
     iteration = decode_time(engine, params.engines)
@@ -168,6 +188,7 @@ def observe(
         return stacked.transpose(3, 2, 1, 0), mask.transpose(2, 1, 0)
 
     ahead = forecast(state, params)
+    forecast_features = ahead.expected_qos, ahead.impact, _squash(ahead.at_risk)
     prefill = params.engines.latency.per_prefill_token * request.prompt_tokens
     finish = start + prefill + iteration * request.predicted_output_tokens
     expert = (
@@ -178,13 +199,13 @@ def observe(
         _score(request.predicted_score),
         request.predicted_output_tokens / scale,
         _squash(finish / request.predicted_output_tokens / own_limit),
-        ahead.expected_qos,
-        ahead.impact,
-        _squash(ahead.at_risk),
+        *forecast_features,
         _squash(ahead.iteration_time / own_limit),
         _squash(ahead.remaining_tokens / per_queue / scale),
         _squash(ahead.prefill_time / own_limit / per_queue),
     )
+    if features == "relative":
+        expert = (_score(request.predicted_score), *forecast_features, *relative_features(state, params, ahead))
     if prefix_share is not None:
         expert = (*expert, prefix_share)
     node_time = qos_rule.per_token(scale) * scale / (engine.num_requests.shape[0] * per_queue)
@@ -196,13 +217,11 @@ def observe(
     }
     running_features, running_mask = queue_features(lambda leaf: _rows(leaf, rows_seen), engine.num_running)
     if queue_nodes == "all":
-        features, mask = queue_features(lambda leaf: _rows(leaf, slots), engine.num_requests)
-        return FullGraphObservation(
-            queued=features, running_mask=running_mask, waiting_mask=mask & ~running_mask, **heads
-        )
-    features, mask = queue_features(lambda leaf: _rows_from(leaf, engine.num_running, rows_seen), waiting)
+        nodes, mask = queue_features(lambda leaf: _rows(leaf, slots), engine.num_requests)
+        return FullGraphObservation(queued=nodes, running_mask=running_mask, waiting_mask=mask & ~running_mask, **heads)
+    nodes, mask = queue_features(lambda leaf: _rows_from(leaf, engine.num_running, rows_seen), waiting)
     return GraphObservation(
-        running=running_features, waiting=features, running_mask=running_mask, waiting_mask=mask, **heads
+        running=running_features, waiting=nodes, running_mask=running_mask, waiting_mask=mask, **heads
     )
 
 

@@ -45,8 +45,7 @@ def random_cluster(
     the load is relative to what the cluster serves in time with `slots` requests an expert. `two_limits`: a request has
     limits on TTFT and TPOT instead of one on its latency per token. Raises `UserError`.
     """
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise UserError(f"number of a random cluster: must be a whole number of 0 or more, not {number!r}")
+    _check(number)
     random = np.random.default_rng((_SEED, number, num_experts))
     there = np.sort(random.permutation(num_experts)[: 1 + random.integers(num_experts)])
     latencies, engines = _engines(random, num_experts)
@@ -56,14 +55,15 @@ def random_cluster(
     mean_outputs = np.exp(np.asarray(requests.log_output_mean) + float(requests.log_output_std) ** 2 / 2)
     mean_prompt = prompt * np.exp(float(requests.log_prompt_std) ** 2 / 2)
 
-    alone = np.array([_alone(latencies[expert], mean_prompt, mean_outputs[expert]) for expert in there])
+    alone = np.array([_alone(latencies[expert], mean_prompt, float(mean_outputs[expert])) for expert in there])
     ttft, tpot = np.median(alone, axis=0) * (_log_uniform(random, 2, 30), _log_uniform(random, 1.3, 4))
     mean_output = mean_outputs[there].mean()
     prefill = ttft if two_limits else np.median(alone[:, 0])
     limit = float(tpot + (prefill - tpot) / mean_output)
     seats = _seats(engines, mean_prompt, mean_outputs, slots)
     capacity = sum(
-        _capacity(latencies[expert], limit, mean_prompt, mean_outputs[expert], seats[expert]) for expert in there
+        _capacity(latencies[expert], limit, mean_prompt, float(mean_outputs[expert]), float(seats[expert]))
+        for expert in there
     )
     params = params_of(
         Workload.create(_arrivals(random, capacity * _log_uniform(random, 0.2, 2), mean_output * tpot), requests),
@@ -75,6 +75,11 @@ def random_cluster(
     if two_limits:
         params = params.replace(ttft_limit=jnp.asarray(ttft, float), tpot_limit=jnp.asarray(tpot, float))
     return params
+
+
+def _check(number: Any) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise UserError(f"number of a random cluster: must be a whole number of 0 or more, not {number!r}")
 
 
 def random_environment(
@@ -93,9 +98,11 @@ def _engines(random: np.random.Generator, num_experts: int) -> tuple[list[np.nda
     """The latency coefficients of each expert, and the engines, as vLLM 0.33 runs them by default."""
     same, spread = random.random() < 0.3, _log_uniform(random, 1, 1.5)
     latencies, engines = [], []
+    hardware = _hardware(random)
     for expert in range(num_experts):
-        if not same or not expert:
-            latency, tokens = _hardware(random)
+        if expert and not same:
+            hardware = _hardware(random)
+        latency, tokens = hardware
         own = np.array(latency)
         own[[0, 1, 2, 3, 5]] *= _log_uniform(random, 1 / spread, spread)
         kv_tokens = float(np.clip(tokens * _log_uniform(random, 0.1, 1), 4000, 1_000_000))

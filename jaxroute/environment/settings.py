@@ -8,6 +8,8 @@ from jaxroute.errors import UserError, require_known
 
 Penalty = Literal["predicted", "paper", "exact", "off"]
 QueueNodes = int | Literal["all"]
+Features = Literal["standard", "relative"]
+Signals = Literal["requests", "counts"]
 PrefixShare = Literal["off", "estimated", "exact"]
 
 
@@ -23,11 +25,14 @@ class Settings:
     penalty: Penalty = "predicted"  # form of the action impact estimator
     metrics: Level = "histogram"
     drop: bool = True  # whether dropping is always allowed; if not, only if no expert is allowed
+    features: Features = "standard"  # of experts: in units of the configuration, or of what each can serve in time
+    signals: Signals = "requests"  # what engines export: every request, or only how many there are and the KV use
     prefix_share: PrefixShare = "off"  # the observed share of the prompt that experts hold; off: prompts share nothing
     prefix_record: int = 128  # M: sent requests that the router remembers for its estimate
 
     def __post_init__(self) -> None:
         choices = {"obs": ("graph", "flat"), "penalty": get_args(Penalty), "metrics": get_args(Level)}
+        choices |= {"features": get_args(Features), "signals": get_args(Signals)}
         choices["prefix_share"] = get_args(PrefixShare)
         for name, allowed in choices.items():
             require_known(getattr(self, name), allowed, name)

@@ -124,7 +124,7 @@ class Dict:
 
 Space = Discrete | Box | Dict
 
-FREE, SHARE, POSITIVE = (-np.inf, np.inf), (0.0, 1.0), (0.0, np.inf)
+FREE, SHARE, POSITIVE, USE = (-np.inf, np.inf), (0.0, 1.0), (0.0, np.inf), (0.0, 3.0)
 
 RANGES = {
     "prompt_tokens": POSITIVE,
@@ -142,6 +142,15 @@ RANGES = {
     "joined_iteration_time": SHARE,
     "remaining_tokens": SHARE,
     "prefill_time": SHARE,
+    "batch_use": USE,
+    "batch_use_squared": USE,
+    "latency_use": USE,
+    "latency_use_squared": USE,
+    "kv_ahead": USE,
+    "kv_ahead_squared": USE,
+    "demand": SHARE,
+    "prefill_ahead": SHARE,
+    "slack_taken": SHARE,
     "generated_tokens": POSITIVE,
     "latency_so_far": SHARE,
     "prefix_share": SHARE,

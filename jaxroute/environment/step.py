@@ -25,6 +25,7 @@ from jaxroute.environment.metrics import (
 )
 from jaxroute.environment.observation import RoutingGraph, flatten, observe
 from jaxroute.environment.settings import Settings
+from jaxroute.environment.signals import counted
 from jaxroute.environment.state import (
     RECENT_COMPLETIONS,
     RECENT_GAPS,
@@ -69,7 +70,7 @@ def take_turn(settings: Settings, state: EnvState, turn: Turn, params: EnvParams
     completed = _completed(finished)
     qos, credit = _reward(completed, now)
     state = _count(settings, state, finished, completed, work, now)
-    state = _move_on(state, turn, qos, now)
+    state = _move_on(settings, state, turn, qos, now)
     return Taken(state, observe_batch(settings, state, params), qos, credit, jnp.where(joined, penalty, 0))
 
 
@@ -84,7 +85,7 @@ def observe_batch(settings: Settings, state: EnvState, params: EnvParams) -> Obs
     """The observation, graph or flat as in `settings`, leaves [B, ...]."""
     now, state = params.at(state.step), state.visible()
     share = None if settings.prefix_share == "off" else prefix_share(settings, state, now)
-    observation = observe(state, now, settings.queue_nodes, settings.slots, settings.drop, share)
+    observation = observe(state, now, settings.queue_nodes, settings.slots, settings.drop, settings.features, share)
     return flatten(observation) if settings.obs == "flat" else observation
 
 
@@ -195,7 +196,7 @@ def _count(
     return state.replace(totals=totals, recent_latency=kept * state.recent_latency + (1 - kept) * mean)
 
 
-def _move_on(state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> EnvState:
+def _move_on(settings: Settings, state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> EnvState:
     """Moves the origin of times to the arrival. If an episode begins, the state is then the same as after a reset."""
     waited = jnp.maximum(jnp.max(state.engines.clock, axis=0), 0)
     gap = jnp.where(turn.takes_part, jnp.where(turn.ends, waited, turn.arrival.gap), 0)
@@ -209,19 +210,22 @@ def _move_on(state: EnvState, turn: Turn, qos: jax.Array, params: EnvParams) -> 
     recent_gap = state.recent_gap + jnp.where(turn.takes_part, change, 0)
     engines = restart(shift_time(state.engines, gap, params.engines), begins)
     queued = state.queued.replace(arrival=state.queued.arrival - gap)
-    scrape = state.scrape
-    if scrape is not None and params.signal_delay is not None:
-        present = Scrape(engines, queued, scrape.age + gap)
-        scrape = _scrape(scrape, present, turn.takes_part & (begins | (present.age >= params.signal_delay)))
 
     def arrived(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(turn.takes_part, new, old)
 
+    request = jax.tree.map(arrived, turn.arrival.request, state.request)
+    scrape = state.scrape
+    if scrape is not None:
+        seen = counted(engines, queued, request, params.engines) if settings.signals == "counts" else (engines, queued)
+        present = Scrape(*seen, scrape.age + gap)
+        delay = 0 if params.signal_delay is None else params.signal_delay
+        scrape = _scrape(scrape, present, turn.takes_part & (begins | (present.age >= delay)))
     return state.replace(
         engines=engines,
         queued=queued,
         scrape=scrape,
-        request=jax.tree.map(arrived, turn.arrival.request, state.request),
+        request=request,
         workload=jax.tree.map(arrived, turn.arrival.workload, state.workload),
         step=jnp.where(begins, 0, state.step),
         recent_gap=jnp.where(begins, 0, recent_gap),

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.errors import UserError, require_known
-from jaxroute.routers import paper, planning, prefixes, rollout, serving
+from jaxroute.routers import linear, paper, planning, prefixes, rollout, serving
 from jaxroute.routers.choice import Router, RuleRouter
 
 Parameters = dict[str, float | int]
@@ -91,6 +91,7 @@ _RULES = {
         "RouteBalance",
         {"latency_weight": Range(1e-3, 10, log=True), "cost_weight": Range(1e-4, 1, log=True)},
     ),
+    "universal": RouterSpec(linear.universal, "Universal"),
     "block": RouterSpec(planning.block, "Block"),
     "lookahead": RouterSpec(planning.lookahead, "Lookahead"),
     "clairvoyant": RouterSpec(planning.clairvoyant, "Clairvoyant", honest=False),
@@ -105,8 +106,16 @@ _RULES = {
 }
 """A new router is one entry here; configuration, help texts, tables and pictures follow from it."""
 
-# `bert_router` with admission is `feasible_best`, and the planning routers drop on their own.
-_WITHOUT_ADMISSION = ("bert_router", "feasible_best", "lookahead", "clairvoyant", "rollout", "rollout_clairvoyant")
+# `bert_router` with admission is `feasible_best`, and the universal and the planning routers drop on their own.
+_WITHOUT_ADMISSION = (
+    "bert_router",
+    "feasible_best",
+    "universal",
+    "lookahead",
+    "clairvoyant",
+    "rollout",
+    "rollout_clairvoyant",
+)
 _WITH_ADMISSION = {
     f"{name}+admission": spec._replace(
         label=f"{spec.label} + admission", ranges={**spec.ranges, **_ADMISSION}, fixed={"admission": 1.0}
