@@ -159,10 +159,11 @@ def test_the_record_is_what_calibrate_reads(tmp_path):
     assert lines[-1]["outcome"] == "failed" and "five words" not in str(lines)
 
 
-@pytest.mark.parametrize("kind", ["han", "flat"])
-def test_a_run_is_a_router_with_its_own_limit_and_scale(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "features"), [("han", "standard"), ("flat", "standard"), ("han", "relative")])
+def test_a_run_is_a_router_with_its_own_limit_scale_and_features(tmp_path, kind, features):
     network = [f"network.kind={kind}", "network.hidden=8", "network.heads=2", "network.layers=1", "network.mlp=[4]"]
-    config = load_config(None, [*network, "environment.slots=8", "environment.latency_limit=0.02"])
+    own = ["environment.slots=8", "environment.latency_limit=0.02", f"environment.features={features}"]
+    config = load_config(None, [*network, *own])
     experiment, run = build_experiment(config), tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(config_text(config))
@@ -185,6 +186,16 @@ def test_a_run_is_a_router_with_its_own_limit_and_scale(tmp_path, kind):
     decided = Decider(env, router, params)(Ledger(3, env.slots, np.full(3, 0.015)), 1.0, asked, np.full(3, True))
     wanted = int(policy_router(experiment.network, trained)(jax.random.key(0), observation, state, experiment.params))
     assert decided.expert == (wanted if wanted < 3 else None)
+
+
+def test_the_universal_router_needs_no_training(tmp_path):
+    """On idle servers that are alike but for their scores, the best one; on a full one the other."""
+    path = write_cluster(tmp_path / "experts.yaml", [MockServer() for _ in range(2)])
+    env, router, params = router_of("universal", load_cluster(path))
+    asked = Asked(20, np.full(2, 50, np.int32), np.array([0.5, 0.8], np.float32), 10.0)
+    decide, ledger = Decider(env, router, params), Ledger(2, env.slots, np.full(2, 0.015))
+    assert decide(ledger, 1.0, asked, np.full(2, True)).expert == 1
+    assert decide(ledger, 1.0, asked, np.array([True, False])).expert == 0
 
 
 def test_the_sidecar_routes_for_others(tmp_path):

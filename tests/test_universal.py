@@ -90,6 +90,9 @@ def test_relative_features_are_what_they_say(name: str):
             "kv_ahead": kv_ahead,
             "kv_ahead_squared": kv_ahead**2 / 3,
             "demand": demand / (1 + demand),
+            "demand_squared": (demand / (1 + demand)) ** 2,
+            "impact_by_demand": names["impact"][expert] * demand / (1 + demand),
+            "least_latency_use": names["latency_use"].min(),
             "prefill_ahead": ahead / (1 + ahead),
             "slack_taken": 10 * taken / (1 + 10 * taken),
         }

@@ -25,6 +25,7 @@ from jaxroute.environment.abandonment import require_cancelling
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.random_clusters import random_cluster
 from jaxroute.environment.registry import SCENARIOS, make
+from jaxroute.environment.settings import Features
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError
 from jaxroute.simulator.engine import EngineParams
@@ -76,7 +77,7 @@ def _build(config: Config) -> Experiment:
     options = {key: value for key, value in vars(environment).items() if key not in own and value is not None}
     if training.start == "universal":
         _require_universal(config)
-        options["features"] = "relative"
+        options["features"] = observed_features(config)
     if config.workload.arrivals.kind is None:  # the scenario reads the trace, if there is one
         options |= _reading_options(config.workload.arrivals)
     try:
@@ -194,6 +195,13 @@ def _training_clusters(env: RoutingEnvironment, params: EnvParams, config: Confi
     fields += [name for name in ("latency_limit", *OPTIONAL) if getattr(environment, name) is not None]
     same = {name: getattr(params, name) for name in fields}
     return stacked.replace(**same), axes.replace(**jax.tree.map(lambda _: None, same))
+
+
+def observed_features(config: Config) -> Features:
+    """The experts' features that the configuration's network reads."""
+    if config.training.start == "universal":
+        return "relative"
+    return config.environment.features or "standard"
 
 
 def _require_universal(config: Config) -> None:

@@ -44,8 +44,11 @@ RELATIVE_FEATURES = (
     "kv_ahead",
     "kv_ahead_squared",
     "demand",
+    "demand_squared",
+    "impact_by_demand",
     "prefill_ahead",
     "slack_taken",
+    "least_latency_use",
 )
 """Names of an expert's features with `Settings.features` "relative", instead of `EXPERT_FEATURES` (`relative`)."""
 

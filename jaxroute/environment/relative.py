@@ -44,7 +44,9 @@ def relative_features(state: EnvState, params: EnvParams, ahead: Forecast) -> tu
     experts = jnp.maximum((params.engines.max_model_len > 0).sum(0), 1)
     seconds = length * limit * taken + prefill * limit / slack
     demand = jnp.where(state.step > 0, seconds / experts / jnp.maximum(state.recent_gap, 1e-9), 0)
+    demand = demand / (1 + demand)
     prefill_ahead = ahead.prefill_time / (limit * length)
+    least = jnp.where(params.engines.max_model_len > 0, latency_use, _MOST).min(0)
     return (
         batch_use,
         batch_use**2 / _MOST,
@@ -52,7 +54,10 @@ def relative_features(state: EnvState, params: EnvParams, ahead: Forecast) -> tu
         latency_use**2 / _MOST,
         kv_ahead,
         kv_ahead**2 / _MOST,
-        demand / (1 + demand),
+        demand,
+        demand**2,
+        ahead.impact * demand,
         prefill_ahead / (1 + prefill_ahead),
         _TAKEN * taken / (1 + _TAKEN * taken),
+        least + jnp.zeros_like(latency_use),
     )

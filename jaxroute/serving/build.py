@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 
 from jaxroute.agent.trainer import policy_router
-from jaxroute.config.build import build_network
+from jaxroute.config.build import build_network, observed_features
 from jaxroute.config.loader import load_saved_config
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import make, params_of
@@ -61,11 +61,12 @@ def make_dispatcher(
 def router_of(name: str, cluster: Cluster, never_drop: bool = False) -> tuple[RoutingEnvironment, Router, EnvParams]:
     """The environment of the cluster, the router of this name or run folder, and parameters. Raises `UserError`."""
     run, count = Path(name), len(cluster.experts)
-    limit, scale, queue_nodes, network = LATENCY_LIMIT, TOKEN_SCALE, 10, None
+    limit, scale, queue_nodes, features, network = LATENCY_LIMIT, TOKEN_SCALE, 10, "standard", None
     if name not in ROUTERS:
         require_run_or_router(run)
         config = load_saved_config(run / "config.yaml")
         network, queue_nodes = build_network(config.network), config.environment.queue_nodes
+        features = observed_features(config)
         # Times and lengths in the observation are relative to these two, so they are as in training.
         chosen = {key: getattr(config.environment, key) for key in ("path", "profile", "experts")}
         trained = make(config.environment.id, **{key: value for key, value in chosen.items() if value is not None})[1]
@@ -79,6 +80,7 @@ def router_of(name: str, cluster: Cluster, never_drop: bool = False) -> tuple[Ro
         num_experts=count,
         slots=cluster.slots,
         queue_nodes=queue_nodes,
+        features=features,
         penalty="off",
         metrics="off",
         drop=not never_drop,
