@@ -1,7 +1,7 @@
 """Speed where it is real: the environment's step, and a comparison of five routers, in registered environments.
 
 python -m benchmarks.scenarios step [ENVIRONMENT ... | CONFIG.yaml key=value ...]  # decisions/s, Shortest Queue First
-python -m benchmarks.scenarios evaluation [ENVIRONMENT ...]  # seconds for 20 episodes of 5,000 requests, compiled before
+python -m benchmarks.scenarios evaluation [ENVIRONMENT ...]  # seconds for 20 episodes of 5,000 requests
 """
 
 from __future__ import annotations
