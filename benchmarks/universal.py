@@ -36,12 +36,14 @@ from jaxroute.runs.devices import use_all_cores
 HERE = Path(__file__).parent
 RESULTS, PICTURE = HERE / "universal.json", HERE / "pictures" / "universal.png"
 RULE, DECISIONS = "index_rule+admission", 200_000
-EXPERTS, EPISODES, LENGTH, SEED = 6, 4, 1500, 11
+EXPERTS, EPISODES, LENGTH, TUNING_LENGTH, SEED = 6, 4, 1500, 1000, 11
 
 
 def weights(run: Path) -> None:
     """Writes the linear part of the policy of `run`, which is all of a start that nothing was added to."""
     experiment = build_experiment(load_saved_config(run / "config.yaml"))
+    if experiment.env.features != "relative":
+        sys.exit(f"error: {run}: its features are not the relative ones; train with configs/universal.yaml")
     params = load_params(run, experiment.network, experiment.env, experiment.params)
     linear = params["params"]["actor"]["linear"]
     values = [*np.asarray(linear["weight"])[0].tolist(), *np.asarray(linear["drop"]).tolist()]
@@ -53,13 +55,16 @@ def weights(run: Path) -> None:
 def clusters(count: int) -> None:
     """The universal router, the rule tuned to each cluster, and Shortest Queue First on the first held-out clusters."""
     env, _ = jaxroute.make("random-cluster", num_experts=EXPERTS, queue_nodes=1)
-    search, env = env, replace(env, episode_length=LENGTH)
+    env, search = (replace(env, episode_length=length) for length in (LENGTH, TUNING_LENGTH))
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for number in range(HELD_OUT, HELD_OUT + count):
         if str(number) in found:
             continue
         params = random_cluster(number, EXPERTS, env.slots, LENGTH)
-        tuned = tune_routers(search, params, [RULE], decisions=DECISIONS, keep=False)[RULE]
+        of_search = random_cluster(
+            number, EXPERTS, env.slots, TUNING_LENGTH
+        )  # what changes then is in its episodes too
+        tuned = tune_routers(search, of_search, [RULE], decisions=DECISIONS, keep=False)[RULE]
         routers = {"universal": make_router("universal", env), RULE: make_router(RULE, env, **tuned.parameters)}
         routers["shortest_queue"] = make_router("shortest_queue", env)
         values = evaluate_routers(env, params, routers, EPISODES, SEED)
