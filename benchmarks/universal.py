@@ -61,9 +61,7 @@ def clusters(count: int) -> None:
         if str(number) in found:
             continue
         params = random_cluster(number, EXPERTS, env.slots, LENGTH)
-        of_search = random_cluster(
-            number, EXPERTS, env.slots, TUNING_LENGTH
-        )  # what changes then is in its episodes too
+        of_search = random_cluster(number, EXPERTS, env.slots, TUNING_LENGTH)  # with its changes
         tuned = tune_routers(search, of_search, [RULE], decisions=DECISIONS, keep=False)[RULE]
         routers = {"universal": make_router("universal", env), RULE: make_router(RULE, env, **tuned.parameters)}
         routers["shortest_queue"] = make_router("shortest_queue", env)

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 import jaxroute
+from jaxroute.config.build import build_experiment
+from jaxroute.config.loader import load_config
 from jaxroute.environment.few_slots import FEW_SLOTS
 from jaxroute.environment.signals import counted
+from jaxroute.simulator.cluster import AFTER_ALL, run_until
 from jaxroute.simulator.disciplines import used_blocks
 from tests.rollouts import CHEAP_COMPILE, rollout
 
@@ -140,7 +143,31 @@ def test_requests_behind_equal_gauges_make_no_difference(counts):
             assert router(jax.random.key(0), None, behind, params) == router(jax.random.key(0), None, state, params)
 
 
-def test_counts_need_engines_that_have_nothing_else(case):
-    env, params = jaxroute.make("paper-3", engine="vllm-0.33", signals="counts")
-    with pytest.raises(jaxroute.UserError, match="signals=counts needs engines without prefix caching"):
+def test_what_is_seen_can_run(counts):
+    """So that routers that simulate have a future: every request that is seen ends, after half of its output."""
+    env, params, run = counts
+    with jax.enable_x64(True):
+        seen = jax.tree.map(jnp.asarray, run.before.scrape)
+        ends = jax.vmap(lambda engines: run_until(engines, AFTER_ALL, params.engines)[0].finish_time)
+        finish = jax.jit(ends, compiler_options=CHEAP_COMPILE)(seen.engines)
+    there = np.arange(SLOTS)[:, None] < np.asarray(seen.engines.num_requests)[:, None]
+    assert np.isfinite(finish[there]).all() and there.sum() > 500
+    state, running = seen.engines, np.arange(SLOTS)[:, None] < np.asarray(seen.engines.num_running)[:, None]
+    held = np.asarray(state.prompt_tokens + state.generated - 1)
+    np.testing.assert_array_equal(np.asarray(state.computed)[running], held[running])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"engine": "vllm-0.33"}, "signals=counts needs engines without prefix caching"),
+        ({"discipline": "orca"}, "signals=counts needs engines whose used blocks grow"),
+    ],
+)
+def test_counts_need_engines_that_have_nothing_else(changes, words):
+    env, params = jaxroute.make("paper-3", signals="counts", **changes)
+    with pytest.raises(jaxroute.UserError, match=words):
         env.reset(jax.random.key(0), params)
+    overrides = ["environment.signals=counts", *(f"environment.{key}={value}" for key, value in changes.items())]
+    with pytest.raises(jaxroute.UserError, match=f"environment.signals: {words}"):
+        build_experiment(load_config(None, overrides))

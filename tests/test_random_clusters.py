@@ -111,6 +111,8 @@ def test_it_keeps_the_contract():
 def test_a_bad_number_is_one_clear_line(number):
     with pytest.raises(jaxroute.UserError, match="number of a random cluster"):
         jaxroute.make("random-cluster", number=number)
+    with pytest.raises(jaxroute.UserError, match="two_limits of a random cluster"):
+        jaxroute.make("random-cluster", number=np.int64(3), two_limits="no")
 
 
 @pytest.mark.parametrize(("number", "wanted"), [(0, "d2ab1db6065d99ec"), (HELD_OUT, "0d610d1724cde7d7")])

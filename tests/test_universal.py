@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxroute
+from jaxroute.agent.router_network import RouterNetwork, with_linear_policy
 from jaxroute.commands import train
 from jaxroute.config.build import build_experiment
 from jaxroute.config.loader import load_config
@@ -168,10 +169,13 @@ def test_a_training_on_clusters_and_one_that_starts_with_the_universal_router(tm
 
 
 def test_the_universal_start_is_the_universal_policy():
+    """Its logits are the linear values, but for what the perceptrons add at first."""
     env, params = jaxroute.make("bursts-3", features="relative", slots=12, queue_nodes=1)
     observation, _ = state_of(env, params, 30)
-    values = linear_values(jnp.asarray(universal_weights()), observation)
-    assert values.shape == (4,) and np.isfinite(values).all()
+    network, weights = RouterNetwork(hidden=8, heads=2, layers=1, mlp=(8,)), jnp.asarray(universal_weights())
+    variables = with_linear_policy(network.init(jax.random.key(0), observation), weights)
+    logits, _ = network.apply(variables, observation)
+    np.testing.assert_allclose(logits, linear_values(weights, observation), atol=0.05)
 
 
 def test_what_it_cannot_start_is_one_clear_line(tmp_path, capsys):
@@ -181,7 +185,16 @@ def test_what_it_cannot_start_is_one_clear_line(tmp_path, capsys):
     ):
         line = refused(capsys, train.main, *TINY, "training.start=universal", *changes, "--out", tmp_path / "run")
         assert words in line
-    line = refused(capsys, train.main, *TINY, "training.clusters=2", "--out", tmp_path / "run")
-    assert "training.clusters: only random-cluster has clusters" in line
-    line = refused(capsys, train.main, "environment.number=2", "--out", tmp_path / "run")
-    assert "number" in line and not (tmp_path / "run").exists()
+    cluster = ("environment.id=random-cluster", "training.clusters=2")
+    for changes, words in (
+        (["training.clusters=2"], "training.clusters: only random-cluster has clusters"),
+        (["environment.number=2"], "environment.number: only random-cluster has it"),
+        ([*cluster, "training.rate_range=[1, 2]"], "training.clusters: each cluster has its own requests, rate and"),
+        (
+            [*cluster, "workload.arrivals.kind=poisson", "workload.arrivals.rate=2"],
+            "training.clusters: each cluster has",
+        ),
+        ([*cluster, "training.clusters=9"], "training.clusters: 9 clusters for 4 environments"),
+    ):
+        assert words in refused(capsys, train.main, *TINY, *changes, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -47,18 +47,19 @@ def linear_start(
     done: Callable[[int, float], None] = lambda decisions, qos: None,
     first: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Weights float32 [Fe + 1] of the linear policy (`router_network.withlinear_policy`) with the highest mean QoS.
+    """Weights float32 [Fe + 1] of the linear policy (`router_network.with_linear_policy`) with the highest mean QoS.
 
     The search is CMA-ES with `decisions` simulated decisions in all, on new episodes in each generation. The standard
     deviation of a weight in its first generation is inverse to that of the feature under `FIRST_GUESS`, for which 9,600
     further decisions are simulated: a feature may vary by hundredths in one cluster and by tens in another. `params`
-    and `axes` are those of the training environments. Where these differ, each generation takes the next ones in turn,
-    and all of them count alike: a generation's QoS in one is taken relative to its mean and standard deviation there.
+    and `axes` are those of the training environments; of leaves that differ between them, a generation uses some. Where
+    the engines differ, each generation takes the next clusters in turn, and all of them count alike: a policy's QoS in
+    one is taken relative to the mean and the standard deviation of the generation there.
     `done` is called after each generation with the number of decisions and the generation's mean QoS. `first`, float
     [Fe + 1], are weights as this function returns them, with which the search begins instead of `FIRST_GUESS`.
     """
     environments = _rows(params, axes)
-    differ = environments > 1
+    differ = axes is not None and bool(jax.tree.leaves(axes.engines))
     env = for_search(env, _CLUSTER_LENGTH if differ else _LENGTH)
     episodes = _CLUSTERS if differ else _EPISODES
     per_generation = _POPULATION * episodes * env.episode_length
@@ -131,7 +132,7 @@ def _rows(params: EnvParams, axes: EnvParams | None) -> int:
     counts = jax.tree.map(
         lambda axis, leaf: None if axis is None else len(leaf), axes, params, is_leaf=lambda axis: axis is None
     )
-    return jax.tree.leaves(counts)[0] if jax.tree.leaves(counts) else 1
+    return next(iter(jax.tree.leaves(counts)), 1)
 
 
 def _episode_qos(
@@ -176,12 +177,7 @@ def _linear_qos_in_turn(
     def run(weights: jax.Array, keys: jax.Array, places: jax.Array, params: EnvParams) -> jax.Array:
         def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
             key, place = inputs
-            own = jax.tree.map(
-                lambda axis, leaf: leaf if axis is None else leaf[place],
-                axes,
-                params,
-                is_leaf=lambda axis: axis is None,
-            )
+            own = picked(axes, params, place)
 
             def of(weights: jax.Array) -> jax.Array:
                 router = jax.tree_util.Partial(linear_policy, weights)

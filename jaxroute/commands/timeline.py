@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxroute.agent.trainer import policy_router
-from jaxroute.config.build import Experiment, build_experiment, build_network
+from jaxroute.config.build import Experiment, build_experiment, build_network, observed_features
 from jaxroute.config.loader import load_config, load_saved_config
 from jaxroute.console import print_notes, report_console
 from jaxroute.errors import UserError, command
@@ -107,5 +107,8 @@ def _report(out: Path, episodes: Sequence[Episode]) -> None:
 
 def _trained(experiment: Experiment, run: Path) -> Router:
     """The trained router in the folder `run`, for the environment of the episode."""
-    network = build_network(load_saved_config(run / "config.yaml").network)
+    config = load_saved_config(run / "config.yaml")
+    if observed_features(config) != experiment.env.features:
+        raise UserError(f"{run}: reads other features; set environment.features={observed_features(config)}")
+    network = build_network(config.network)
     return policy_router(network, load_params(run, network, experiment.env, experiment.params))

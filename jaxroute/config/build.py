@@ -1,5 +1,6 @@
 """Builds the environment, network and learner that a configuration describes."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.random_clusters import random_cluster
 from jaxroute.environment.registry import SCENARIOS, make
 from jaxroute.environment.settings import Features
+from jaxroute.environment.signals import require_counts
 from jaxroute.environment.state import EnvParams
 from jaxroute.errors import UserError
 from jaxroute.simulator.engine import EngineParams
@@ -42,6 +44,9 @@ from jaxroute.workload import (
 from jaxroute.workload.arrivals import Arrivals
 from jaxroute.workload.reading import Reading, collect_readings
 from jaxroute.workload.table import Trace
+
+OF_CLUSTERS = ("number", "num_experts", "two_limits")
+"""Keys of the environment's section that only random-cluster has."""
 
 OPTIONAL = ("ttft_limit", "tpot_limit", "token_price", "patience", "signal_delay")
 """Keys of the environment's section that are fields of `EnvParams` if they are set."""
@@ -75,6 +80,9 @@ def _build(config: Config) -> Experiment:
     # `make` takes all by the same names but what is traced, which is set below.
     own = ("id", "latency_limit", "penalty_weight", *OPTIONAL)
     options = {key: value for key, value in vars(environment).items() if key not in own and value is not None}
+    for key in OF_CLUSTERS:
+        if key in options and environment.id != "random-cluster":
+            raise UserError(f"environment.{key}: only random-cluster has it; set environment.id=random-cluster")
     if training.start == "universal":
         _require_universal(config)
         options["features"] = observed_features(config)
@@ -84,6 +92,8 @@ def _build(config: Config) -> Experiment:
         env, params = make(environment.id, **options)
     except UserError as error:
         raise UserError(f"environment.id={environment.id}: {error}") from None
+    if env.signals == "counts":
+        _named("environment.signals", lambda: require_counts(params.engines))
     limit = params.latency_limit if environment.latency_limit is None else environment.latency_limit
     numbered = tuple(f"expert {number}" for number in range(env.num_experts))
     experts = environment.experts or SCENARIOS.get(environment.id, numbered)
@@ -183,10 +193,19 @@ def _training_clusters(env: RoutingEnvironment, params: EnvParams, config: Confi
     What the configuration sets is the same for all. Raises `UserError` for another environment than random-cluster.
     """
     environment, training = config.environment, config.training
-    if environment.id != "random-cluster" or training.clusters is None:
+    count, arrivals, requests = training.clusters, config.workload.arrivals, config.workload.requests
+    if environment.id != "random-cluster" or count is None:
         raise UserError("training.clusters: only random-cluster has clusters; set environment.id=random-cluster")
+    if count > training.num_envs:
+        raise UserError(f"training.clusters: {count} clusters for {training.num_envs} environments; raise num_envs")
+    others = training.rate_range, training.latency_limit_range, arrivals.kind, requests.true_lengths or None
+    if any(value is not None for value in others) or requests.kind != "frozen":
+        raise UserError(
+            "training.clusters: each cluster has its own requests, rate and limit; leave the workload, "
+            "training.rate_range and training.latency_limit_range out"
+        )
     sizes = env.num_experts, env.slots, env.episode_length, bool(environment.two_limits)
-    clusters = [random_cluster(number, *sizes) for number in range(min(training.clusters, training.num_envs))]
+    clusters = [random_cluster(number, *sizes) for number in range(count)]
     stacked: EnvParams = jax.tree.map(
         lambda *leaves: jnp.asarray(np.stack(leaves)[np.arange(training.num_envs) % len(leaves)]), *clusters
     )
@@ -195,6 +214,14 @@ def _training_clusters(env: RoutingEnvironment, params: EnvParams, config: Confi
     fields += [name for name in ("latency_limit", *OPTIONAL) if getattr(environment, name) is not None]
     same = {name: getattr(params, name) for name in fields}
     return stacked.replace(**same), axes.replace(**jax.tree.map(lambda _: None, same))
+
+
+def _named(key: str, check: Callable[[], None]) -> None:
+    """Puts the name of a key in front of an error of `check`."""
+    try:
+        check()
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def observed_features(config: Config) -> Features:

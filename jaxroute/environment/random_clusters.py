@@ -6,6 +6,7 @@ can be stacked for `jax.vmap` or `jax.lax.map`.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def random_cluster(
     the load is relative to what the cluster serves in time with `slots` requests an expert. `two_limits`: a request has
     limits on TTFT and TPOT instead of one on its latency per token. Raises `UserError`.
     """
-    _check(number)
+    number, two_limits = _checked(number), _boolean(two_limits)
     random = np.random.default_rng((_SEED, number, num_experts))
     there = np.sort(random.permutation(num_experts)[: 1 + random.integers(num_experts)])
     latencies, engines = _engines(random, num_experts)
@@ -77,9 +78,19 @@ def random_cluster(
     return params
 
 
-def _check(number: Any) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise UserError(f"number of a random cluster: must be a whole number of 0 or more, not {number!r}")
+def _checked(number: Any) -> int:
+    try:
+        if not isinstance(number, bool) and operator.index(number) >= 0:
+            return operator.index(number)
+    except TypeError:
+        pass
+    raise UserError(f"number of a random cluster: must be a whole number of 0 or more, not {number!r}")
+
+
+def _boolean(two_limits: Any) -> bool:
+    if not isinstance(two_limits, bool):
+        raise UserError(f"two_limits of a random cluster: must be True or False, not {two_limits!r}")
+    return two_limits
 
 
 def random_environment(

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 
 from jaxroute.agent.trainer import policy_router
-from jaxroute.config.build import build_network, observed_features
+from jaxroute.config.build import OF_CLUSTERS, build_network, observed_features
 from jaxroute.config.loader import load_saved_config
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.registry import make, params_of
@@ -68,7 +68,7 @@ def router_of(name: str, cluster: Cluster, never_drop: bool = False) -> tuple[Ro
         network, queue_nodes = build_network(config.network), config.environment.queue_nodes
         features = observed_features(config)
         # Times and lengths in the observation are relative to these two, so they are as in training.
-        chosen = {key: getattr(config.environment, key) for key in ("path", "profile", "experts")}
+        chosen = {key: getattr(config.environment, key) for key in ("path", "profile", "experts", *OF_CLUSTERS)}
         trained = make(config.environment.id, **{key: value for key, value in chosen.items() if value is not None})[1]
         limit = config.environment.latency_limit or float(trained.latency_limit)
         scale = float(trained.token_scale)

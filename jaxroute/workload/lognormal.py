@@ -37,7 +37,7 @@ class LognormalRequests(WithMeanScores, struct.PyTreeNode):
         return 4 + 4 * self.num_experts
 
     def sample(self, uniforms: jax.Array, row: jax.Array) -> Request:
-        """A request from `uniforms` [draws]."""
+        """A request from `uniforms` [draws], strictly between 0 and 1."""
         del row
         normals = jnp.sqrt(2.0) * jax.lax.erf_inv(2 * uniforms - 1)
         prompt, length, difficulty, difficulty_noise = normals[:4]
