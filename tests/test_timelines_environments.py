@@ -7,6 +7,7 @@ request's number, and the counts of an expert. The timeline runs the engines aga
 from __future__ import annotations
 
 import csv
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxroute.evaluation import episodes
 from jaxroute.timelines.collect import DROPPED, MET, MISSED, REJECTED, Episode, collect
 
 LENGTH = 90
+FOUR_EXPERTS = 2  # the number of a random cluster that has them all, and no disturbance
 LABELS = {
     "slowdown-3": "iterations take 3 times as long",
     "failure-3": "hangs",
@@ -32,7 +34,9 @@ latency_limit: 0.04
 """
 
 
-def options_of(name: str, folder) -> dict[str, str]:
+def options_of(name: str, folder) -> dict[str, Any]:
+    if name == "random-cluster":
+        return {"number": FOUR_EXPERTS, "num_experts": 4}
     if name == "cluster":
         (folder / "experts.yaml").write_text(CLUSTER)
         return {"path": str(folder / "experts.yaml")}
