@@ -89,6 +89,22 @@ def test_the_estimated_share_is_that_of_what_was_sent_lately(case):
     assert run.observation.expert[:, :, -1].max() > 0.5
 
 
+def test_what_an_expert_is_expected_to_hold_needs_no_prefill(case):
+    """The predicted latency is shorter by the prefill of the share, and the chance to meet the limit is not smaller."""
+    without = dataclasses.replace(case.env, prefix_share="off")
+    before = jax.tree.map(lambda leaf: leaf[1:], case.run.before)
+    with jax.enable_x64(True):
+        blind = np.asarray(jax.vmap(lambda state: without.observe(state, case.params).expert)(before))
+    seen = np.asarray(case.run.observation.expert[: len(blind)])
+    latency, qos = EXPERT_FEATURES.index("predicted_latency"), EXPERT_FEATURES.index("expected_qos")
+    request, limit = before.request, float(case.params.latency_limit)
+    tokens, prompt = np.asarray(request.predicted_output_tokens), np.asarray(request.prompt_tokens)[:, None]
+    seconds = [values[..., latency] / (1 - values[..., latency]) * limit * tokens for values in (blind, seen)]
+    saved = np.asarray(case.params.engines.latency.per_prefill_token) * prompt * seen[..., -1]
+    np.testing.assert_allclose(seconds[0] - seconds[1], saved, rtol=1e-3, atol=1e-4)
+    assert (seen[..., qos] >= blind[..., qos] - 1e-6).all() and (seen[..., qos] > blind[..., qos] + 0.01).any()
+
+
 def test_the_exact_share_is_what_an_engine_would_find(case):
     exact = dataclasses.replace(case.env, prefix_share="exact")
     with jax.enable_x64(True):

@@ -14,6 +14,7 @@ from jaxroute.environment.state import EnvParams, EnvState
 from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import prefix_sum, total
 from jaxroute.simulator.latency import iteration_time, prefill_time
+from jaxroute.workload.request import Request
 
 SPREAD_DONE, SPREAD_AHEAD = 0.02, 0.15
 """Standard error of a predicted latency, relative to the limit: for a request at its end, and in addition for one that
@@ -31,8 +32,11 @@ class Forecast(NamedTuple):
     prefill_time: jax.Array  # s, to prefill the waiting requests
 
 
-def forecast(state: EnvState, params: EnvParams) -> Forecast:
+def forecast(state: EnvState, params: EnvParams, prefix_share: jax.Array | None = None) -> Forecast:
     """The forecast of the arriving request at each expert, for arrays with any axes behind [S, N].
+
+    `prefix_share`, float [N, ...], is the share of its prompt that each expert is expected to hold, which it need not
+    prefill; None: nothing. Of waiting requests, whole prompts are prefilled.
 
     A request's finish is predicted as in `impact.predicted_impact`, but with the decode time of a batch of all
     requests, waiting ones included. Its chance is a logistic function of the slack, instead of a step: what is near to
@@ -50,7 +54,7 @@ def forecast(state: EnvState, params: EnvParams) -> Forecast:
     alone = iteration_time(latency, jnp.int32(0), batch, context)
     joined = iteration_time(latency, jnp.int32(0), batch + 1, context + own_context)
 
-    own_prefill = prefill_time(latency, request.prompt_tokens)
+    own_prefill = prefill_time(latency, tokens_to_prefill(request, prefix_share))
     needed = line.blocks[-1] + rule.held_blocks(request.prompt_tokens + 1, params.engines)
     own_unseated = (needed > rule.admissible_blocks(params.engines)) | (batch >= params.engines.max_num_seqs)
     turnover, prefills = line.turnover(alone, remaining), line.prefill_time
@@ -76,3 +80,8 @@ def forecast(state: EnvState, params: EnvParams) -> Forecast:
         remaining_tokens=total(remaining),
         prefill_time=prefills[-1],
     )
+
+
+def tokens_to_prefill(request: Request, prefix_share: jax.Array | None) -> jax.Array:
+    """Prompt tokens of the arriving request, [N, ...] or [...], that an expert is not expected to hold."""
+    return request.prompt_tokens if prefix_share is None else request.prompt_tokens * (1 - prefix_share)

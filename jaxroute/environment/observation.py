@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxroute.environment.forecast import forecast
+from jaxroute.environment.forecast import forecast, tokens_to_prefill
 from jaxroute.environment.impact import decode_time, expected_length
 from jaxroute.environment.relative import relative_features
 from jaxroute.environment.settings import Features, QueueNodes, Settings
@@ -190,9 +190,9 @@ def observe(
         stacked = jnp.stack([jnp.where(mask, feature, 0).astype(jnp.float32) for feature in features])
         return stacked.transpose(3, 2, 1, 0), mask.transpose(2, 1, 0)
 
-    ahead = forecast(state, params)
+    ahead = forecast(state, params, prefix_share)
     forecast_features = ahead.expected_qos, ahead.impact, _squash(ahead.at_risk)
-    prefill = params.engines.latency.per_prefill_token * request.prompt_tokens
+    prefill = params.engines.latency.per_prefill_token * tokens_to_prefill(request, prefix_share)
     finish = start + prefill + iteration * request.predicted_output_tokens
     expert = (
         used_blocks(engine, params.engines) / params.engines.usable_blocks,
@@ -208,7 +208,11 @@ def observe(
         _squash(ahead.prefill_time / own_limit / per_queue),
     )
     if features == "relative":
-        expert = (_score(request.predicted_score), *forecast_features, *relative_features(state, params, ahead))
+        expert = (
+            _score(request.predicted_score),
+            *forecast_features,
+            *relative_features(state, params, ahead, prefix_share),
+        )
     if prefix_share is not None:
         expert = (*expert, prefix_share)
     node_time = qos_rule.per_token(scale) * scale / (engine.num_requests.shape[0] * per_queue)

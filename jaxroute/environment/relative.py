@@ -7,7 +7,7 @@ that it would take there alone. Nothing is divided by a number of tokens or requ
 import jax
 import jax.numpy as jnp
 
-from jaxroute.environment.forecast import Forecast
+from jaxroute.environment.forecast import Forecast, tokens_to_prefill
 from jaxroute.environment.impact import expected_length
 from jaxroute.environment.state import EnvParams, EnvState
 from jaxroute.simulator.disciplines import rules
@@ -19,12 +19,18 @@ _MOST = 3.0  # uses are cut there; at 1, a request just meets its limit, or all 
 _TAKEN = 10.0  # one request takes some hundredths of the slack
 
 
-def relative_features(state: EnvState, params: EnvParams, ahead: Forecast) -> tuple[jax.Array, ...]:
-    """Those of `observation.RELATIVE_FEATURES` behind the first four, each float [N, ...]."""
+def relative_features(
+    state: EnvState, params: EnvParams, ahead: Forecast, prefix_share: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
+    """Those of `observation.RELATIVE_FEATURES` behind the first four, each float [N, ...].
+
+    `ahead` is the forecast, and `prefix_share`, float [N, ...], is as there.
+    """
     engine, request, latency = state.engines, state.request, params.engines.latency
     length = request.predicted_output_tokens.astype(float)
     limit = params.qos_rule.per_token(length)
-    prefill, context = prefill_time(latency, request.prompt_tokens), request.prompt_tokens + length / 2
+    prefill = prefill_time(latency, tokens_to_prefill(request, prefix_share))
+    context = request.prompt_tokens + length / 2
     alone = iteration_time(latency, jnp.int32(0), jnp.int32(1), context) + prefill / length
     slack = jnp.maximum(limit - alone, _LEAST_SLACK * limit)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.environment.environment import RoutingEnvironment
-from jaxroute.environment.observation import RELATIVE_FEATURES, RoutingGraph
+from jaxroute.environment.observation import RELATIVE_FEATURES, RoutingGraph, expert_features
 from jaxroute.environment.state import EnvParams, EnvState
 from jaxroute.routers.choice import actions_among
 
@@ -49,8 +49,10 @@ def universal(
 ) -> jax.Array:
     """The action with the highest value under a linear policy that was trained on random clusters (docs/universal.md).
 
-    It reads the features "relative" from the state, whatever the environment observes. Prefix caches count for nothing.
+    It reads the features "relative" from the state, whatever the environment observes. Where prompts share prefixes,
+    these count what an expert is expected to hold as computed.
     """
-    own = dataclasses.replace(env, obs="graph", queue_nodes=1, features="relative", prefix_share="off")
+    own = dataclasses.replace(env, obs="graph", queue_nodes=1, features="relative")
+    weights = jnp.asarray(universal_weights(expert_features(own)))
     seen = own.observe(state, params).replace(action_mask=actions_among(env, state, params, among))
-    return jnp.argmax(linear_values(jnp.asarray(universal_weights()), seen)).astype(jnp.int32)
+    return jnp.argmax(linear_values(weights, seen)).astype(jnp.int32)
