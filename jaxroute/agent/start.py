@@ -72,7 +72,7 @@ def linear_start(
     seen = _feature_spread(env, own_axes, jnp.asarray(origin, jnp.float32), keys, rows)
     spread = np.append(np.maximum(np.asarray(seen, np.float64), _SMALLEST), 1.0)
     search = Search(origin, _SPREAD / spread, _POPULATION, seed)
-    rows, own_axes = rows_of(params, axes, episodes)
+    rows, _ = rows_of(params, axes, _EPISODES)
     generations = max(1, decisions // per_generation)
     order = np.random.default_rng(seed).permutation(environments)
     for generation in range(generations):
@@ -135,13 +135,15 @@ def _rows(params: EnvParams, axes: EnvParams | None) -> int:
     return next(iter(jax.tree.leaves(counts)), 1)
 
 
+def _qos(env: RoutingEnvironment, router: Router, key: jax.Array, params: EnvParams) -> jax.Array:
+    """QoS, float [], of the episode of `key`."""
+    return run_episodes(env, [router], jnp.int32(0), key[None], params)["qos"][0]
+
+
 def _episode_qos(
     env: RoutingEnvironment, axes: EnvParams, router: Router, keys: jax.Array, rows: EnvParams
 ) -> jax.Array:
-    def one(key: jax.Array, params: EnvParams) -> jax.Array:
-        return run_episodes(env, [router], jnp.int32(0), key[None], params)["qos"][0]
-
-    return jax.vmap(one, (0, axes))(keys, rows).mean()
+    return jax.vmap(partial(_qos, env, router), (0, axes))(keys, rows).mean()
 
 
 _validate = jax.jit(_episode_qos, static_argnums=(0, 1))
@@ -179,11 +181,7 @@ def _linear_qos_in_turn(
             key, place = inputs
             own = picked(axes, params, place)
 
-            def of(weights: jax.Array) -> jax.Array:
-                router = jax.tree_util.Partial(linear_policy, weights)
-                return run_episodes(env, [router], jnp.int32(0), key[None], own)["qos"][0]
-
-            return jax.vmap(of)(weights)
+            return jax.vmap(lambda weights: _qos(env, jax.tree_util.Partial(linear_policy, weights), key, own))(weights)
 
         return jax.lax.map(one, (keys, places))
 

@@ -55,4 +55,4 @@ def universal(
     own = dataclasses.replace(env, obs="graph", queue_nodes=1, features="relative")
     weights = jnp.asarray(universal_weights(expert_features(own)))
     seen = own.observe(state, params).replace(action_mask=actions_among(env, state, params, among))
-    return jnp.argmax(linear_values(weights, seen)).astype(jnp.int32)
+    return linear_policy(weights, key, seen, state, params)
