@@ -2,8 +2,8 @@
 
     python -m tests.record_dynamics    # records them anew, for a new DYNAMICS_VERSION
 
-The cases cover every discipline, both kinds of observations, each form of the penalty, disturbances and bursts. Each
-is one program over a batch of two clusters, with more slots than the step works on while queues are short.
+The cases cover every discipline, both kinds of observations, each form of the penalty, disturbances, bursts and shared
+prefixes. Each is one program over two clusters, with more slots than the step works on while queues are short.
 """
 
 from __future__ import annotations
@@ -60,6 +60,13 @@ CASES = {
         (
             Cluster("quality-3", 22, (400, 400, 800), {"penalty_weight": 0.5}, workload="bursts-3"),
             Cluster("quality-3", 3, (400, 400, 800), {"latency_limit": 0.06}, workload="bursts-3"),
+        ),
+    ),
+    "prefixes": Case(
+        {"obs": "graph", "penalty": "predicted", "metrics": "exact"},
+        (
+            Cluster("chat-3", 14, (2600, 2600, 640), {"latency_limit": 0.035}, rate=14.0),
+            Cluster("chat-3", 12, (2600, 2600, 640), {"latency_limit": 0.035}, rate=18.0),
         ),
     ),
 }

@@ -20,7 +20,7 @@ from jaxroute.errors import UserError
 from jaxroute.simulator.engine import EngineState, empty_engine
 from jaxroute.workload.request import Request
 
-DYNAMICS_VERSION = 2
+DYNAMICS_VERSION = 3
 """Version of what environments compute, independent of the package's version. Only results of equal versions can be
 compared. A change of the observations, rewards or requests of a key increases it (tests/test_contract.py)."""
 
