@@ -172,7 +172,12 @@ EXAMPLES = [
     Example(
         "Mooncake",
         "jsonl",
-        lambda i, r: {"timestamp": r.time, "input_length": r.prompt, "output_length": r.output, "hash_ids": [i, 2]},
+        lambda i, r: {
+            "timestamp": r.time,
+            "input_length": r.prompt,
+            "output_length": r.output,
+            "hash_ids": list(range(i, i + -(-r.prompt // 512))),
+        },
         "timestamp",
         "input_length",
         "output_length",

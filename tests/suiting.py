@@ -42,6 +42,8 @@ TINY = Suite(
     selection=Episodes(3, 30, 20),
     evaluation=Episodes(3, 30, 10),
     short=Episodes(3, 30, 30),
+    engine="vllm-0.19",
+    untuned=("random",),
 )
 POINTS = {
     "a part half written": Point("before", "jaxroute.files:os.replace", 8),  # after those of the folder and the rules

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from jaxroute.commands.replay import main
-from jaxroute.simulator.replay import replay
+from jaxroute.errors import UserError
+from jaxroute.simulator.catalogue import load_profile
+from jaxroute.simulator.presets import PRESETS
+from jaxroute.simulator.replay import load_spec, replay
+from jaxroute.workload import load_trace
 from tests.reference.engine import simulate
+from tests.test_train import refused
 
+PROFILE = "rtx4090-llama-3.1-8b"
 GOOD = {"config": {}, "requests": [{"arrival_time": 0.0, "prompt_len": 3, "output_len": 2}]}
 
 
@@ -59,6 +68,81 @@ def test_v0_without_a_config_is_vllm_06_on_a_gpu():
     assert [r["finish_reason"] for r in got["per_request"].values()] == ["FINISHED_LENGTH_CAPPED", "FINISHED_IGNORED"]
     assert got["per_request"]["1"]["ignored_iter"] == 0
     assert got["per_request"]["0"]["finish_time"] < got["summary"]["end_time"]
+
+
+def mooncake(path: Path, *rows: tuple[int, Any]) -> Path:
+    """A trace of prompts of these numbers of tokens and hash_ids, 10 s apart."""
+    records = [
+        {"timestamp": 10_000 * index, "input_length": prompt, "output_length": 2, "hash_ids": ids}
+        for index, (prompt, ids) in enumerate(rows)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_hash_ids_say_what_prompts_share(tmp_path, capsys):
+    """Each stands for 512 tokens, the last one for the rest, which is shared only by a prompt that has it whole."""
+    trace = mooncake(tmp_path / "t.jsonl", (1200, [4, 5, 6]), (1300, [4, 5, 7]), (1200, [4, 5, 6]), (600, [8, 5]))
+    out = tmp_path / "out.json"
+    assert main([str(trace), "--engine", "vllm-0.33", "--out", str(out)]) == 0
+    got = json.loads(out.read_text())
+    assert [request["cached_tokens"] for request in got["per_request"].values()] == [0, 1024, 1184, 0]
+    assert f"{2208 / 4300:.1%} of tokens cached" in capsys.readouterr().out
+    assert main([str(trace), "--out", str(out)]) == 0
+    assert "cached" not in capsys.readouterr().out and "cached_tokens" not in json.loads(out.read_text())["summary"]
+    segments = [request["segments"] for request in load_spec(trace)["requests"]]
+    assert segments[0] == [[4, 512], [5, 512], [6, 176]] and segments[3] == [[8, 512], [5, 88]]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ((1200, [1, 2]), "has 2 ids, and a prompt of 1200 tokens has 3, one for each 512"),
+        ((1200, [1, 2, 3, 4]), "has 4 ids"),
+        ((1200, [1, -2, 3]), "must be a list of whole numbers of 0 or more, is [1, -2, 3]"),
+        ((1200, [1, 2.0, 3]), "must be a list of whole numbers"),
+        ((1200, [1, True, 3]), "must be a list of whole numbers"),
+        ((1200, "1 2 3"), "must be a list of whole numbers"),
+    ],
+)
+def test_bad_hash_ids_are_one_clear_line(row, words, tmp_path, capsys):
+    trace = mooncake(tmp_path / "t.jsonl", (100, [1]), row)
+    line = refused(capsys, main, trace, "--engine", "vllm-0.33", "--out", tmp_path / "o.json")
+    assert "t.jsonl, line 2: 'hash_ids'" in line and words in line and not (tmp_path / "o.json").exists()
+    assert len(load_trace(trace).times) == 2, "what only needs times and lengths reads it"
+
+
+def test_a_profile_under_a_version(tmp_path):
+    """It keeps its hardware and its seats, and has the version's switches."""
+    requests = tmp_path / "r.csv"
+    requests.write_text("arrival_time,prompt_len,output_len\n0,400,30\n0.1,500,20\n")
+    out, results = tmp_path / "out.json", {}
+    for version in ("vllm-0.33", "vllm-0.19", "vllm-0.6"):
+        assert main([str(requests), "--profile", PROFILE, "--engine", version, "--out", str(out)]) == 0
+        results[version] = json.loads(out.read_text())
+    profile = load_profile(PROFILE)["engine"]
+    wanted = {**profile, **PRESETS["vllm-0.33"].switches}
+    same = replay({"config": wanted, "requests": load_spec(requests)["requests"]})
+    assert {key: results["vllm-0.33"][key] for key in same} == same
+    assert "ignored_iter" in results["vllm-0.6"]["per_request"]["0"]
+    own = tmp_path / "mine.yaml"
+    engine = {"engine": "vllm-0.33", "gpu": "h100", "latency": profile["latency"], "num_gpu_blocks": 5000}
+    own.write_text(yaml.safe_dump({"engine": engine}))
+    options = load_profile(own)["engine"]
+    assert options["enable_prefix_caching"] and options["max_num_seqs"] == 1024 and "engine" not in options
+    for change, words in (
+        ({"engine": "vllm-0.34"}, "unknown engine 'vllm-0.34'"),
+        ({"engine": "vllm-0.6"}, "engine vllm-0.6 is no V1 engine"),
+        ({"gpu": "h1"}, "unknown GPU 'h1'"),
+    ):
+        own.write_text(yaml.safe_dump({"engine": engine | change}))
+        with pytest.raises(UserError, match=words):
+            load_profile(own)
+
+
+def test_a_gpu_is_for_an_engine(tmp_path, capsys):
+    line = refused(capsys, main, mooncake(tmp_path / "t.jsonl", (9, [1])), "--gpu", "h100", "--out", "x.json")
+    assert "--gpu: is for --engine" in line
 
 
 def test_the_engine_of_a_version_has_its_defaults_and_the_config_comes_first():

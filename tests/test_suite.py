@@ -41,54 +41,90 @@ CHANGED = "a version of a suite never changes; give what is new another name"
 # The description
 
 
-def test_routing_v1_is_what_it_was():
-    suite = jaxroute.suite("routing-v1")
-    assert suite.digest == "17e646a36b46e1cfc9bdda9d766cbdbbe457b8ff8f496d6b470ffd04a3fc319b", CHANGED
+V1, V2 = jaxroute.suite("routing-v1"), jaxroute.suite("routing-v2")
+KNOWN = {
+    "routing-v1": "17e646a36b46e1cfc9bdda9d766cbdbbe457b8ff8f496d6b470ffd04a3fc319b",
+    "routing-v2": "8e4905bde6c65a1107048d426d5893326058000d4a1435c15dc90e7f425e91d0",
+}
+ENVIRONMENTS = {
+    "routing-v1": {
+        "paper-3": "890ccdf3d8c7d1dc",
+        "paper-6": "8c26cb014d0103b1",
+        "overload-3": "a46b344b1902669a",
+        "bursts-3": "e2f5454c8a039d71",
+        "slowdown-3": "2c0e81536d101891",
+        "failure-3": "e390200995a39f6f",
+        "quality-3": "a0415b00bc487fef",
+        "rtx4090-3": "8efb98800fcf1950",
+        "a100-3": "cfa710a52a5f3174",
+        "mixed-3": "23bf53f34519a567",
+        "measured-3": "403f80409ed7a274",
+        "memory-3": "3bb6369495c2df82",
+        "memory-6": "afc9dedddf33f20c",
+        "long-prompts-3": "7c54730dad8ae254",
+    },
+    "routing-v2": {
+        "paper-3": "890ccdf3d8c7d1dc",
+        "paper-6": "8c26cb014d0103b1",
+        "overload-3": "a46b344b1902669a",
+        "bursts-3": "e2f5454c8a039d71",
+        "slowdown-3": "2c0e81536d101891",
+        "failure-3": "e390200995a39f6f",
+        "quality-3": "a0415b00bc487fef",
+        "rtx4090-3": "8efb98800fcf1950",
+        "a100-3": "cfa710a52a5f3174",
+        "mixed-3": "23bf53f34519a567",
+        "measured-3": "403f80409ed7a274",
+        "memory-3": "3bb6369495c2df82",
+        "memory-6": "afc9dedddf33f20c",
+        "long-prompts-3": "7c54730dad8ae254",
+        "chat-3": "b7989102f80bcffc",
+        "documents-3": "21a1bc723a0ce075",
+        "agents-3": "86c427ed6fc404ef",
+    },
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_version_is_what_it_was(name: str):
+    suite = jaxroute.suite(name)
+    assert suite.digest == KNOWN[name], CHANGED
     assert suite.evaluation.number >= 2 and len({suite.selection.seed, suite.evaluation.seed, suite.short.seed}) == 3
+    assert set(SUITES) - {"tiny"} == set(KNOWN) and set(suite.environments) == set(ENVIRONMENTS[name])
 
 
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("paper-3", "890ccdf3d8c7d1dc"),
-        ("paper-6", "8c26cb014d0103b1"),
-        ("overload-3", "a46b344b1902669a"),
-        ("bursts-3", "e2f5454c8a039d71"),
-        ("slowdown-3", "2c0e81536d101891"),
-        ("failure-3", "e390200995a39f6f"),
-        ("quality-3", "a0415b00bc487fef"),
-        ("rtx4090-3", "8efb98800fcf1950"),
-        ("a100-3", "cfa710a52a5f3174"),
-        ("mixed-3", "23bf53f34519a567"),
-        ("measured-3", "403f80409ed7a274"),
-        ("memory-3", "3bb6369495c2df82"),
-        ("memory-6", "afc9dedddf33f20c"),
-        ("long-prompts-3", "7c54730dad8ae254"),
-    ],
-)
-def test_its_environments_are_what_they_were(name: str, wanted: str):
+@pytest.mark.parametrize(("name", "environment"), [(name, one) for name in KNOWN for one in SUITES[name].environments])
+def test_its_environments_are_what_they_were(name: str, environment: str):
     """Their settings, and all numbers of their parameters to six digits."""
-    env, params = jaxroute.suite("routing-v1").make(name, jaxroute.suite("routing-v1").evaluation)
+    suite = jaxroute.suite(name)
+    env, params = suite.make(environment, suite.evaluation)
     numbers = {
         jax.tree_util.keystr(path): [f"{number:.6g}" for number in np.asarray(leaf, float).ravel()]
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     text = json.dumps([env.num_experts, env.slots, env.episode_length, env.drop, numbers])
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == wanted, CHANGED
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == ENVIRONMENTS[name][environment], CHANGED
 
 
-def test_the_newest_has_every_environment_without_files_shared_prefixes_and_chance():
-    others = {"azure", "cluster", "chat-3", "documents-3", "agents-3", "random-cluster"}
-    assert set(NEWEST.environments) == set(jaxroute.environments()) - others
-    with pytest.raises(UserError, match="unknown suite 'routing-v9'; the nearest are routing-v1"):
+def test_all_experts_of_routing_v2_are_as_vllm_serves_today():
+    for name in V2.environments:
+        engines = V2.make(name, V2.evaluation)[1].engines
+        assert engines.enable_prefix_caching and engines.async_scheduling
+        assert bool(engines.prefix_pieces) == (name not in V1.environments)
+
+
+def test_the_newest_has_every_environment_without_files_and_chance():
+    assert set(NEWEST.environments) == set(jaxroute.environments()) - {"azure", "cluster", "random-cluster"}
+    with pytest.raises(UserError, match="unknown suite 'routing-v9'; the nearest are routing-v2, routing-v1"):
         jaxroute.suite("routing-v9")
 
 
-def test_its_trainings_keep_to_its_budget():
-    suite = jaxroute.suite("routing-v1")
+@pytest.mark.parametrize("name", KNOWN)
+def test_its_trainings_keep_to_its_budget(name: str):
+    suite = jaxroute.suite(name)
     for changes in suite.trained.values():
         assert decisions(load_config(None, changes).training) <= suite.decisions
-    assert {suite.index_rule, *suite.rules, suite.ceiling} <= set(ROUTERS)
+    assert {suite.index_rule, *suite.rules, *suite.untuned, suite.ceiling} <= set(ROUTERS)
 
 
 def test_the_function_stays_a_function_when_the_module_is_imported():
@@ -122,7 +158,7 @@ def test_a_run_leaves_results_a_table_and_a_picture(whole):
         *("leads.png", "parts", "results.json", "suite.json", "table.md", "trainings"),
     }
     results = read_results(whole / "results.json", TINY)
-    assert set(results.columns) == {"trained", "index_rule", "baseline_rl", "best_other_rule", "ceiling"}
+    assert set(results.columns) == set(TINY.columns)
     for name, column in results.columns.items():
         assert list(column) == list(TINY.environments)
         for sets in column.values():
@@ -143,7 +179,7 @@ def test_a_part_is_the_router_alone(whole):
         set(index["parameters"]) == set(ROUTERS["index_rule"].ranges)
         and index["parameters"] == rules["parameters"]["index_rule"]
     )
-    env, params = jaxroute.make("overload-3", episode_length=30)
+    env, params = jaxroute.make("overload-3", episode_length=30, engine="vllm-0.19")
     router = make_router("index_rule", env, **index["parameters"])
     alone = evaluate_routers(env, params, {"one": router}, 3, 10)["one"]["qos"]
     np.testing.assert_allclose(index["qos"]["evaluation"], [alone], rtol=1e-6)
@@ -204,10 +240,15 @@ def test_a_column_of_ones_own(whole, tmp_path, capsys):
     file.write_text(json.dumps({"suite": "tiny", "dynamics_version": DYNAMICS_VERSION, "columns": {"mine": column}}))
     assert command.main(["tiny", "--add", str(file), "--out", str(folder)]) == 0
     results = read_results(folder / "results.json")
-    env, params = jaxroute.make("paper-3", episode_length=30)
+    env, params = jaxroute.make("paper-3", episode_length=30, engine="vllm-0.19")
     alone = evaluate_routers(env, params, {"one": make_router("random", env)}, 3, 10)["one"]["qos"]
     np.testing.assert_allclose(results.qos("mine", "paper-3"), alone, rtol=1e-6)
-    assert results.qos("mine", "overload-3") is None and learners(results) == ["trained", "baseline_rl", "mine"]
+    assert results.qos("mine", "overload-3") is None and learners(results) == [
+        "trained",
+        "baseline_rl",
+        "random",
+        "mine",
+    ]
     assert f"| {alone.mean():.4f} ± " in (folder / "table.md").read_text()
 
 
@@ -217,7 +258,7 @@ def test_added_columns_stay_when_the_suite_goes_on(whole, capsys):
     read_results(whole / "results.json").with_columns({"mine": column}).write(whole / "results.json")
     capsys.readouterr()
     assert command.main(["tiny", "--out", str(whole)]) == 0
-    assert "16 parts, 16 of them finished" in capsys.readouterr().out
+    assert "18 parts, 18 of them finished" in capsys.readouterr().out
     assert read_results(whole / "results.json").columns["mine"] == column
 
 
@@ -303,7 +344,10 @@ GOOD = {
     ("change", "words"),
     [
         (lambda tree: tree.pop("columns"), "needs suite, dynamics_version and columns"),
-        (lambda tree: tree.update(suite="routing-v0"), "unknown suite 'routing-v0'; the nearest are routing-v1"),
+        (
+            lambda tree: tree.update(suite="routing-v0"),
+            "unknown suite 'routing-v0'; the nearest are routing-v2, routing-v1",
+        ),
         (lambda tree: tree.update(suite="routing-v1"), "has results of routing-v1, not of tiny"),
         (lambda tree: tree.update(dynamics_version=1), f"dynamics version 1, this package has {DYNAMICS_VERSION}"),
         (lambda tree: tree.update(columns=[]), "columns: must be a mapping"),

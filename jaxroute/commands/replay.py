@@ -15,6 +15,8 @@ from jaxroute.errors import UserError, command
 from jaxroute.files import write_text
 from jaxroute.simulator.catalogue import load_profile
 from jaxroute.simulator.engine_config import DEFAULTS
+from jaxroute.simulator.gpus import GPUS
+from jaxroute.simulator.presets import PRESETS, in_place_of
 from jaxroute.simulator.replay import RUN_DEFAULTS, load_spec, never_served, replay
 from jaxroute.workload.reading import Reading, Tally, collect_readings, make_reading
 
@@ -38,6 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--profile", help="engine that replaces SPEC's: name or YAML file of a profile, or roofline:GPU:MODEL"
     )
+    parser.add_argument(
+        "--engine",
+        choices=tuple(PRESETS),
+        help="version of vLLM whose defaults replace those of the engine options (default: SPEC's, or without it V1)",
+    )
+    parser.add_argument("--gpu", choices=tuple(GPUS), help="of this --engine: its seats and token budget go by memory")
     add_reading_options(parser)
     parser.add_argument("--spread-ticks", action="store_true", help="spread requests of equal times over their tick")
     parser.add_argument(
@@ -51,7 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = {"spread_ticks": arguments.spread_ticks, "time_unit": arguments.time_unit, "run": arguments.run}
         spec = load_spec(arguments.spec, **options)
     if arguments.profile:
-        spec |= {"config": load_profile(arguments.profile)["engine"], "engine": "V1"}
+        config = load_profile(arguments.profile)["engine"]
+        config = in_place_of(config, arguments.engine) if arguments.engine else config
+        spec |= {"config": config, "engine": "V1"}
+    if arguments.engine:
+        spec |= {"engine": arguments.engine, "gpu": arguments.gpu}
+    elif arguments.gpu:
+        raise UserError("--gpu: is for --engine; name a version of vLLM there, or leave it out")
     out: Path = arguments.out
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out}: cannot be written; name a file in a folder that exists and is writable")
@@ -85,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"{written['status']}: {finished} of {len(requests)} requests finished, "
         f"{f'{ignored} ignored, ' * (ignored > 0)}{summary['iterations']} iterations, "
-        f"{summary['preemptions']} preemptions, {summary['end_time']:.6g} s -> {out}"
+        f"{summary['preemptions']} preemptions, {_cached(summary, spec['requests'])}"
+        f"{summary['end_time']:.6g} s -> {out}"
     )
     outputs = dict(zip(requests, (request["output_len"] for request in spec["requests"]), strict=True))
     stuck, short = {}, {}
@@ -116,6 +131,13 @@ def _saved(readings: Sequence[Reading], left_out: dict[int, str]) -> dict[str, A
     """What the JSON says of the input."""
     read = {"read": [reading.facts() for reading in readings]} if readings else {}
     return {**read, **({"left_out": {str(index): why for index, why in left_out.items()}} if left_out else {})}
+
+
+def _cached(summary: dict[str, Any], requests: Sequence[dict[str, Any]]) -> str:
+    """The tokens that were found in the prefix cache, relative to those of all prompts; "" without such a cache."""
+    if "cached_tokens" not in summary:
+        return ""
+    return f"{summary['cached_tokens'] / sum(request['prompt_len'] for request in requests):.1%} of tokens cached, "
 
 
 def _named(reasons: dict[int, str]) -> str:

@@ -127,6 +127,9 @@ def _jobs(chosen: Suite, environment: str, seeds: Sequence[int], folder: SuiteFo
         column = chosen.evaluate(lambda env, _: make_router(name, env, **tuned(name)), [environment])
         return {"router": name, "parameters": tuned(name), "qos": column[environment]}
 
+    def untuned(name: str) -> dict[str, Any]:
+        return {"qos": chosen.evaluate(lambda env, _: make_router(name, env), [environment])[environment]}
+
     def ceiling() -> dict[str, Any]:
         """A router that follows another one in its simulations follows the index rule."""
 
@@ -144,6 +147,7 @@ def _jobs(chosen: Suite, environment: str, seeds: Sequence[int], folder: SuiteFo
         _Job(environment, "rules", lambda: _rules(chosen, environment, console)),
         _Job(environment, "index_rule", lambda: rule(chosen.index_rule)),
         _Job(environment, "best_other_rule", lambda: rule(rules()["best_other_rule"])),
+        *(_Job(environment, name, partial(untuned, name)) for name in chosen.untuned),
         _Job(environment, "ceiling", ceiling),
     ]
     for column in chosen.trained:
@@ -201,6 +205,7 @@ def _trained(chosen: Suite, environment: str, column: str, seed: int, folder: Pa
             f"environment.episode_length={evaluation.length}",
             f"evaluation={{episodes: {evaluation.number}, seed: {evaluation.seed}, routers: [trained]}}",
             "training.loggers=[]",
+            *(f"environment.{key}={value}" for key, value in chosen.options.items()),
             *chosen.trained[column],
         ]
     code = train.main(arguments)

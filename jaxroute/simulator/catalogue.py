@@ -1,6 +1,7 @@
 """Profiles as YAML files: those of the package and of users; and roofline guesses.
 
-A file has the engine's options under `engine`, in the format of `jaxroute replay`; its other keys state their source.
+A file has the engine's options under `engine`, in the format of `jaxroute replay`; there, `engine` may name a version
+of vLLM, whose defaults the others override, and `gpu` its GPU. The file's other keys state their source.
 `jaxroute calibrate` writes such files.
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 from jaxroute.errors import UserError, require_known
 from jaxroute.files import read_yaml
 from jaxroute.simulator.engine_config import DEFAULTS, engine_from_config
+from jaxroute.simulator.presets import with_version
 from jaxroute.simulator.roofline import roofline_by_name
 
 FOLDER = Path(__file__).with_name("measured")
@@ -48,6 +50,7 @@ def load_profile(name: str | Path) -> dict[str, Any]:
         require_known(key, KEYS, "key", f"{path}: ")
     if "latency" not in tree["engine"] or "num_gpu_blocks" not in tree["engine"]:
         raise UserError(f"{path}: engine: needs latency and num_gpu_blocks")
-    engine_from_config(tree["engine"], f"{path}: engine")
-    tree["engine"] = {**DEFAULTS, **tree["engine"]}
+    options = with_version(tree["engine"], f"{path}: engine")
+    engine_from_config(options, f"{path}: engine")
+    tree["engine"] = {**DEFAULTS, **options}
     return tree

@@ -7,7 +7,7 @@ as a small GPU, whatever memory it has.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxroute.errors import require_known
+from jaxroute.errors import UserError, require_known
 from jaxroute.simulator.gpus import GPUS
 
 
@@ -26,6 +26,36 @@ PRESETS = {
     "vllm-0.6": Preset("vllm_v0", {}),
 }
 """By version."""
+
+
+def with_version(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Options of a V1 engine, in which `engine`, if it is there, names a version whose defaults the others override.
+
+    `gpu` decides about its seats and token budget (`seats_and_budget`). Raises `UserError`.
+    """
+    own = {key: value for key, value in config.items() if key not in ("engine", "gpu")}
+    if "engine" not in config:
+        if "gpu" in config:
+            raise UserError(f"{where}: gpu is for an engine of {', '.join(PRESETS)}; name one, or leave gpu out")
+        return own
+    preset = PRESETS[require_known(str(config["engine"]), PRESETS, "engine", f"{where}: ")]
+    if preset.discipline != "vllm_v1":
+        raise UserError(
+            f"{where}: engine {config['engine']} is no V1 engine, whose options these are; name a later one"
+        )
+    gpu = config.get("gpu")
+    if gpu is not None:
+        require_known(str(gpu), GPUS, "GPU", f"{where}: ")
+    return {**preset.switches, **seats_and_budget(preset, gpu), **own}
+
+
+def in_place_of(profile: Mapping[str, Any], version: str) -> dict[str, Any]:
+    """What of a profile's options (V1's) an engine of this version keeps: its hardware, seats and longest request."""
+    preset = PRESETS[version]
+    if preset.discipline == "vllm_v1":
+        return {key: value for key, value in profile.items() if key not in preset.switches}
+    kept = {key: profile[key] for key in ("latency", "block_size", "max_num_seqs", "max_model_len")}
+    return {**kept, "num_gpu_blocks": profile["num_gpu_blocks"] - 1}  # V0 keeps none for itself
 
 
 def seats_and_budget(preset: Preset, gpu: str | None) -> dict[str, int]:

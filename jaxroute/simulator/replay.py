@@ -5,7 +5,7 @@ or recorded requests in another format of docs/formats.md, which run on the defa
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from jaxroute.simulator.engine_config import engine_from_config
 from jaxroute.simulator.gpus import GPUS
 from jaxroute.simulator.presets import PRESETS, seats_and_budget
 from jaxroute.simulator.recorded import Recording, ReplayOutcome, replay_by_jumps
-from jaxroute.workload import load_trace
 from jaxroute.workload.content import open_content
 from jaxroute.workload.files import MOST_TOKENS
 from jaxroute.workload.formats import recognise
+from jaxroute.workload.record import HASHED_TOKENS
+from jaxroute.workload.trace import read_requests
 
 ENGINES = {"V1": "vllm_v1", "V0": "vllm_v0", "orca": "orca"}
 """Disciplines by their names in a file's `engine`, which may also name a version (`presets.PRESETS`)."""
@@ -42,11 +43,14 @@ def load_spec(
     """
     content = open_content(path)
     if content.kind != "json" or recognise(content) is not None or not {"requests", "config"} & set(content.keys):
-        trace = load_trace(path, spread_ticks=spread_ticks, time_unit=time_unit, run=run)
+        trace = read_requests(path, contents=True, spread_ticks=spread_ticks, time_unit=time_unit, run=run)
         times = (trace.first_time + trace.times).tolist()
         rows = zip(times, trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
         keys = ("arrival_time", "prompt_len", "output_len")
-        return {"config": {}, "requests": [dict(zip(keys, row, strict=True)) for row in rows]}
+        requests: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in rows]
+        for request, ids in zip(requests, trace.hash_ids or (), strict=False):
+            request["segments"] = _segments(ids, request["prompt_len"])
+        return {"config": {}, "requests": requests}
     if spread_ticks or time_unit is not None or run is not None:
         raise UserError(f"{path}: spread_ticks, time_unit and run are for recorded requests; leave them out")
     spec, *more = (record for _, record in content.objects())
@@ -57,6 +61,12 @@ def load_spec(
     if not isinstance(spec.setdefault("config", {}), dict):
         raise UserError(f"{path}: key config: must be a mapping of engine options")
     return spec
+
+
+def _segments(hash_ids: Sequence[int], prompt: int) -> list[list[int]]:
+    """A prompt of this many tokens as segments [id, tokens]."""
+    *full, last = hash_ids
+    return [*([identity, HASHED_TOKENS] for identity in full), [last, prompt - HASHED_TOKENS * len(full)]]
 
 
 def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EngineParams, Recording, np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
 from jaxroute.environment.environment import RoutingEnvironment
@@ -44,17 +44,24 @@ class Suite:
     selection: Episodes  # on which the best rule is chosen
     evaluation: Episodes  # of every router but the ceiling, which takes too long
     short: Episodes  # of every router, the ceiling included
+    engine: str | None = None  # the version of vLLM that every expert runs with its defaults; None: each environment's
+    untuned: tuple[str, ...] = ()  # routers with nothing to tune that have a column each, and are no rules
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The suite's own columns, in the order of its table."""
         first, *others = self.trained
-        return first, "index_rule", *others, "best_other_rule", "ceiling"
+        return first, "index_rule", *others, *self.untuned, "best_other_rule", "ceiling"
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Options of `make` with which the suite's environments differ from the registered ones."""
+        return {} if self.engine is None else {"engine": self.engine}
 
     def make(self, environment: str, episodes: Episodes) -> tuple[RoutingEnvironment, EnvParams]:
         """An environment of the suite with episodes of this length, and its parameters. Raises `UserError`."""
         require_known(environment, self.environments, f"environment of {self.name}")
-        return make(environment, episode_length=episodes.length)
+        return make(environment, episode_length=episodes.length, **self.options)
 
     def evaluate(
         self,
@@ -79,58 +86,69 @@ class Suite:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the description, in hexadecimal."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+        """SHA-256 of the description, in hexadecimal; what an earlier version knew nothing of does not change it."""
+        defaults = {field.name: field.default for field in fields(self)}
+        told = {name: value for name, value in asdict(self).items() if getattr(self, name) != defaults[name]}
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-SUITES = {
-    "routing-v1": Suite(
-        name="routing-v1",
-        environments=(
-            "paper-3",
-            "paper-6",
-            "overload-3",
-            "bursts-3",
-            "slowdown-3",
-            "failure-3",
-            "quality-3",
-            "rtx4090-3",
-            "a100-3",
-            "mixed-3",
-            "measured-3",
-            "memory-3",
-            "memory-6",
-            "long-prompts-3",
-        ),
-        trained={"trained": (), "baseline_rl": ("network.kind=flat", "environment.penalty=off")},
-        seeds=(0, 1, 2),
-        decisions=6_000_000,
-        index_rule="index_rule+admission",
-        rules=(
-            "round_robin+admission",
-            "shortest_queue",
-            "shortest_queue+admission",
-            "least_work",
-            "least_work+admission",
-            "power_of_two+admission",
-            "latency_based+admission",
-            "vllm_data_parallel+admission",
-            "vllm_data_parallel_v0_10+admission",
-            "llm_d+admission",
-            "routellm+admission",
-            "score_minus_load+admission",
-            "feasible_best",
-            "route_balance+admission",
-            "block+admission",
-            "lookahead",
-        ),
-        rule_decisions=400_000,
-        ceiling="rollout_clairvoyant",
-        selection=Episodes(8, 2500, 2_000_000),
-        evaluation=Episodes(20, 5000, 1_000_000),
-        short=Episodes(4, 1000, 3_000_000),
-    )
-}
+_V1 = Suite(
+    name="routing-v1",
+    environments=(
+        "paper-3",
+        "paper-6",
+        "overload-3",
+        "bursts-3",
+        "slowdown-3",
+        "failure-3",
+        "quality-3",
+        "rtx4090-3",
+        "a100-3",
+        "mixed-3",
+        "measured-3",
+        "memory-3",
+        "memory-6",
+        "long-prompts-3",
+    ),
+    trained={"trained": (), "baseline_rl": ("network.kind=flat", "environment.penalty=off")},
+    seeds=(0, 1, 2),
+    decisions=6_000_000,
+    index_rule="index_rule+admission",
+    rules=(
+        "round_robin+admission",
+        "shortest_queue",
+        "shortest_queue+admission",
+        "least_work",
+        "least_work+admission",
+        "power_of_two+admission",
+        "latency_based+admission",
+        "vllm_data_parallel+admission",
+        "vllm_data_parallel_v0_10+admission",
+        "llm_d+admission",
+        "routellm+admission",
+        "score_minus_load+admission",
+        "feasible_best",
+        "route_balance+admission",
+        "block+admission",
+        "lookahead",
+    ),
+    rule_decisions=400_000,
+    ceiling="rollout_clairvoyant",
+    selection=Episodes(8, 2500, 2_000_000),
+    evaluation=Episodes(20, 5000, 1_000_000),
+    short=Episodes(4, 1000, 3_000_000),
+)
+_V2 = replace(
+    _V1,
+    name="routing-v2",
+    environments=(*_V1.environments, "chat-3", "documents-3", "agents-3"),
+    index_rule="index_rule_prefix+admission",
+    rules=(*_V1.rules, "llm_d_prefix+admission", "dynamo_kv+admission", "sglang_cache_aware+admission"),
+    engine="vllm-0.33",
+    untuned=("universal",),
+)
+
+SUITES = {suite.name: suite for suite in (_V1, _V2)}
 """Suites by name. None ever changes: another set of environments, seeds or budgets is another version."""
 
 

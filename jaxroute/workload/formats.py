@@ -15,7 +15,7 @@ from jaxroute.errors import UserError
 from jaxroute.workload.benchmark_results import AIPERF, GUIDELLM, VLLM, aiperf_records, guidellm_records, vllm_records
 from jaxroute.workload.content import Content
 from jaxroute.workload.files import MOST_TOKENS, Place, names, number, shown, tokens
-from jaxroute.workload.record import Record, Time
+from jaxroute.workload.record import HASHED_TOKENS, Record, Time
 
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 """Parts of a second, by the names of `time_unit`."""
@@ -38,6 +38,7 @@ class Columns(NamedTuple):
     start: str | None = None  # arrival at the engine, on the engine's clock
     identity: str | None = None  # of the request
     shared: str | None = None  # leading tokens of the prompt that an earlier one shares
+    hash_ids: str | None = None  # what the prompt consists of (`record.HASHED_TOKENS`)
     earliest: float = 0.0  # smallest time that can be meant
     failed: str | None = None  # what a row without output tokens is, which is then left out
 
@@ -88,7 +89,7 @@ FORMATS = (
         ordered=False,
     ),
     Format("Azure LLM", Columns("TIMESTAMP", "ContextTokens", "GeneratedTokens", unit="date")),
-    Format("Mooncake", Columns("timestamp", "input_length", "output_length", unit="ms")),
+    Format("Mooncake", Columns("timestamp", "input_length", "output_length", unit="ms", hash_ids="hash_ids")),
     Format(
         "BurstGPT",
         Columns("Timestamp", "Request tokens", "Response tokens", failed="failed (no response tokens)"),
@@ -140,8 +141,10 @@ def unknown(content: Content) -> UserError:
     )
 
 
-def row_records(content: Content, columns: Columns, time_unit: str | None, timed: bool) -> Iterator[Record]:
-    """The records of a format of rows, with the times of tokens if `timed`.
+def row_records(
+    content: Content, columns: Columns, time_unit: str | None, timed: bool, contents: bool
+) -> Iterator[Record]:
+    """The records of a format of rows, with the times of tokens if `timed`, and the hash_ids with `contents`.
 
     Raises `UserError`, with the line, for a value that cannot be meant.
     """
@@ -158,10 +161,15 @@ def row_records(content: Content, columns: Columns, time_unit: str | None, timed
         missing = [name for name in needed if name not in content.keys]
         if missing:
             raise content.head.error(f"no column {names(missing)}, a time of tokens; it has {names(content.keys)}")
-    own = (columns.identity, columns.start if timed else None, columns.shared if timed else None)
+    own = (
+        columns.identity,
+        columns.start if timed else None,
+        columns.shared if timed else None,
+        columns.hash_ids if contents else None,
+    )
     optional = [name for name in own if name is not None and name in content.keys]
     at = [len(needed) + optional.index(name) if name in optional else None for name in own]
-    identity_at, start_at, shared_at = at
+    identity_at, start_at, shared_at, hash_ids_at = at
     parse, fine, coarse = _time_parser(columns), False, columns.unit in ("ms", "us", "ns")
     label = [f"'{name}'" for name in needed]
     for place, values in content.rows(needed, optional):
@@ -179,12 +187,30 @@ def row_records(content: Content, columns: Columns, time_unit: str | None, timed
         if shared_at is not None:
             shared = values[shared_at] or 0
             record = record._replace(shared=int(number(place, f"'{columns.shared}'", shared, 0.0, MOST_TOKENS)))
+        if hash_ids_at is not None and values[hash_ids_at] is not None:
+            ids = _hash_ids(place, f"'{columns.hash_ids}'", values[hash_ids_at], record.prompt)
+            record = record._replace(hash_ids=ids)
         yield record
     if fine:
         content.tally.warnings.append(
             f"'{columns.time}' has fractions of 1 {columns.unit}, in which the format counts; "
             "if its times are seconds, say so with time_unit=s"
         )
+
+
+def _hash_ids(place: Place, label: str, value: Any, prompt: int) -> tuple[int, ...]:
+    """The ids of the prompt's tokens. Raises `UserError`."""
+    if not isinstance(value, list) or not all(type(one) is int and one >= 0 for one in value):
+        raise place.error(
+            f"{label} must be a list of whole numbers of 0 or more, is {shown(value)}; correct or drop it"
+        )
+    wanted = -(-prompt // HASHED_TOKENS)
+    if len(value) != wanted:
+        raise place.error(
+            f"{label} has {len(value)} ids, and a prompt of {prompt} tokens has {wanted}, one for each {HASHED_TOKENS} "
+            "tokens; correct or drop it"
+        )
+    return tuple(value)
 
 
 def _with_tokens(record: Record, columns: Columns, engine: tuple[str, Any] | None, first: Any, last: Any) -> Record:

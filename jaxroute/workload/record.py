@@ -4,6 +4,9 @@ from typing import Any, NamedTuple
 
 from jaxroute.workload.files import Place
 
+HASHED_TOKENS = 512
+"""Prompt tokens of one of Mooncake's hash_ids; the last one of a prompt may stand for fewer."""
+
 Time = tuple[int, float]
 """Whole seconds and a rest: as one float, seconds since 1970 would lose digits of the fraction."""
 
@@ -21,3 +24,4 @@ class Record(NamedTuple):
     identity: Any = None
     shared: int | None = None  # leading tokens of the prompt that an earlier one shares
     untimed: str | None = None  # why the times of its tokens cannot be used
+    hash_ids: tuple[int, ...] | None = None  # one for each `HASHED_TOKENS` of the prompt; equal ones are equal prefixes

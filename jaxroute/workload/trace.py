@@ -28,6 +28,9 @@ class Recorded:
     shared_tokens: np.ndarray | None  # int32 [R], leading tokens that an earlier prompt shares
     first_time: float  # seconds, the first arrival on the clock of the file
     reading: Reading
+    hash_ids: (
+        tuple[tuple[int, ...], ...] | None
+    )  # of each prompt (`record.HASHED_TOKENS`), if asked for and all have them
 
 
 def load_trace(
@@ -49,11 +52,13 @@ def read_requests(
     path: str | Path,
     *,
     timed: bool = False,
+    contents: bool = False,
     spread_ticks: bool = False,
     time_unit: str | None = None,
     run: int | None = None,
 ) -> Recorded:
-    """As `load_trace`; with `timed` also the times of first and last tokens, which then set the clock if it differs.
+    """As `load_trace`; with `timed` also the times of first and last tokens, which then set the clock if it differs;
+    with `contents` also what prompts consist of, where the format says it.
 
     Requests whose times of tokens cannot be used are left out. Raises `UserError` if these are all, or the format has
     no such times.
@@ -71,7 +76,7 @@ def read_requests(
             raise UserError(f"{path}: run is {run}, but {form.name} files hold one list of requests; leave run out")
         if timed and form.columns.first is None:
             raise UserError(f"{path}: {form.name} has no times of tokens; give a log with the times of each request")
-        records = row_records(content, form.columns, time_unit, timed)
+        records = row_records(content, form.columns, time_unit, timed, contents)
     else:
         if time_unit is not None:
             raise UserError(f"{path}: time_unit is for columns of times; {form.name} has its own, leave it out")
@@ -92,12 +97,13 @@ class _Columns:
         self.times, self.first, self.end = array("d"), array("d"), array("d")
         self.prompts, self.outputs, self.shared = array("i"), array("i"), array("i")
         self.identities: list[Any] = []
+        self.hash_ids: list[tuple[int, ...]] = []
         self.seen: dict[Any, int] = {}
         self.timed_answers, self.untimed_answers = 0, 0
 
     def add(self, record: Record) -> None:
         """Adds a record, or leaves it out."""
-        place, time, prompt, output, start, first, end, identity, shared, untimed = record
+        place, time, prompt, output, start, first, end, identity, shared, untimed, hash_ids = record
         if self.form.ordered:
             if self.times and time < self.last:
                 raise place.error("its time lies before that of the row above; sort the rows by time")
@@ -127,6 +133,8 @@ class _Columns:
         self.outputs.append(output)
         if shared is not None:
             self.shared.append(shared)
+        if hash_ids is not None:
+            self.hash_ids.append(hash_ids)
         if self.timed:
             self.identities.append(identity)
 
@@ -183,6 +191,7 @@ class _Columns:
             np.asarray(self.shared, np.int32)[order] if len(self.shared) == len(times) else None,
             self.origin[0] + self.origin[1] + begin,
             make_reading(path, self.form.name, tally, times, prompts, outputs),
+            tuple(self.hash_ids[index] for index in order) if len(self.hash_ids) == len(times) else None,
         )
 
 
