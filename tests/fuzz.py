@@ -21,8 +21,12 @@ CHUNK = 100
 PIECES, RUNS = 10, 32
 """Size of the prefix cache of the cases in `PREFIXES`."""
 
-PREFIXES = {"V1 prefixes": False, "V1 prefixes, async": True}
-"""Names of the cases of engines in JAX with prompts that share segments, and whether scheduling is asynchronous."""
+PREFIXES = {
+    "V1 prefixes": {"async_scheduling": False},
+    "V1 prefixes, async": {"async_scheduling": True},
+    "V1 prefixes of vLLM 0.19": {"async_scheduling": True, "unhashed_first": False},
+}
+"""Names of the cases of engines in JAX with prompts that share segments, and their options."""
 
 SHARING = "V1 sharing prefixes"
 """Name of the cases of `replay` with prompts that share segments."""

@@ -29,6 +29,7 @@ from jaxroute.commands.calibrate import main, profile_text
 from jaxroute.errors import UserError
 from jaxroute.simulator.catalogue import load_profile, shipped
 from jaxroute.simulator.engine_config import engine_from_config
+from jaxroute.simulator.presets import PRESETS
 from jaxroute.simulator.profiles import engine_profiles
 from jaxroute.simulator.roofline import roofline_by_name
 from tests.reference.engine import simulate as reference_engine
@@ -66,6 +67,30 @@ def test_candidates_equal_replay_with_fewer_slots_than_requests():
         assert np.allclose(out.first_token[:, lane], want.first_token, rtol=1e-4, atol=1e-3)
         assert np.allclose(out.finish[:, lane], want.finish, rtol=1e-4, atol=1e-3)
     assert np.isinf(out.finish[:, 2]).any()
+
+
+def test_candidates_have_the_prefix_cache_of_a_version():
+    """Preempted requests find their own blocks, and requests what the log says that they share; as in `replay`, where
+    nothing is evicted before it is found.
+    """
+    own = {**ENGINE, **PRESETS["vllm-0.19"].switches, "num_gpu_blocks": 170}
+    out = simulated([own], 16)
+    want = run(LOG, Server(own))
+    assert int(out.preemptions[0]) > 3 and not np.allclose(want.finish, run(LOG, Server(ENGINE)).finish)
+    assert np.allclose(out.first_token[:, 0], want.first_token, rtol=1e-4, atol=1e-3)
+    assert np.allclose(out.finish[:, 0], want.finish, rtol=1e-4, atol=1e-3)
+
+    calm = replace(random_log(np.random.default_rng(2), ENGINE, 0.1, 40, 0.0), shared_tokens=np.zeros(40, np.int32))
+    prompts = np.where(np.arange(40) % 2, np.roll(calm.prompt_tokens, 1) + 40, calm.prompt_tokens).astype(np.int32)
+    shared = np.where(np.arange(40) % 2, (np.roll(prompts, 1) - 1) // 16 * 16, 0).astype(np.int32)
+    log = replace(calm, prompt_tokens=prompts, shared_tokens=shared)
+    large = {**own, "num_gpu_blocks": 5000, "max_num_seqs": 64}
+    servers = Candidates(jax.tree.map(lambda leaf: leaf[None], engine_from_config(large, "test")), jnp.zeros(1))
+    requests = replace(as_requests(log), shared_tokens=jnp.asarray(shared))
+    out = simulate(servers, requests, jnp.asarray(1e4), jnp.int32(10**6), 40, 1)
+    want, without = run(log, Server(large)), run(replace(log, shared_tokens=None), Server(large))
+    assert (want.finish < without.finish - 1e-4).sum() > 15
+    assert np.allclose(out.finish[:, 0], want.finish, rtol=1e-4, atol=1e-3)
 
 
 def test_data_parallel_engines_are_fed_by_the_servers_rule():

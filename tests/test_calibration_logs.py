@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from jaxroute.calibration.judgement import load_at_arrival, splits
-from jaxroute.calibration.logs import load_log
+from jaxroute.calibration.logs import load_log, shared_segments
 from jaxroute.calibration.options import check_fits, load_options
 from jaxroute.calibration.space import peak_running, search_space
 from jaxroute.commands.calibrate import main
@@ -186,3 +187,43 @@ def test_shared_prefixes_are_used_unless_the_server_has_no_cache(tmp_path, line,
     assert ("prefix_hits" in search_space(log, load_options(path)).names) == searched
     without = load_log(jsonl(tmp_path / "without.jsonl", ROWS))
     assert "prefix_hits" not in search_space(without, load_options(path)).names
+
+
+def test_a_version_simulates_prefix_caching_instead_of_a_share(tmp_path):
+    path = tmp_path / "engine.yaml"
+    path.write_text("engine: vllm-0.19\ngpu: NVIDIA H100\nmax_num_batched_tokens: null\nmax_num_seqs: 64\n")
+    options = load_options(path)
+    assert options.version == "vllm-0.19" and options.engine["async_scheduling"]
+    assert options.engine["max_num_seqs"] == 64 and "max_num_batched_tokens" in options.unknown
+    log = load_log(jsonl(tmp_path / "log.jsonl", [{**row, "shared_prefix_tokens": 16} for row in ROWS]))
+    space = search_space(log, options)
+    assert "prefix_hits" not in space.names and space.engine.enable_prefix_caching
+    path.write_text("engine: vllm-0.33\ngpu: NVIDIA H100\nenable_prefix_caching: false\n")
+    options = load_options(path)
+    assert options.engine["max_num_seqs"] == 1024 and options.unknown == ["num_gpu_blocks", "max_model_len"]
+    assert not search_space(log, options).engine.enable_prefix_caching
+    for line, words in (
+        ("engine: vllm-0.20", "engine.yaml: unknown engine 'vllm-0.20'"),
+        ("engine: vllm-0.6", "engine.yaml: engine vllm-0.6 is no V1 engine"),
+        ("engine: 0.33", "engine.yaml: engine must be a version, such as vllm-0.19, not 0.33"),
+    ):
+        path.write_text(line)
+        with pytest.raises(UserError, match=re.escape(words)):
+            load_options(path)
+
+
+def test_shared_tokens_are_those_of_the_turn_before(tmp_path):
+    """The latest earlier prompt of that many whole blocks; without one, the latest that is as long; else nobody."""
+    lengths = [(100, 0), (40, 0), (160, 96), (100, 48), (200, 160), (33, 32), (20, 500)]
+    rows = [{**row, "prompt_len": 30, "shared_prefix_tokens": 0} for row in ROWS]
+    rows = [
+        row | {"prompt_len": prompt, "shared_prefix_tokens": shared}
+        for row, (prompt, shared) in zip(rows, lengths, strict=False)
+    ]
+    rows += [{**row, "prompt_len": 30, "shared_prefix_tokens": 0} for row in ROWS[len(rows) :]]
+    got = shared_segments(load_log(jsonl(tmp_path / "log.jsonl", rows)))
+    assert got[:3] == [[[0, 100]], [[1, 40]], [[0, 96], [2, 64]]]
+    assert got[3] == [[0, 48], [3, 52]], "request 2 is as long, and begins as request 0"
+    assert got[4] == [[0, 96], [2, 64], [4, 40]]
+    assert got[5] == [[1, 32], [5, 1]]
+    assert sum(tokens for _, tokens in got[6]) == 20

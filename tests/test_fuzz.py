@@ -50,7 +50,7 @@ def test_jumps_iterations_and_reference_agree_with_shared_prefixes(is_async):
     recorded = [json.loads(path.read_text()) for name in RECORDED[is_async] for path in folder.glob(f"{name}_*")]
     more = []
     while len(recorded) + len(more) < CHUNK:
-        case = prefix_case(rng, is_async, PIECES)
+        case = prefix_case(rng, {"async_scheduling": is_async}, PIECES)
         more += [case] if caching.simulate(case)["summary"]["iterations"] < MOST_ITERATIONS else []
     assert differences([*recorded, *more], PIECES, MOST_ITERATIONS) == []
 

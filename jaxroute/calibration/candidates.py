@@ -17,7 +17,7 @@ from flax import struct
 
 from jaxroute.simulator.advance import EngineWork, jump
 from jaxroute.simulator.cluster import collect, join
-from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, empty_engine
+from jaxroute.simulator.engine import LARGE, NEVER, EngineParams, EngineState, OwnBlocks, empty_engine
 from jaxroute.simulator.load_balancing import data_parallel_load
 
 
@@ -34,7 +34,7 @@ class Candidates(struct.PyTreeNode):
     """K servers; the engines of a server are equal."""
 
     engine: EngineParams  # each field [K]
-    prefix_hits: jax.Array  # float [K], share of `shared_tokens` that a prefix cache saves
+    prefix_hits: jax.Array  # float [K], share of `shared_tokens` saved by a prefix cache that the engine does not have
 
 
 def prompt_left(
@@ -111,12 +111,16 @@ def _join(servers: Candidates, requests: LogRequests, run: _Run) -> _Run:
     """Moves the next request of every engine with a free slot into its queue."""
     joins = _has_room(run)
     number = jnp.take_along_axis(run.order, jnp.minimum(run.joined, run.order.shape[0] - 1)[None], axis=0)[0]
-    params = servers.engine
-    prompt = prompt_left(
-        requests.prompt_tokens[number], requests.shared_tokens[number], servers.prefix_hits, params.block_size
-    )
+    params, prompt, shared = servers.engine, requests.prompt_tokens[number], requests.shared_tokens[number]
+    if not params.enable_prefix_caching:
+        prompt = prompt_left(prompt, shared, servers.prefix_hits, params.block_size)
     output, arrival = requests.output_tokens[number], requests.arrival[number]
+    here = joins & (run.state.position == run.state.num_requests)
     state, queued = join(run.state, run.number, joins, prompt, output, number, arrival, params)
+    if isinstance(state.cache, OwnBlocks):
+        # As if they were the request's own, and never evicted before it is admitted for the first time.
+        found = jnp.where(here, shared // params.block_size, state.cache.found)
+        state = state.replace(cache=OwnBlocks(found, jnp.where(here, LARGE, state.cache.ahead)))
     return run.replace(state=state, number=queued, joined=run.joined + joins)
 
 

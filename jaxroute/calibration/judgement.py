@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.calibration.candidates import Candidates, LogRequests, prompt_left, simulate
-from jaxroute.calibration.logs import ServerLog
+from jaxroute.calibration.logs import ServerLog, shared_segments
 from jaxroute.calibration.search import METRICS
 from jaxroute.simulator.cluster import AFTER_ALL
 from jaxroute.simulator.engine import LARGE
@@ -34,7 +34,7 @@ class Times(NamedTuple):
 
 
 def prompts(log: ServerLog, server: Server) -> np.ndarray:
-    """Prompt tokens without those that the prefix cache saves, int32 [R]."""
+    """Prompt tokens without the share that a prefix cache saves, int32 [R]."""
     if log.shared_tokens is None or not server.prefix_hits:
         return log.prompt_tokens
     size = server.engine.get("block_size", BLOCK_SIZE)
@@ -43,12 +43,20 @@ def prompts(log: ServerLog, server: Server) -> np.ndarray:
 
 
 def run(log: ServerLog, server: Server) -> Times:
-    """Simulates the whole log: one engine as in `jaxroute replay`, several with the simulator of candidates."""
+    """Simulates the whole log: one engine as in `jaxroute replay`, several with the simulator of candidates.
+
+    If the engine has a prefix cache, requests have the prefixes that the log says (`logs.shared_segments`).
+    """
     if server.num_engines == 1:
-        columns = zip(log.arrival.tolist(), prompts(log, server).tolist(), log.output_tokens.tolist(), strict=True)
+        by_rules = server.engine.get("enable_prefix_caching", False)
+        lengths = log.prompt_tokens if by_rules else prompts(log, server)
+        columns = zip(log.arrival.tolist(), lengths.tolist(), log.output_tokens.tolist(), strict=True)
         requests = [
             {"arrival_time": arrival, "prompt_len": prompt, "output_len": output} for arrival, prompt, output in columns
         ]
+        if by_rules:
+            for request, segments in zip(requests, shared_segments(log), strict=True):
+                request["segments"] = segments
         result = replay({"config": server.engine, "requests": requests}, str(log.path))["per_request"]
         rows = [result[str(position)] for position in range(len(log))]
         first, finish = (
@@ -84,7 +92,7 @@ def _simulate(log: ServerLog, server: Server, num_rounds: int = 0) -> Any:
         jnp.asarray(log.arrival, float),
         jnp.asarray(prompts(log, server), jnp.int32),
         jnp.asarray(log.output_tokens, jnp.int32),
-        jnp.zeros(len(log), jnp.int32),
+        jnp.asarray(np.zeros(len(log)) if log.shared_tokens is None else log.shared_tokens, jnp.int32),
     )
     servers = Candidates(one, jnp.zeros(1))
     latest, rounds = jnp.asarray(AFTER_ALL, float), jnp.int32(LARGE)

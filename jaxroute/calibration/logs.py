@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxroute.errors import UserError
+from jaxroute.simulator.engine_config import BLOCK_SIZE
 from jaxroute.workload.content import open_content
 from jaxroute.workload.files import names, number
 from jaxroute.workload.reading import Reading
@@ -83,6 +84,31 @@ def load_log(path: str | Path, *, time_unit: str | None = None, run: int | None 
         if not np.isnan(median) and not low <= median <= high:
             unlikely.append(f"the median {name} is {median:.3g} s; check the unit of its times")
     return replace(log, reading=replace(found.reading, warnings=(*found.reading.warnings, *unlikely)))
+
+
+def shared_segments(log: ServerLog) -> list[list[list[int]]]:
+    """Each prompt as segments [id, tokens] (`jaxroute replay`), so that it shares what the log says.
+
+    The log says how many tokens, and not with whom: it is the latest earlier prompt that the shared blocks are all of,
+    as in a conversation, or else the latest one that is as long.
+    """
+    prompts = log.prompt_tokens
+    full, kept = (tokens // BLOCK_SIZE * BLOCK_SIZE for tokens in (prompts, prompts - 1))
+    found: list[list[list[int]]] = []
+    for index, prompt in enumerate(prompts.tolist()):
+        shared = 0 if log.shared_tokens is None else min(int(log.shared_tokens[index]), prompt - 1)
+        earlier = np.flatnonzero(prompts[:index] >= shared)
+        whole = earlier[(full[earlier] == shared) | (kept[earlier] == shared)]
+        own: list[list[int]] = []
+        if shared and len(earlier):
+            left = shared
+            for identity, tokens in found[int((whole if len(whole) else earlier)[-1])]:
+                if left > 0:
+                    own.append([identity, min(tokens, left)])
+                    left -= tokens
+        begun = sum(tokens for _, tokens in own)
+        found.append([*own, [index, prompt - begun]])
+    return found
 
 
 def _request_ids(identities: Sequence[Any]) -> np.ndarray:

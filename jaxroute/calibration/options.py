@@ -9,6 +9,9 @@ from jaxroute.calibration.logs import ServerLog
 from jaxroute.errors import UserError, require_known
 from jaxroute.files import read_json, read_yaml
 from jaxroute.simulator.engine_config import BLOCK_SIZE, DEFAULTS
+from jaxroute.simulator.gpus import GPUS
+from jaxroute.simulator.presets import with_version
+from jaxroute.simulator.roofline import known_in
 
 SEARCHED = ("num_gpu_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
 """Options that are estimated if they are not given."""
@@ -19,6 +22,7 @@ _SERVER = {
     "enable_prefix_caching": True,
     "model": None,
     "gpu": None,
+    "engine": None,
 }
 _ALIASES = {"scheduler_reserve_full_isl": "reserve_full_isl", "device_name": "gpu"}
 """Other names of options, in vLLM's dumps."""
@@ -35,6 +39,7 @@ class ServerOptions:
     enable_prefix_caching: bool = True
     model: str | None = None
     gpu: str | None = None
+    version: str | None = None  # of vLLM, with whose rules for prefix caching the engine is simulated; None: a share
 
     @property
     def unknown(self) -> list[str]:
@@ -45,7 +50,8 @@ class ServerOptions:
 def load_options(path: str | Path | None) -> ServerOptions:
     """Reads a YAML mapping of options, or the `*_config.json` of a recorded run, whose sections may repeat them.
 
-    Null means unknown; without a file, all options are unknown. Raises `UserError`.
+    Null means unknown; without a file, all options are unknown. `engine` names a version of vLLM, whose defaults stand
+    for the options that are missing. Raises `UserError`.
     """
     if path is None:
         return ServerOptions("no engine file")
@@ -57,13 +63,14 @@ def load_options(path: str | Path | None) -> ServerOptions:
         given = {}
         for key, value in _leaves(tree):
             key = _ALIASES.get(key, key)
-            if value is not None and (key in DEFAULTS or key in _SERVER):
+            if value is not None and key != "engine" and (key in DEFAULTS or key in _SERVER):
                 given.setdefault(key, value)
     else:
         for key in tree:
             require_known(key, [*DEFAULTS, *_SERVER], "engine option", f"{path}: ")
         given = {key: value for key, value in tree.items() if value is not None}
     given.pop("latency", None)  # always estimated
+    caching = given.get("enable_prefix_caching")
     server = {key: given.pop(key, default) for key, default in _SERVER.items()}
     for key in ("data_parallel_size", "tensor_parallel_size"):
         if isinstance(server[key], bool) or not isinstance(server[key], int) or not 1 <= server[key] <= 64:
@@ -72,10 +79,20 @@ def load_options(path: str | Path | None) -> ServerOptions:
         ("enable_prefix_caching", bool, "true or false"),
         ("model", str, "a name"),
         ("gpu", str, "a name"),
+        ("engine", str, "a version, such as vllm-0.19"),
     ):
         if server[key] is not None and not isinstance(server[key], kind):
             raise UserError(f"{path}: {key} must be {what}, not {server[key]!r}")
-    return ServerOptions(str(path), given, **server)
+    version = server.pop("engine")
+    if version is not None:
+        gpu = known_in(server["gpu"], GPUS)
+        own = {**given, "engine": version, **({} if gpu is None else {"gpu": gpu})}
+        own |= {} if caching is None else {"enable_prefix_caching": caching}
+        unknown = [
+            key for key, value in tree.items() if value is None
+        ]  # null: not known, whatever the version's default
+        given = {key: value for key, value in with_version(own, str(path)).items() if key not in unknown}
+    return ServerOptions(str(path), given, **server, version=version)
 
 
 def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

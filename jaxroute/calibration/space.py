@@ -149,7 +149,8 @@ def search_space(log: ServerLog, options: ServerOptions) -> Space:
         parameters.append(Parameter("max_num_seqs", max(0.5 * running, 1.0), 8.0 * running + 8, 1.3 * running + 1, 0.4))
     if "max_num_batched_tokens" not in engine:
         parameters.append(Parameter("max_num_batched_tokens", max(64, running), 65536, 2048, 0.5))
-    if options.enable_prefix_caching and log.shared_tokens is not None and log.shared_tokens.any():
+    shares = log.shared_tokens is not None and log.shared_tokens.any()
+    if shares and options.enable_prefix_caching and options.version is None:
         parameters.append(Parameter(PREFIX_HITS, 0.0, 1.0, 0.5, offset=0.1))
     parameters.append(Parameter(OVERHEAD, 0.0, 10.0, 2e-3, offset=1e-3))
     engine.setdefault("max_model_len", max_model_len(log))

@@ -2,7 +2,8 @@
 
 Such a request finds blocks only after it was preempted. `engine.OwnBlocks` says where they are in vLLM's free queue:
 next to each other, the last one in front, so that what remains of them is a leading part of the request's tokens.
-Released blocks enter the queue behind them, except those without content, which enter in front (rule B8).
+Released blocks enter the queue behind them, except those without content, which enter in front since vLLM 0.23 (rule
+B8).
 """
 
 import jax
@@ -60,9 +61,10 @@ def after_schedule(
         victim = preempted & (state.position == -lowest(jnp.where(preempted, -state.position, 1)))
         full = full_blocks(known, params.block_size)
         without_content = total(jnp.where(victim, held - full, 0))
+        in_front = without_content if params.unhashed_first else 0
         cache = OwnBlocks(
             found=jnp.where(victim, full, cache.found),
-            ahead=jnp.where(victim, free, cache.ahead) + without_content,
+            ahead=jnp.where(victim, free + without_content, cache.ahead + in_front),
         )
         return preempted & ~victim, jnp.where(served, 0, need), free + total(jnp.where(victim, held, 0)), cache
 
@@ -85,6 +87,8 @@ def after_abort(state: EngineState, cache: OwnBlocks, aborted: jax.Array, params
 def _after_release(
     state: EngineState, cache: OwnBlocks, released: jax.Array, hashed_tokens: jax.Array, params: EngineParams
 ) -> OwnBlocks:
+    if not params.unhashed_first:
+        return cache
     full = full_blocks(hashed_tokens, params.block_size)
     without_content = total(jnp.where(released, blocks_for(state.computed, params.block_size) - full, 0))
     return cache.replace(ahead=cache.ahead + without_content)

@@ -1,6 +1,7 @@
 """The prefix cache of requests that share prefixes (simulation.md section 1c): which blocks each one finds.
 
-vLLM's free queue begins with blocks without content. The others are, by the event that released them, ranges of blocks
+vLLM's free queue begins with blocks without content (before vLLM 0.23, released ones are ranges of nobody among the
+others). The others are, by the event that released them, ranges of blocks
 of one request (`engine.Runs`): what is cached includes all blocks before it, so nothing but the end of a range is ever
 allocated, and nothing but its beginning is ever found. No block is stored one by one, and contents are compared by the
 requests' paths (`engine.Path`).
@@ -103,7 +104,9 @@ def allocate(cache: SharedBlocks, blocks: jax.Array) -> SharedBlocks:
     return cache.replace(blank=cache.blank - blank, runs=cache.runs.replace(bounds=jnp.stack([first, end])))
 
 
-def release(cache: SharedBlocks, at: jax.Array, others: jax.Array, hashed: jax.Array, held: jax.Array) -> SharedBlocks:
+def release(
+    cache: SharedBlocks, at: jax.Array, others: jax.Array, hashed: jax.Array, held: jax.Array, params: EngineParams
+) -> SharedBlocks:
     """The cache after the request in the only slot of `at` released its blocks (rule B8).
 
     If there is none, the cache does not change. `others` (bool [S, ...]) hold blocks too; `hashed` and `held` are the
@@ -113,7 +116,11 @@ def release(cache: SharedBlocks, at: jax.Array, others: jax.Array, hashed: jax.A
     # Blocks are shared because one of the two found them.
     common = jnp.minimum(common_blocks(path, cache.path), jnp.minimum(hashed, jnp.maximum(cache.hit, own_hit)))
     first = jnp.minimum(jnp.max(jnp.where(others, common, 0), axis=0), own)
-    cache = cache.replace(blank=cache.blank + one_of(held, at) - own)
+    without_content = one_of(held, at) - own
+    if params.unhashed_first:
+        cache = cache.replace(blank=cache.blank + without_content)
+    else:
+        cache = _append(cache, jax.tree.map(jnp.zeros_like, path), jnp.zeros_like(own), without_content)
     return _append(cache, path, first, own)
 
 
@@ -139,7 +146,7 @@ def after_finish(state: EngineState, cache: SharedBlocks, finished: jax.Array, p
     hashed = jnp.where(finished, full, hashed_blocks(state, params))
     held = blocks_for(state.computed, params.block_size)
     running = state.unfinished() & (state.position < state.num_running)
-    return _release_all(state.position, cache, finished, running, hashed, held)
+    return _release_all(state.position, cache, finished, running, hashed, held, params)
 
 
 def after_abort(state: EngineState, cache: SharedBlocks, aborted: jax.Array, params: EngineParams) -> SharedBlocks:
@@ -148,16 +155,22 @@ def after_abort(state: EngineState, cache: SharedBlocks, aborted: jax.Array, par
     """
     held = blocks_for(state.computed, params.block_size)
     others = state.unfinished() & (state.position < state.num_running) & ~aborted
-    return _release_all(state.position, cache, aborted, others, hashed_blocks(state, params), held)
+    return _release_all(state.position, cache, aborted, others, hashed_blocks(state, params), held, params)
 
 
 def _release_all(
-    position: jax.Array, cache: SharedBlocks, leaving: jax.Array, others: jax.Array, hashed: jax.Array, held: jax.Array
+    position: jax.Array,
+    cache: SharedBlocks,
+    leaving: jax.Array,
+    others: jax.Array,
+    hashed: jax.Array,
+    held: jax.Array,
+    params: EngineParams,
 ) -> SharedBlocks:
     def release_next(carry: tuple[jax.Array, SharedBlocks]) -> tuple[jax.Array, SharedBlocks]:
         left, cache = carry
         at = position == lowest(jnp.where(left, position, LARGE))
         left = left & ~at
-        return left, release(cache, at, others | left, hashed, held)
+        return left, release(cache, at, others | left, hashed, held, params)
 
     return jax.lax.while_loop(lambda carry: anywhere(total(carry[0]) > 0), release_next, (leaving, cache))[1]

@@ -117,7 +117,7 @@ def _continue_running(
         left = running & (position < num_running)
         victim = -lowest(jnp.where(short & left, -position, LARGE))
         at = position == victim
-        cache = release(cache, at, left & ~at, hashed, held)
+        cache = release(cache, at, left & ~at, hashed, held, params)
         need = jnp.where(served | at, 0, need)
         return need, jnp.where(short & (victim >= 0), victim, num_running), cache
 

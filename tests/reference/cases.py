@@ -23,11 +23,13 @@ MAX_OUTPUT = 48
 MAX_ITERATIONS = 3000  # without full-prompt reservation two requests can preempt one another for ever
 
 _TODAY = {"enable_prefix_caching": False, "async_scheduling": False, "threshold_when_alone": False}
+_OLDER = {"enable_prefix_caching": True, "async_scheduling": True, "unhashed_first": False}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{engine: (engine, {}) for engine in ENGINES},
     "V1 caching": ("V1", {**_TODAY, "enable_prefix_caching": True}),
     "V1 async": ("V1", {**_TODAY, "async_scheduling": True}),
     "V1 caching, async": ("V1", {**_TODAY, "enable_prefix_caching": True, "async_scheduling": True}),
+    "V1 of vLLM 0.19": ("V1", _OLDER),
 }
 """Engines and options whose cases one program runs."""
 
@@ -234,16 +236,16 @@ def sharing_case(rng: np.random.Generator) -> dict[str, Any]:
     return spec
 
 
-def prefix_case(rng: np.random.Generator, is_async: bool, most_pieces: int) -> dict[str, Any]:
+def prefix_case(rng: np.random.Generator, options: dict[str, Any], most_pieces: int) -> dict[str, Any]:
     """A case of V1 with prompts that share segments, which the engines in JAX simulate exactly: no content is ever in
     two blocks. No request has more than `most_pieces` pieces of others (`caching.prefixes`).
     """
     while True:
         spec = random_case(rng)
-        spec["config"] |= {"enable_prefix_caching": True, "async_scheduling": is_async, "threshold_when_alone": True}
+        spec["config"] |= {"enable_prefix_caching": True, "threshold_when_alone": True, **options}
         spec["config"]["long_prefill_token_threshold"] = 0  # with it, two requests may compute the same blocks at once
         _share(rng, spec["requests"])
-        if is_async:
+        if options["async_scheduling"]:
             _with_stop_tokens(rng, spec["requests"])
         pieces = caching.prefixes(spec, np.arange(len(spec["requests"])))[0].shape[1]
         if pieces <= most_pieces and not caching.simulate(spec)["copies"]:
