@@ -156,8 +156,8 @@ IN_JAX = (
     Mistake(
         "B6, ranges",
         "prefix_runs.py",
-        "at = place == lowest(jnp.where(first < end, place, LARGE))",
-        "at = place == -lowest(jnp.where(first < end, -place, 1))",
+        "at = order == lowest(jnp.where(first < end, order, LARGE))",
+        "at = order == -lowest(jnp.where(first < end, -order, 1))",
         _SHARED,
     ),
     Mistake(

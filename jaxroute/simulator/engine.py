@@ -90,14 +90,14 @@ class Path(struct.PyTreeNode):
 
 
 class Runs(struct.PyTreeNode):
-    """Free blocks with content: R ranges of blocks of requests that left, in the order in which they are allocated.
+    """Free blocks with content: R ranges of blocks of requests that left.
 
-    The last block of a range is allocated first. Ranges without blocks may be anywhere. The additional first axis tells
-    these arrays from those of slots.
+    The last block of a range is allocated first. The additional first axis tells these arrays from those of slots.
     """
 
     path: Path  # of the requests, [K, R, ...]
-    bounds: jax.Array  # int32 [2, R, ...], the first block, and the one behind the last
+    bounds: jax.Array  # int32 [2, R, ...], the first block, and the one behind the last; equal: there is no range
+    order: jax.Array  # int32 [1, R, ...], 0 to R - 1, each once: the range with the lowest number is allocated first
 
 
 class SharedBlocks(struct.PyTreeNode):
@@ -200,7 +200,11 @@ def _empty_cache(slots: jax.Array, params: EngineParams | None) -> OwnBlocks | S
         path=Path((slots,) * pieces, (slots,) * pieces),
         hit=slots,
         blank=jnp.broadcast_to(params.usable_blocks, shape),
-        runs=Runs(Path(none, none), jnp.zeros((2, params.prefix_runs, *shape), jnp.int32)),
+        runs=Runs(
+            Path(none, none),
+            jnp.zeros((2, params.prefix_runs, *shape), jnp.int32),
+            jnp.broadcast_to(slot_positions(none[0]), (1, params.prefix_runs, *shape)),
+        ),
     )
 
 

@@ -7,7 +7,8 @@ allocated, and nothing but its beginning is ever found. No block is stored one b
 requests' paths (`engine.Path`).
 
 This is exact if no content is in two blocks (docs/fidelity.md says when that happens). If all R ranges have blocks, the
-oldest range becomes blank: the order of allocation is the same, but it is found no longer.
+oldest range becomes blank: the order of allocation is the same, but it is found no longer. Ranges stay in their places,
+and a number for each says their order: to move them would write all arrays anew.
 """
 
 import jax
@@ -24,7 +25,6 @@ from jaxroute.simulator.engine import (
     blocks_for,
     full_blocks,
     lowest,
-    slot_positions,
     total,
 )
 from jaxroute.workload.request import Prefix
@@ -88,13 +88,12 @@ def take(cache: SharedBlocks, path: Path, found: jax.Array) -> SharedBlocks:
 def allocate(cache: SharedBlocks, blocks: jax.Array) -> SharedBlocks:
     """The cache after this number of `blocks` (int32 [...]) was taken from the front of the free queue (rule B6)."""
     blank = jnp.minimum(blocks, cache.blank)
-    first, end = cache.runs.bounds
-    place = slot_positions(first)
+    (first, end), order = cache.runs.bounds, cache.runs.order[0]
 
     def evict(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Takes blocks of the oldest range. Usually few ranges lose some, and a cumulative sum takes longer."""
         left, end = carry
-        at = place == lowest(jnp.where(first < end, place, LARGE))
+        at = order == lowest(jnp.where(first < end, order, LARGE))
         taken = jnp.minimum(left, one_of(end - first, at))
         return left - taken, end - jnp.where(at, taken, 0)
 
@@ -125,19 +124,24 @@ def release(
 
 
 def _append(cache: SharedBlocks, path: Path, first: jax.Array, end: jax.Array) -> SharedBlocks:
-    """Puts a range behind the others, if it has blocks, in the place of one without."""
+    """Puts a range behind the others, if it has blocks, in the place of one without, or else of the oldest one."""
     runs, adds = cache.runs, first < end
-    blocks, place = runs.bounds[1] - runs.bounds[0], slot_positions(runs.bounds[0])
-    gap = lowest(jnp.where(blocks == 0, place, LARGE))
-    full = adds & (gap == LARGE)
-    moves = adds & (place >= jnp.where(full, 0, gap))
+    blocks, order = runs.bounds[1] - runs.bounds[0], runs.order[0]
+    number = lowest(jnp.where(blocks == 0, order - order.shape[0], order))
+    number = jnp.where(number < 0, number + order.shape[0], number)
+    here = adds & (order == number)
 
     def put(new: jax.Array, old: jax.Array) -> jax.Array:
-        new = jnp.broadcast_to(new, (old.shape[0], *old.shape[2:]))[:, None]
-        return jnp.where(moves, jnp.concatenate([old[:, 1:], new], axis=1), old)
+        return jnp.where(here, new[:, None], old)
 
-    own = Runs(Path(jnp.stack(path.owner), jnp.stack(path.end)), jnp.stack([first, end]))
-    return cache.replace(blank=cache.blank + jnp.where(full, blocks[0], 0), runs=jax.tree.map(put, own, runs))
+    own = Path(jnp.stack(path.owner), jnp.stack(path.end))
+    oldest = one_of(blocks, here)  # 0 where there was a place without
+    runs = Runs(
+        path=jax.tree.map(put, own, runs.path),
+        bounds=put(jnp.stack([first, end]), runs.bounds),
+        order=jnp.where(here, order.shape[0] - 1, order - (adds & (order > number)))[None],
+    )
+    return cache.replace(blank=cache.blank + oldest, runs=runs)
 
 
 def after_finish(state: EngineState, cache: SharedBlocks, finished: jax.Array, params: EngineParams) -> SharedBlocks:
