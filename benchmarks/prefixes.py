@@ -2,6 +2,7 @@
 
 python -m benchmarks.prefixes qos [ENVIRONMENT ...]    # 8 episodes of 1,500 requests; two rules are tuned
 python -m benchmarks.prefixes speed [ENVIRONMENT ...]  # decisions/s on one device, with less and less simulated
+python -m benchmarks.prefixes unique [ENVIRONMENT ...] # what both options cost where prompts share nothing
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jaxroute.evaluation.tuning import tune_routers
 from jaxroute.routers import make_router
 
 ENVIRONMENTS = ("chat-3", "documents-3", "agents-3")
+UNIQUE = ("paper-3", "rtx4090-3", "memory-3")
 LOAD_ONLY = ("round_robin", "shortest_queue", "least_work", "llm_d", "vllm_data_parallel")
 PREFIX_AWARE = ("llm_d_prefix", "dynamo_kv", "sglang_cache_aware")
 TUNED = ("index_rule+admission", "index_rule_prefix+admission")
@@ -59,38 +61,63 @@ def speed(name: str) -> None:
         ),
     }
     for kind, own in kinds.items():
-        rate, seconds, size = _rate(env, params.replace(engines=own), 0 if name == "documents-3" else 1)
-        print(f"{name}, {kind}: {rate:,.0f} decisions/s, compiled in {seconds:.0f} s, {size:,} B of state", flush=True)
+        # The requests with one owner of this piece go to one expert, and the caches are full when the clock starts.
+        run = _Program(env, params.replace(engines=own), 0 if name == "documents-3" else 1)
+        rate = np.median([run.decisions_per_second(index) for index in range(8)][3:])
+        print(
+            f"{name}, {kind}: {rate:,.0f} decisions/s, compiled in {run.compilation:.0f} s, "
+            f"{run.state_bytes:,} B of state",
+            flush=True,
+        )
 
 
-def _rate(env: RoutingEnvironment, params: EnvParams, piece: int) -> tuple[float, float, int]:
-    """Decisions per CPU second, CPU seconds of the compilation, bytes of an environment's state.
+def unique(name: str) -> None:
+    """The programs run in turn, so that other work on the machine slows all of them down alike."""
+    kinds = {"both off": None, "both on": "vllm-0.33"}
+    runs = {
+        kind: _Program(*jaxroute.make(name, penalty="off", metrics="off", engine=own), None)
+        for kind, own in kinds.items()
+    }
+    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for index in range(12):
+        for kind, run in runs.items():
+            rates[kind].append(run.decisions_per_second(index))
+    off, on = (float(np.median(values[3:])) for values in rates.values())
+    sizes = [run.state_bytes for run in runs.values()]
+    print(
+        f"{name}: {off:,.0f} decisions/s with both off, {on:,.0f} with both on, {off / on:.2f} times the cost; "
+        f"{sizes[0]:,} and {sizes[1]:,} B of state",
+        flush=True,
+    )
 
-    The requests with one owner of this piece go to one expert, and the caches are full when the clock starts.
-    """
 
-    def run(state: Any, key: jax.Array) -> Any:
-        def step(state: Any, key: jax.Array) -> tuple[Any, None]:
-            actions = state.request.prefix.owner[:, piece] % env.num_experts
-            return jax.vmap(env.step, (0, 0, 0, None))(jax.random.split(key, BATCH), state, actions, params)[1], None
+class _Program:
+    """Steps of a batch of environments under a fixed rule, compiled."""
 
-        return jax.lax.scan(step, state, jax.random.split(key, STEPS))[0]
+    def __init__(self, env: RoutingEnvironment, params: EnvParams, piece: int | None):
+        def run(state: Any, key: jax.Array) -> Any:
+            def step(state: Any, key: jax.Array) -> tuple[Any, None]:
+                at = state.step if piece is None else state.request.prefix.owner[:, piece]
+                keys = jax.random.split(key, BATCH)
+                return jax.vmap(env.step, (0, 0, 0, None))(keys, state, at % env.num_experts, params)[1], None
 
-    reset = jax.jit(lambda key: jax.vmap(env.reset, (0, None))(jax.random.split(key, BATCH), params)[1])
-    state = reset(jax.random.key(0))
-    start = time.process_time()
-    program = jax.jit(run).lower(state, jax.random.key(1)).compile()
-    compilation = time.process_time() - start
-    rates = []
-    for index in range(8):
+            return jax.lax.scan(step, state, jax.random.split(key, STEPS))[0]
+
+        reset = jax.jit(lambda key: jax.vmap(env.reset, (0, None))(jax.random.split(key, BATCH), params)[1])
+        self._state = reset(jax.random.key(0))
+        self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state)) // BATCH
         start = time.process_time()
-        state = jax.block_until_ready(program(state, jax.random.key(index)))
-        rates.append(BATCH * STEPS / (time.process_time() - start))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // BATCH
-    return float(np.median(rates[3:])), compilation, size
+        self._run = jax.jit(run).lower(self._state, jax.random.key(1)).compile()
+        self.compilation = time.process_time() - start
+
+    def decisions_per_second(self, index: int) -> float:
+        """Of a CPU second, in `STEPS` further steps."""
+        start = time.process_time()
+        self._state = jax.block_until_ready(self._run(self._state, jax.random.key(index)))
+        return BATCH * STEPS / (time.process_time() - start)
 
 
 if __name__ == "__main__":
-    what, names = sys.argv[1], sys.argv[2:] or ENVIRONMENTS
-    for one in names:
-        {"qos": qos, "speed": speed}[what](one)
+    what = sys.argv[1]
+    for one in sys.argv[2:] or (UNIQUE if what == "unique" else ENVIRONMENTS):
+        {"qos": qos, "speed": speed, "unique": unique}[what](one)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 SIMULATOR = ROOT / "jaxroute" / "simulator"
-CASES, SEED = 100, 11
+CASES, SEED = 400, 11
 
 
 class Mistake(NamedTuple):
@@ -175,7 +175,11 @@ IN_JAX = (
         _CACHING,
     ),
     Mistake(
-        "B8, own, before 0.23", "prefix_cache.py", "    if not params.unhashed_first:\n        return cache\n", "", _OLD
+        "B8, own, before 0.23",
+        "prefix_cache.py",
+        "    if not params.unhashed_first:\n        return cache\n    hashed",
+        "    hashed",
+        _OLD,
     ),
     Mistake(
         "B8, ranges",
@@ -214,7 +218,13 @@ IN_JAX = (
     ),
     Mistake("C2", "scheduler.py", "length += state.flight.sampled\n", "pass\n", "V1 async"),
     Mistake("C3", "scheduler.py", "may_get &= ~_ends_when_delivered(state, state.flight)", "pass", "V1 async"),
-    Mistake("C4", "advance.py", "left -= flight.known_end  # rule C3", "left -= 1", "V1 async"),
+    Mistake(
+        "C4",
+        "scheduler.py",
+        "return flight.sampled & flight.known_end & (state",
+        "return flight.sampled & (state",
+        "V1 async",
+    ),
     Mistake(
         "C6, own",
         "prefix_cache.py",
@@ -239,8 +249,8 @@ IN_JAX = (
     Mistake(
         "C8",
         "advance.py",
-        "duration = jnp.where(nothing & ~is_first, 0, duration)",
-        "duration = jnp.where(nothing & ~is_first, duration, duration)",
+        "duration=jnp.where(nothing, 0, duration)",
+        "duration=duration",
         "V1 async",
     ),
 )

@@ -230,10 +230,12 @@ def run_decodes(
     finished = (added > 0) & (generated >= state.target_tokens)
     tokens = batch * count
     held = held + (0.5 * tokens / params.block_size if own.grows else 0)
-    if state.cache is not None:
-        state = state.replace(
-            cache=cache_rules(state.cache).allocate(state.cache, blocks_after(count) - blocks_after(0))
-        )
+    cache = state.cache
+    if isinstance(cache, OwnBlocks):
+        later = lambda cache: prefix_cache.allocate(cache, blocks_after(count) - blocks_after(0))  # noqa: E731
+        state = state.replace(cache=prefix_cache.where_found(cache, jnp.bool_(False), later))
+    elif cache is not None:
+        state = state.replace(cache=prefix_runs.allocate(cache, blocks_after(count) - blocks_after(0)))
     state = state.replace(
         clock=clock,
         computed=state.computed + added,

@@ -6,6 +6,8 @@ Released blocks enter the queue behind them, except those without content, which
 B8).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +22,15 @@ from jaxroute.simulator.engine import (
     prefix_sum,
     total,
 )
+
+
+def where_found(cache: OwnBlocks, also: jax.Array, update: Callable[[OwnBlocks], OwnBlocks]) -> OwnBlocks:
+    """`update(cache)` if a request of any engine has cached blocks, or `also` (bool [...]) is True for any.
+
+    Without memory pressure nobody is preempted, nobody has any, and the cache stays as it is.
+    """
+    return jax.lax.cond(anywhere((cache.found > 0) | also), update, lambda cache: cache, cache)
+
 
 _Preempting = tuple[jax.Array, jax.Array, jax.Array, OwnBlocks]
 """The requests to preempt, the blocks still to allocate to each request, the free blocks, and the cache."""
@@ -75,11 +86,16 @@ def after_schedule(
 
 def after_finish(state: EngineState, cache: OwnBlocks, finished: jax.Array, params: EngineParams) -> OwnBlocks:
     """The cache after the requests `finished` (bool [S, ...]) released their blocks; the final token has none."""
-    return _after_release(state, cache, finished, state.prompt_tokens + state.generated - 1, params)
+    if not params.unhashed_first:
+        return cache
+    hashed = state.prompt_tokens + state.generated - 1
+    return where_found(cache, jnp.bool_(False), lambda cache: _after_release(state, cache, finished, hashed, params))
 
 
 def after_abort(state: EngineState, cache: OwnBlocks, aborted: jax.Array, params: EngineParams) -> OwnBlocks:
     """The cache after the running requests `aborted` (bool [S, ...]) released their blocks before their end."""
+    if not params.unhashed_first:
+        return cache
     known = state.computed if state.flight is None else state.computed - state.flight.unhashed  # rule C6
     return _after_release(state, cache, aborted, known, params)
 
@@ -87,8 +103,6 @@ def after_abort(state: EngineState, cache: OwnBlocks, aborted: jax.Array, params
 def _after_release(
     state: EngineState, cache: OwnBlocks, released: jax.Array, hashed_tokens: jax.Array, params: EngineParams
 ) -> OwnBlocks:
-    if not params.unhashed_first:
-        return cache
     full = full_blocks(hashed_tokens, params.block_size)
     without_content = total(jnp.where(released, blocks_for(state.computed, params.block_size) - full, 0))
     return cache.replace(ahead=cache.ahead + without_content)

@@ -31,7 +31,7 @@ from jaxroute.simulator.engine import (
     prefix_sum,
     total,
 )
-from jaxroute.simulator.prefix_cache import after_schedule, allocate, held_blocks
+from jaxroute.simulator.prefix_cache import after_schedule, allocate, held_blocks, where_found
 from jaxroute.simulator.prefix_runs import free_blocks
 from jaxroute.simulator.scheduler_prefixes import head_is_blocked, take_turns
 
@@ -143,10 +143,14 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
         hit = jnp.where(position < state.num_running, cache.hit, found)
         used = params.usable_blocks - free_blocks(cache)  # what several requests hold is there once
         output = output.replace(found=found, cache=cache.replace(hit=hit), used_blocks=used)
-    elif found is not None and ahead is not None:
-        found = jnp.where(scheduled, found, 0)
-        need = jnp.where(scheduled, blocks - found - held_blocks(state, params), 0)
-        output = output.replace(found=found, cache=after_schedule(state, output.preempted, found, ahead, need, params))
+    elif found is not None and ahead is not None and isinstance(cache, OwnBlocks):
+        own, before = jnp.where(scheduled, found, 0), ahead
+
+        def update(cache: OwnBlocks) -> OwnBlocks:
+            need = jnp.where(scheduled, blocks - own - held_blocks(state, params), 0)
+            return after_schedule(state, output.preempted, own, before, need, params)
+
+        output = output.replace(found=own, cache=where_found(cache, output.preempted, update))
     return output
 
 
@@ -170,32 +174,36 @@ def _with_own_blocks(
     """
     cache, position, unfinished = state.cache, state.position, state.unfinished()
     assert isinstance(cache, OwnBlocks)
-    held = held_blocks(state, params)
     owners = unfinished & (position >= state.num_running) & (cache.found > 0)
     ample &= total(owners) == 0
 
-    def look_up_next(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        done, found, ahead, last, _, _ = carry
-        computed = state.computed + found * params.block_size
-        _, tokens, failed = in_turn(unfinished, asked(computed), computed)
-        # The request that was looked up last takes its blocks out of the queue, if it is admitted (rule B5).
-        at_last = position == last
-        taken = jnp.where(failed > last, total(jnp.where(at_last, found, 0)), 0)
-        behind = ahead > total(jnp.where(at_last, ahead, 0))
-        ahead = jnp.where(behind, ahead - taken, ahead)
-        following = lowest(jnp.where(owners & (position > last), position, LARGE))
-        goes_on = (following <= failed) & (following < LARGE) & (failed >= state.num_running)
-        before = unfinished & (position < following)
-        blocks = blocks_for(computed + tokens, params.block_size) - held - found
-        evicted = total(jnp.where(before, blocks, 0)) - ahead
-        left = jnp.maximum(cache.found - jnp.maximum(evicted, 0), 0)
-        looked_up = jnp.where(goes_on & (position == following), left, found)
-        new = (~goes_on, looked_up, ahead, jnp.where(goes_on, following, last), tokens, failed)
-        return jax.tree.map(lambda new, old: jnp.where(done, old, new), new, carry)
+    def look_up(start: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        held = held_blocks(state, params)
+
+        def look_up_next(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            done, found, ahead, last, _, _ = carry
+            computed = state.computed + found * params.block_size
+            _, tokens, failed = in_turn(unfinished, asked(computed), computed)
+            # The request that was looked up last takes its blocks out of the queue, if it is admitted (rule B5).
+            at_last = position == last
+            taken = jnp.where(failed > last, total(jnp.where(at_last, found, 0)), 0)
+            behind = ahead > total(jnp.where(at_last, ahead, 0))
+            ahead = jnp.where(behind, ahead - taken, ahead)
+            following = lowest(jnp.where(owners & (position > last), position, LARGE))
+            goes_on = (following <= failed) & (following < LARGE) & (failed >= state.num_running)
+            before = unfinished & (position < following)
+            blocks = blocks_for(computed + tokens, params.block_size) - held - found
+            evicted = total(jnp.where(before, blocks, 0)) - ahead
+            left = jnp.maximum(cache.found - jnp.maximum(evicted, 0), 0)
+            looked_up = jnp.where(goes_on & (position == following), left, found)
+            new = (~goes_on, looked_up, ahead, jnp.where(goes_on, following, last), tokens, failed)
+            return jax.tree.map(lambda new, old: jnp.where(done, old, new), new, carry)
+
+        return jax.lax.while_loop(lambda carry: anywhere(~carry[0]), look_up_next, start)
 
     nothing = jnp.zeros_like(state.computed)
     start = (ample, nothing, cache.ahead, jnp.full_like(state.num_requests, -1), wanted, state.num_requests)
-    _, found, ahead, _, tokens, num_running = jax.lax.while_loop(lambda carry: anywhere(~carry[0]), look_up_next, start)
+    _, found, ahead, _, tokens, num_running = jax.lax.cond(anywhere(~ample), look_up, lambda start: start, start)
     return tokens, num_running, found, ahead
 
 
@@ -243,8 +251,9 @@ def _is_blocked(
         tokens = jnp.minimum(wanted, budget)
         held = jnp.where(params.reserve_full_isl, jnp.maximum(length, tokens), tokens)
     else:
-        left = allocate(state.cache, next_blocks - blocks_after(0)).found
-        found = total(jnp.where(head, left, 0)) * params.block_size
+        own = state.cache
+        own = where_found(own, jnp.bool_(False), lambda cache: allocate(cache, next_blocks - blocks_after(0)))
+        found = total(jnp.where(head, own.found, 0)) * params.block_size
         wanted = jnp.minimum(length - found, prefill_limit(state, params))
         tokens = jnp.minimum(wanted, budget)
         held = jnp.where(params.reserve_full_isl, length, found + tokens)
