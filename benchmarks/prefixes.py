@@ -72,12 +72,9 @@ def speed(name: str) -> None:
 
 
 def unique(name: str) -> None:
-    """The programs run in turn, so that other work on the machine slows all of them down alike."""
+    """Of steps as they are by default. The programs run in turn, so that other work slows all of them down alike."""
     kinds = {"both off": None, "both on": "vllm-0.33"}
-    runs = {
-        kind: _Program(*jaxroute.make(name, penalty="off", metrics="off", engine=own), None)
-        for kind, own in kinds.items()
-    }
+    runs = {kind: _Program(*jaxroute.make(name, engine=own), None) for kind, own in kinds.items()}
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     for index in range(12):
         for kind, run in runs.items():

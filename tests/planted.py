@@ -135,8 +135,8 @@ IN_JAX = (
     Mistake(
         "B5, own",
         "scheduler.py",
-        "ahead = jnp.where(behind, ahead - taken, ahead)",
-        "ahead = jnp.where(behind, ahead, ahead)",
+        "    computed = computed + found * params.block_size\n\n    blocks",
+        "    computed = computed + 0 * found\n\n    blocks",
         _CACHING,
     ),
     Mistake(
@@ -170,8 +170,8 @@ IN_JAX = (
     Mistake(
         "B8, own",
         "prefix_cache.py",
-        "in_front = without_content if params.unhashed_first else 0",
-        "in_front = 0",
+        "return cache.replace(ahead=cache.ahead + without_content)",
+        "return cache",
         _CACHING,
     ),
     Mistake(
