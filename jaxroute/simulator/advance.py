@@ -233,7 +233,7 @@ def run_decodes(
     cache = state.cache
     if isinstance(cache, OwnBlocks):
         later = lambda cache: prefix_cache.allocate(cache, blocks_after(count) - blocks_after(0))  # noqa: E731
-        state = state.replace(cache=prefix_cache.where_found(cache, jnp.bool_(False), later))
+        state = state.replace(cache=prefix_cache.where_found(cache, later))
     elif cache is not None:
         state = state.replace(cache=prefix_runs.allocate(cache, blocks_after(count) - blocks_after(0)))
     state = state.replace(

@@ -24,7 +24,9 @@ from jaxroute.simulator.engine import (
 )
 
 
-def where_found(cache: OwnBlocks, also: jax.Array, update: Callable[[OwnBlocks], OwnBlocks]) -> OwnBlocks:
+def where_found(
+    cache: OwnBlocks, update: Callable[[OwnBlocks], OwnBlocks], also: jax.Array | bool = False
+) -> OwnBlocks:
     """`update(cache)` if a request of any engine has cached blocks, or `also` (bool [...]) is True for any.
 
     Without memory pressure nobody is preempted, nobody has any, and the cache stays as it is.
@@ -89,7 +91,7 @@ def after_finish(state: EngineState, cache: OwnBlocks, finished: jax.Array, para
     if not params.unhashed_first:
         return cache
     hashed = state.prompt_tokens + state.generated - 1
-    return where_found(cache, jnp.bool_(False), lambda cache: _after_release(state, cache, finished, hashed, params))
+    return where_found(cache, lambda cache: _after_release(state, cache, finished, hashed, params))
 
 
 def after_abort(state: EngineState, cache: OwnBlocks, aborted: jax.Array, params: EngineParams) -> OwnBlocks:

@@ -46,7 +46,7 @@ def with_version(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     gpu = config.get("gpu")
     if gpu is not None:
         require_known(str(gpu), GPUS, "GPU", f"{where}: ")
-    return {**preset.switches, **seats_and_budget(preset, gpu), **own}
+    return {**defaults_on(preset, gpu), **own}
 
 
 def in_place_of(profile: Mapping[str, Any], version: str) -> dict[str, Any]:
@@ -56,6 +56,11 @@ def in_place_of(profile: Mapping[str, Any], version: str) -> dict[str, Any]:
         return {key: value for key, value in profile.items() if key not in preset.switches}
     kept = {key: profile[key] for key in ("latency", "block_size", "max_num_seqs", "max_model_len")}
     return {**kept, "num_gpu_blocks": profile["num_gpu_blocks"] - 1}  # V0 keeps none for itself
+
+
+def defaults_on(preset: Preset, gpu: str | None) -> dict[str, Any]:
+    """The options of a version on this GPU (`seats_and_budget`), which given ones override. Raises `UserError`."""
+    return {**preset.switches, **seats_and_budget(preset, gpu)}
 
 
 def seats_and_budget(preset: Preset, gpu: str | None) -> dict[str, int]:

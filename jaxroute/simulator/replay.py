@@ -19,7 +19,7 @@ from jaxroute.simulator.disciplines import rules
 from jaxroute.simulator.engine import LARGE, EngineParams
 from jaxroute.simulator.engine_config import engine_from_config
 from jaxroute.simulator.gpus import GPUS
-from jaxroute.simulator.presets import PRESETS, seats_and_budget
+from jaxroute.simulator.presets import PRESETS, defaults_on
 from jaxroute.simulator.recorded import Recording, ReplayOutcome, replay_by_jumps
 from jaxroute.workload.content import open_content
 from jaxroute.workload.files import MOST_TOKENS
@@ -83,7 +83,7 @@ def engine_and_recording(spec: Mapping[str, Any], where: str) -> tuple[EnginePar
         if gpu is not None:
             require_known(gpu, GPUS, "GPU", f"{where}: key gpu: ")
         discipline = preset.discipline
-        config = {**preset.switches, **seats_and_budget(preset, gpu), **config}
+        config = {**defaults_on(preset, gpu), **config}
     elif "gpu" in spec:
         raise UserError(f"{where}: key gpu: it is for an engine of {', '.join(PRESETS)}, not {name}; leave it out")
     else:

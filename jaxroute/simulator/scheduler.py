@@ -150,7 +150,7 @@ def schedule(state: EngineState, params: EngineParams) -> SchedulerOutput:
             need = jnp.where(scheduled, blocks - own - held_blocks(state, params), 0)
             return after_schedule(state, output.preempted, own, before, need, params)
 
-        output = output.replace(found=own, cache=where_found(cache, output.preempted, update))
+        output = output.replace(found=own, cache=where_found(cache, update, output.preempted))
     return output
 
 
@@ -252,7 +252,7 @@ def _is_blocked(
         held = jnp.where(params.reserve_full_isl, jnp.maximum(length, tokens), tokens)
     else:
         own = state.cache
-        own = where_found(own, jnp.bool_(False), lambda cache: allocate(cache, next_blocks - blocks_after(0)))
+        own = where_found(own, lambda cache: allocate(cache, next_blocks - blocks_after(0)))
         found = total(jnp.where(head, own.found, 0)) * params.block_size
         wanted = jnp.minimum(length - found, prefill_limit(state, params))
         tokens = jnp.minimum(wanted, budget)

@@ -28,9 +28,7 @@ class Recorded:
     shared_tokens: np.ndarray | None  # int32 [R], leading tokens that an earlier prompt shares
     first_time: float  # seconds, the first arrival on the clock of the file
     reading: Reading
-    hash_ids: (
-        tuple[tuple[int, ...], ...] | None
-    )  # of each prompt (`record.HASHED_TOKENS`), if asked for and all have them
+    hash_ids: tuple[tuple[int, ...], ...] | None  # of each prompt (`record`), if asked for and all have them
 
 
 def load_trace(
