@@ -1,8 +1,8 @@
 """Live against simulated: a router in front of real vLLM servers, and the same requests in the environment.
 
-`python -m benchmarks.live.cluster index_rule round_robin` replays requests of `paper-3`. For each router: the share of
-decisions that equal the router's own on the simulated states of the same choices; errors of the times of requests
-against the simulation of these choices; and the QoS of both. Times are divided by the time scale.
+`python -m benchmarks.live.cluster index_rule round_robin` replays requests of an environment. For each router: the
+share of decisions that equal the router's own on the simulated states of the same choices; errors of the times of
+requests against the simulation of these choices; and the QoS of both. Times are divided by the time scale.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def compared(env: RoutingEnvironment, params: EnvParams, run: Run, chosen: np.nd
         "dropped": int((live.actions == env.num_experts).sum()),
         "same choices": round(float((chosen == live.actions).mean()), 4),
         "same lengths": bool((live.tokens[served] == length[served]).all()),
-        "preempted": int(run.info["episode"].preemptions[-1]) if hasattr(run.info["episode"], "preemptions") else None,
+        "preemptions of completed requests, simulated": int(run.info["episode"].preemptions[-1].sum()),
         "qos live": round(qos(per_token), 4),
         "qos of these choices, simulated": round(qos(finish / length), 4),
         "median error per token": median_error(per_token, finish / length),
@@ -232,15 +232,16 @@ def router_of(name: str, env: RoutingEnvironment, params: EnvParams) -> Router:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("live.cluster", __doc__)
     parser.add_argument("routers", nargs="+", help="names, or folders of runs")
+    parser.add_argument("--environment", default="paper-3", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--requests", type=count, default=120, help="default: %(default)s")
     parser.add_argument("--rate", type=rate, default=3.0, help="requests/s (default: %(default)s)")
-    parser.add_argument("--blocks", type=count, help="KV blocks of each server (default: those of paper-3)")
+    parser.add_argument("--blocks", type=count, help="KV blocks of each server (default: those of the environment)")
     parser.add_argument("--scale", type=rate, default=2.0, help="how much slower the clock is (default: %(default)s)")
     parser.add_argument("--streams", type=Path, metavar="PATH.npz", help="write the last router's chunks to this file")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file")
     arguments = parser.read(argv)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    env, params = make("paper-3", metrics="off", penalty="off", episode_length=arguments.requests + 1)
+    env, params = make(arguments.environment, penalty="off", episode_length=arguments.requests + 1)
     workload = dataclasses.replace(params.workload, arrivals=PoissonArrivals.create(arguments.rate))
     params = params.replace(workload=workload)
     if arguments.blocks:
@@ -278,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     decided=live.decided.astype(np.float32),
                 )
     if arguments.json:
-        settings = {key: getattr(arguments, key) for key in ("rate", "blocks", "scale")}
+        settings = {key: getattr(arguments, key) for key in ("environment", "rate", "blocks", "scale")}
         write_text(
             arguments.json, json.dumps({"machine": machine(argv, "live.cluster"), **settings, **rows}, indent=2) + "\n"
         )

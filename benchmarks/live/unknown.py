@@ -21,7 +21,7 @@ import numpy as np
 import uvloop
 import yaml
 
-from benchmarks.harness import Parser, Row, count, machine
+from benchmarks.harness import Parser, Row, count, machine, rate
 from benchmarks.live.vllm_servers import folders, vllm_servers
 from jaxroute.errors import command
 from jaxroute.files import write_text
@@ -45,7 +45,7 @@ async def until_up(address: str, experts: int) -> float:
     """Seconds until all experts take part."""
     started = time.monotonic()
     async with aiohttp.ClientSession(address) as session:
-        while time.monotonic() < started + 60 * experts:
+        while time.monotonic() < started + 90 * experts:
             async with session.get("/status.json") as answer:
                 if all(expert["up"] for expert in (await answer.json())["experts"]):
                     return time.monotonic() - started
@@ -70,7 +70,7 @@ async def ask(address: str, requests: int) -> int:
         return sum(await asyncio.gather(*tasks))
 
 
-async def run_auto(folder: Path, addresses: Sequence[str]) -> Row:
+async def run_auto(folder: Path, addresses: Sequence[str], latencies: Sequence[list[float]]) -> Row:
     """Coefficients as they were measured, and whether requests are answered."""
     path, record = folder / "urls.yaml", folder / "auto.jsonl"
     path.write_text(yaml.safe_dump({"experts": [{"url": address} for address in addresses], "slots": 64}))
@@ -79,8 +79,7 @@ async def run_auto(folder: Path, addresses: Sequence[str]) -> Row:
         seconds, requests = await until_up(served.address, len(addresses)), 40
         answered = await ask(served.address, requests)
     found = measured(record)
-    true = np.array([PROFILES[number % 2] for number in range(len(addresses))])
-    errors = np.array([found[f"expert{number}"] for number in range(len(addresses))]) / true - 1
+    errors = np.array([found[f"expert{number}"] for number in range(len(addresses))]) / np.array(latencies) - 1
     return {
         "servers": len(addresses),
         "seconds until all were measured": round(seconds, 1),
@@ -90,10 +89,10 @@ async def run_auto(folder: Path, addresses: Sequence[str]) -> Row:
     }
 
 
-async def run_client(folder: Path, address: str) -> Row:
+async def run_client(folder: Path, address: str, latency: list[float]) -> Row:
     """vLLM's benchmark against the front end, and what `calibrate` says of its file."""
     path, result = folder / "one.yaml", folder / "result.json"
-    expert = {"url": address, "model": "tiny", "latency": PROFILES[0], "kv_blocks": BLOCKS, "max_num_seqs": 64}
+    expert = {"url": address, "model": "tiny", "latency": latency, "kv_blocks": BLOCKS, "max_num_seqs": 64}
     path.write_text(yaml.safe_dump({"experts": [expert], "slots": 64, "latency_limit": 10.0}))
     (folder / "engine.yaml").write_text(
         yaml.safe_dump({"max_num_seqs": 64, "max_num_batched_tokens": 2048, "num_gpu_blocks": BLOCKS + 1})
@@ -121,7 +120,7 @@ async def run_client(folder: Path, address: str) -> Row:
         "requests": data["num_prompts"],
         "completed": data["completed"],
         "calibrate read": done.stdout.splitlines()[0],
-        "c0 by calibrate, relative error": round(engine["latency"][0] / PROFILES[0][0] - 1, 4),
+        "c0 by calibrate, relative error": round(engine["latency"][0] / latency[0] - 1, 4),
     }
 
 
@@ -130,15 +129,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("live.unknown", __doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--servers", type=count, default=4, help="default: %(default)s; 0.9 GB each")
+    parser.add_argument("--scale", type=rate, default=1.0, help="factor of what servers sleep (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file")
     arguments = parser.read(argv)
     parts, rows = arguments.parts or PARTS, Row()
-    latencies = [PROFILES[number % 2] for number in range(arguments.servers)]
+    latencies = [[arguments.scale * each for each in PROFILES[n % 2]] for n in range(arguments.servers)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with vllm_servers(latencies, [BLOCKS] * arguments.servers, 8192, 1.0, folder) as addresses:
             for part in parts:
-                run = run_auto(folder, addresses) if part == "auto" else run_client(folder, addresses[0])
+                if part == "auto":
+                    run = run_auto(folder, addresses, latencies)
+                else:
+                    run = run_client(folder, addresses[0], latencies[0])
                 rows[part] = uvloop.run(run) | {"load": round(os.getloadavg()[0], 1)}
                 print(part, json.dumps(rows[part]), flush=True)
     if arguments.json:
