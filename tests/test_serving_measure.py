@@ -7,26 +7,22 @@ import pytest
 
 from jaxroute.errors import UserError
 from jaxroute.serving.measure import BATCHES, PROMPTS, TOKENS, Answer, fit_latency
-from tests.reference.engine import DEFAULT_CONFIG, Engine, Request, duration
+from tests.reference.engine import simulate
 
 WAY = 0.004  # s to the server and back
 
 
 def answers(latency: list[float], prompts: list[int], output: int) -> list[Answer]:
     """The streams of requests that come to an idle server at once."""
-    engine = Engine(DEFAULT_CONFIG)
-    requests = [Request(str(number), 0.0, prompt, output) for number, prompt in enumerate(prompts)]
-    times: dict[str, list[tuple[float, int]]] = {request.id: [] for request in requests}
-    engine.waiting.extend(requests)
-    now = 0.0
-    while engine.running or engine.waiting:
-        entries, _ = engine.schedule()
-        decodes = sum(request.generated > 0 for request, _ in entries)
-        prefill = sum(tokens for _, tokens in entries) - decodes
-        now += duration(latency, prefill, decodes, sum(request.computed + tokens for request, tokens in entries))
-        for request in engine.compute(entries)[0]:
-            times[request.id].append((now + WAY, request.generated))
-    return [Answer(request.prompt, 0.0, times[request.id]) for request in requests]
+    requests = [{"arrival_time": 0.0, "prompt_len": prompt, "output_len": output} for prompt in prompts]
+    computed = [0] * len(prompts)
+    times: list[list[tuple[float, int]]] = [[] for _ in prompts]
+    for record in simulate({"config": {"latency": latency}, "requests": requests})["iterations"]:
+        for number, tokens in ((int(name), tokens) for name, tokens in record["sched"].items()):
+            computed[number] += tokens
+            if computed[number] >= prompts[number]:
+                times[number].append((record["t"] + record["dur"] + WAY, len(times[number]) + 1))
+    return [Answer(prompt, 0.0, own) for prompt, own in zip(prompts, times, strict=True)]
 
 
 @pytest.mark.parametrize("latency", [[0.015, 7.2e-5, 5e-5, 2.5e-5], [0.025, 1.5e-4, 4e-4, 2e-6]])

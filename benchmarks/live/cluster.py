@@ -1,8 +1,8 @@
 """Live against simulated: a router in front of real vLLM servers, and the same requests in the environment.
 
-`python -m benchmarks.live.cluster index_rule round_robin` replays requests of an environment. For each router: the
-share of decisions that equal the router's own on the simulated states of the same choices; errors of the times of
-requests against the simulation of these choices; and the QoS of both. Times are divided by the time scale.
+`python -m benchmarks.live.cluster index_rule round_robin` replays requests of `paper-3` (`--environment`). For each
+router: the share of decisions that equal the router's own on the simulated states of the same choices; errors of the
+times of requests against the simulation of these choices; and the QoS of both. Times are divided by the time scale.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from tests.live_streams import token_times
 from tests.rollouts import Run, rollout, with_engines
 
 WORD = 3  # the id of the word w0
+ENVIRONMENTS = ("paper-3", "paper-6")  # of the engines that start_sleep.sh can start: 64 seats, no knee, no prefixes
 TUNING = 40_000  # decisions for each router, a tenth of what an evaluation spends
 
 
@@ -232,7 +233,7 @@ def router_of(name: str, env: RoutingEnvironment, params: EnvParams) -> Router:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("live.cluster", __doc__)
     parser.add_argument("routers", nargs="+", help="names, or folders of runs")
-    parser.add_argument("--environment", default="paper-3", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--environment", choices=ENVIRONMENTS, default="paper-3", help="default: %(default)s")
     parser.add_argument("--requests", type=count, default=120, help="default: %(default)s")
     parser.add_argument("--rate", type=rate, default=3.0, help="requests/s (default: %(default)s)")
     parser.add_argument("--blocks", type=count, help="KV blocks of each server (default: those of the environment)")

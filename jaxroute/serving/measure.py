@@ -56,16 +56,17 @@ async def measure_engine(session: aiohttp.ClientSession, expert: Expert, known: 
     told = await _cache(session, expert)
     engine = {**DEFAULTS, **told, **({} if longest is None else {"max_model_len": longest}), **known}
     most_words = min(engine["max_model_len"], engine["max_num_batched_tokens"]) // 2 - TOKENS
+    most_held = engine["block_size"] * (engine["num_gpu_blocks"] - 1)
     together: list[list[list[Answer]]] = []
     for batch, words in BATCHES:
         held = batch * (2 * words + TOKENS)  # tokens, by a cautious estimate
-        blocks = engine["block_size"] * (engine["num_gpu_blocks"] - 1)
-        if batch <= engine["max_num_seqs"] and words <= most_words and held <= blocks:
-            tries: list[list[Answer]] = []
-            for _ in range(REPEATS):
-                requests = (_complete(session, expert, words, TOKENS) for _ in range(batch))
-                tries.append(await asyncio.gather(*requests))
-            together.append(tries)
+        if batch <= engine["max_num_seqs"] and words <= most_words and held <= most_held:
+            together.append(
+                [
+                    await asyncio.gather(*(_complete(session, expert, words, TOKENS) for _ in range(batch)))
+                    for _ in range(REPEATS)
+                ]
+            )
     alone = [
         [await _complete(session, expert, words, 1) for _ in range(REPEATS)] for words in PROMPTS if words <= most_words
     ]
