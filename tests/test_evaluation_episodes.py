@@ -15,7 +15,7 @@ import jaxroute
 from jaxroute.agent.flat_network import FlatNetwork
 from jaxroute.agent.trainer import policy_router
 from jaxroute.environment.metrics import summarize
-from jaxroute.evaluation.episodes import evaluate_routers
+from jaxroute.evaluation.episodes import evaluate_routers, for_search
 from jaxroute.routers import make_router
 
 LENGTH = 24
@@ -178,3 +178,14 @@ def test_wrapped_environments_are_evaluated_or_refused_in_a_line(scenario):
     for other, problem in ((OwnState(env), "the state of OwnState is a dict"), (object(), "not on object")):
         with pytest.raises(jaxroute.UserError, match=problem):
             evaluate_routers(other, params, routers, episodes=1, seed=1)
+
+
+@pytest.mark.parametrize("length", [1500, 1000, 24, 9000])
+def test_searches_meet_the_disturbances_of_whole_episodes(length: int):
+    """A policy searched in episodes that end before an expert slows down would lose when it does."""
+    env, params = jaxroute.make("slowdown-3")
+    short, found = for_search(env, params, length)
+    of_length, wanted = jaxroute.make("slowdown-3", episode_length=min(length, env.episode_length))
+    assert short == dataclasses.replace(of_length, metrics="histogram", penalty="off")
+    np.testing.assert_allclose(found.disturbances.starts, wanted.disturbances.starts, atol=1)
+    np.testing.assert_array_equal(found.disturbances.slowness, wanted.disturbances.slowness)

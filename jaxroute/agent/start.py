@@ -60,7 +60,7 @@ def linear_start(
     """
     environments = _rows(params, axes)
     differ = axes is not None and bool(jax.tree.leaves(axes.engines))
-    env = for_search(env, _CLUSTER_LENGTH if differ else _LENGTH)
+    env, params = for_search(env, params, _CLUSTER_LENGTH if differ else _LENGTH)
     episodes = _CLUSTERS if differ else _EPISODES
     per_generation = _POPULATION * episodes * env.episode_length
     names = expert_features(env)
@@ -98,7 +98,7 @@ class Validator:
     """Mean QoS of greedy policies on the same episodes, none of which a training or an evaluation has."""
 
     def __init__(self, env: RoutingEnvironment, params: EnvParams, axes: EnvParams | None, decisions: int):
-        self._env = for_search(env, _VALIDATION_LENGTH)
+        self._env, params = for_search(env, params, _VALIDATION_LENGTH)
         self._episodes = max(1, decisions // self._env.episode_length)
         self._keys = jax.random.split(jax.random.key(_VALIDATION_KEY), self._episodes)
         self._rows, self._axes = rows_of(params, axes, self._episodes)

@@ -60,6 +60,10 @@ class Disturbances(struct.PyTreeNode):
         slow, good = (jnp.asarray(ones if table is None else table, float) for table in (slowness, quality))
         return cls(jnp.asarray(begin, jnp.int32), slow, good)
 
+    def shortened(self, share: float) -> Disturbances:
+        """The same pieces in an episode that has `share` of the requests."""
+        return self.replace(starts=jnp.round(self.starts * share).astype(jnp.int32))  # type: ignore[attr-defined]
+
     def _row_at(self, table: jax.Array, decision: jax.Array) -> jax.Array:
         """The row of `table` [K, N, ...] at `decision` (int32 [...]), [N, ...]."""
         piece = jnp.sum(self.starts <= decision, axis=0) - 1

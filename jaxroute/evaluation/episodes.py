@@ -46,9 +46,16 @@ def evaluate_routers(
     return results
 
 
-def for_search(env: RoutingEnvironment, length: int) -> RoutingEnvironment:
-    """`env` with episodes of at most `length` requests, and without what only evaluations and rewards need."""
-    return dataclasses.replace(env, metrics="histogram", penalty="off", episode_length=min(length, env.episode_length))
+def for_search(env: RoutingEnvironment, params: EnvParams, length: int) -> tuple[RoutingEnvironment, EnvParams]:
+    """Both with episodes of at most `length` requests, and without what only evaluations and rewards need.
+
+    Disturbances come at the same shares of the shorter episodes, so that what is found in them is prepared for all.
+    """
+    length = min(length, env.episode_length)
+    if params.disturbances is not None:
+        share = length / env.episode_length
+        params = params.replace(disturbances=params.disturbances.shortened(share))  # type: ignore[attr-defined]
+    return dataclasses.replace(env, metrics="histogram", penalty="off", episode_length=length), params
 
 
 def _replaced(env: Any, **settings: Any) -> Any:

@@ -72,6 +72,8 @@ def tune_routers(
         require_known(name, ROUTERS, "router")
     if decisions < 1:
         raise UserError(f"decisions must be a whole number of 1 or more, not {decisions!r}")
+    least = _POPULATION * (_WIDE + _LAST + _FINAL)
+    env, params = for_search(env, params, max(1, min(_LENGTH, decisions // least)))
     found: dict[str, Tuning] = {}
     paths = {name: _path(env, params, name, decisions, seed) if keep else None for name in names}
     for name, path in paths.items():
@@ -126,8 +128,6 @@ def _tune(
     started = time.monotonic()
     spec = ROUTERS[name]
     choices, dims = spec.choices(env.num_experts), len(spec.ranges)
-    least = _POPULATION * (_WIDE + _LAST + _FINAL)
-    env = for_search(env, max(1, min(_LENGTH, decisions // least)))
     length = env.episode_length
     generations = max(decisions // (_POPULATION * length), _WIDE + _LAST + _FINAL) - _WIDE - _FINAL
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), _KEY), generations + 2)
