@@ -16,7 +16,7 @@ import optax
 
 from jaxroute.agent.router_network import RouterNetwork
 from jaxroute.agent.sac import policy_logits
-from jaxroute.agent.start import QOS_OF_LOGIT, picked, rows_of
+from jaxroute.agent.start import QOS_OF_LOGIT, length_of_search, picked, rows_of
 from jaxroute.environment.environment import RoutingEnvironment
 from jaxroute.environment.observation import RoutingGraph
 from jaxroute.environment.state import EnvParams, EnvState
@@ -25,7 +25,6 @@ from jaxroute.routers.linear import linear_policy, linear_values
 from jaxroute.routers.rollout import action_returns
 
 _ENVIRONMENTS, _COMPARED = 128, 32  # stepped together, and of these compared in a round: the least clear decisions
-_LENGTH = 1500
 _BETWEEN = 6  # decisions between two rounds
 _ROUNDS = 25  # of one program
 _IN_FLIGHT = 2.5  # arrivals that are simulated, relative to the requests at the experts
@@ -72,8 +71,9 @@ def compare_actions(
     (`rollout.action_returns`), with their true lengths and scores. `decisions` simulated decisions are made in all;
     `params` and `axes` are those of the training environments. `done` is called with the number so far.
     """
-    env, params = for_search(env, params, _LENGTH)
-    env = replace(env, metrics="off")
+    if params.disturbances is not None:
+        env, params = for_search(env, params, length_of_search(params))  # some thousand decisions do not reach them
+    env = replace(env, metrics="off", penalty="off")
     rows, own_axes = rows_of(params, axes, _ENVIRONMENTS)
     key = jax.random.fold_in(jax.random.key(seed), _IMPROVEMENT_KEY)
     keys = jax.random.split(key, _ENVIRONMENTS)

@@ -30,10 +30,10 @@ Those of other features and of dropping begin at 0."""
 
 _SPREAD = 0.1  # standard deviation, in the first generation, of what a feature adds to the value of an action
 _POPULATION, _EPISODES, _LENGTH = 24, 2, 1500  # of a generation; requests of an episode
+_DISTURBED_LENGTH = 3000  # requests of an episode with disturbances, whose effects last for hundreds
 _CLUSTERS, _CLUSTER_LENGTH = 12, 600  # episodes of a generation and their requests where training environments differ
 _SEEN_EPISODES, _SEEN_STEPS = 32, 300  # in which the features' standard deviations are measured
 _SMALLEST = 1e-3  # standard deviation at which a feature counts as constant
-_VALIDATION_LENGTH = 1500
 _SEARCH_KEY, _VALIDATION_KEY = 0x73746172, 0x76616C69  # no evaluation's keys come from them
 QOS_OF_LOGIT = 0.05  # about the QoS of a difference of 1 between two logits
 
@@ -60,8 +60,8 @@ def linear_start(
     """
     environments = _rows(params, axes)
     differ = axes is not None and bool(jax.tree.leaves(axes.engines))
-    env, params = for_search(env, params, _CLUSTER_LENGTH if differ else _LENGTH)
-    episodes = _CLUSTERS if differ else _EPISODES
+    env, params = for_search(env, params, _CLUSTER_LENGTH if differ else length_of_search(params))
+    episodes = _CLUSTERS if differ else _EPISODES * _LENGTH // length_of_search(params)
     per_generation = _POPULATION * episodes * env.episode_length
     names = expert_features(env)
     guess = np.array([*(FIRST_GUESS.get(name, 0.0) for name in names), 0.0])
@@ -69,10 +69,11 @@ def linear_start(
     key = jax.random.fold_in(jax.random.key(seed), _SEARCH_KEY)
     rows, own_axes = rows_of(params, axes, _SEEN_EPISODES)
     keys = jax.random.split(jax.random.fold_in(key, _SEEN_STEPS), _SEEN_EPISODES)
-    seen = _feature_spread(env, own_axes, jnp.asarray(origin, jnp.float32), keys, rows)
+    seen_env, rows = for_search(env, rows, _SEEN_STEPS + 1)
+    seen = _feature_spread(seen_env, own_axes, jnp.asarray(origin, jnp.float32), keys, rows)
     spread = np.append(np.maximum(np.asarray(seen, np.float64), _SMALLEST), 1.0)
     search = Search(origin, _SPREAD / spread, _POPULATION, seed)
-    rows, _ = rows_of(params, axes, _EPISODES)
+    rows, _ = rows_of(params, axes, episodes)
     generations = max(1, decisions // per_generation)
     order = np.random.default_rng(seed).permutation(environments)
     for generation in range(generations):
@@ -94,11 +95,16 @@ def linear_start(
     return np.asarray(weights / unit / QOS_OF_LOGIT, np.float32)
 
 
+def length_of_search(params: EnvParams) -> int:
+    """Requests of an episode in which policies are searched, compared and validated."""
+    return _LENGTH if params.disturbances is None else _DISTURBED_LENGTH
+
+
 class Validator:
     """Mean QoS of greedy policies on the same episodes, none of which a training or an evaluation has."""
 
     def __init__(self, env: RoutingEnvironment, params: EnvParams, axes: EnvParams | None, decisions: int):
-        self._env, params = for_search(env, params, _VALIDATION_LENGTH)
+        self._env, params = for_search(env, params, length_of_search(params))
         self._episodes = max(1, decisions // self._env.episode_length)
         self._keys = jax.random.split(jax.random.key(_VALIDATION_KEY), self._episodes)
         self._rows, self._axes = rows_of(params, axes, self._episodes)
