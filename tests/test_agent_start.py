@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from jaxroute.agent.router_network import RouterNetwork, with_linear_policy
 from jaxroute.agent.start import Validator, linear_start
 from jaxroute.agent.trainer import policy_router
 from jaxroute.environment.observation import EXPERT_FEATURES
+from jaxroute.runs.search_log import SearchLog
 
 NETWORK = RouterNetwork(hidden=8, heads=2, layers=1, mlp=(8,))
 
@@ -46,9 +50,35 @@ def test_the_search_improves_and_repeats_itself(small):
     ]
     np.testing.assert_array_equal(*found)
     assert found[0].shape == (len(EXPERT_FEATURES) + 1,) and np.isfinite(found[0]).all()
-    decisions, qos = np.array(reports[:12]).T
+    decisions, qos = np.array([report[:2] for report in reports[:12]]).T
     np.testing.assert_array_equal(decisions, a_generation * np.arange(1, 13))
     assert qos[-4:].mean() > qos[:4].mean()
+
+
+def test_a_stopped_search_goes_on_from_its_log(small, tmp_path):
+    env, params = small
+    decisions = 6 * 24 * 2 * 60
+    whole = linear_start(env, params, None, decisions, 3)
+
+    def stop_after(simulated: int) -> Callable[..., None]:
+        def done(*report: Any) -> None:
+            log.write(*report)
+            if report[0] >= simulated:
+                raise InterruptedError
+
+        return done
+
+    for simulated in (decisions // 3, decisions // 2):
+        with SearchLog(tmp_path) as log, pytest.raises(InterruptedError):
+            linear_start(env, params, None, decisions, 3, stop_after(simulated), known=log.known)
+    file = tmp_path / "search.jsonl"
+    lines = file.read_text().splitlines()
+    assert len(lines) == 3
+    file.write_text("\n".join([*lines, lines[0][:30]]))  # killed while it wrote
+    with SearchLog(tmp_path) as log:
+        assert len(log.known) == 3 and all(len(values) == 24 for values in log.known)
+        np.testing.assert_array_equal(linear_start(env, params, None, decisions, 3, log.write, known=log.known), whole)
+    assert len(file.read_text().splitlines()) == 6
 
 
 def test_validation_tells_good_from_bad(small):

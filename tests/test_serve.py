@@ -84,7 +84,7 @@ def run_main(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (
             "latency: [0.015, 7.2e-5, 5e-5, 2.5e-5], kv_blocks: 875, max_num_seqs: 64",
             "profile: rtx409",
-            "unknown profile",
+            "experts[0]: unknown profile 'rtx409'",
         ),
         ("latency: [0.015, 7.2e-5, 5e-5, 2.5e-5], ", "", "kv_blocks needs latency"),
         ("name: e0", "name: e1", "the name 'e1' occurs twice"),

@@ -1,6 +1,6 @@
 """Where training starts, and what it keeps: a linear policy found by CMA-ES, and validation of greedy policies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,8 +44,9 @@ def linear_start(
     axes: EnvParams | None,
     decisions: int,
     seed: int,
-    done: Callable[[int, float], None] = lambda decisions, qos: None,
+    done: Callable[[int, float, np.ndarray], None] = lambda decisions, qos, values: None,
     first: np.ndarray | None = None,
+    known: Sequence[Sequence[float]] = (),
 ) -> np.ndarray:
     """Weights float32 [Fe + 1] of the linear policy (`router_network.with_linear_policy`) with the highest mean QoS.
 
@@ -55,8 +56,10 @@ def linear_start(
     and `axes` are those of the training environments; of leaves that differ between them, a generation uses some. Where
     the engines differ, each generation takes the next clusters in turn, and all of them count alike: a policy's QoS in
     one is taken relative to the mean and the standard deviation of the generation there.
-    `done` is called after each generation with the number of decisions and the generation's mean QoS. `first`, float
-    [Fe + 1], are weights as this function returns them, with which the search begins instead of `FIRST_GUESS`.
+    `done` is called after each generation with the number of decisions, the generation's mean QoS, and the values by
+    which its policies were compared, float32 [P]. `known` are these values of the first generations of a search with
+    the same arguments, which are not simulated again. `first`, float [Fe + 1], are weights as this function returns
+    them, with which the search begins instead of `FIRST_GUESS`.
     """
     environments = _rows(params, axes)
     differ = axes is not None and bool(jax.tree.leaves(axes.engines))
@@ -78,6 +81,9 @@ def linear_start(
     order = np.random.default_rng(seed).permutation(environments)
     for generation in range(generations):
         points = search.ask()
+        if generation < len(known):
+            search.tell(-np.asarray(known[generation], np.float32))
+            continue
         keys = jax.random.split(jax.random.fold_in(key, generation), episodes)
         if differ:
             places = order[(generation * episodes + np.arange(episodes)) % environments]
@@ -87,7 +93,7 @@ def linear_start(
         else:
             told = qos = np.asarray(_linear_qos(env, own_axes, jnp.asarray(points, jnp.float32), keys, rows))
         search.tell(-told)
-        done((generation + 1) * per_generation, float(qos.mean()))
+        done((generation + 1) * per_generation, float(qos.mean()), told)
     # A policy is the same for any positive factor. This one makes a unit of value about a unit of QoS.
     weights = search.mean
     scores = weights[[names.index("expected_qos"), names.index("predicted_score")]]

@@ -37,6 +37,7 @@ from jaxroute.runs.loggers import check_loggers
 from jaxroute.runs.metrics_log import MetricsLog
 from jaxroute.runs.progress import TrainingProgress
 from jaxroute.runs.run_folder import prepare_run_folder, versions
+from jaxroute.runs.search_log import SearchLog
 from jaxroute.runs.stopping import Stop
 from jaxroute.runs.training_state import TrainingStates, newest_state, remove_states
 
@@ -270,19 +271,28 @@ def _starts(
     if not training.start_decisions or not isinstance(experiment.network, RouterNetwork):
         return
 
-    def done(what: str, decisions: int, simulated: int, qos: float | None = None) -> None:
+    def report(what: str, simulated: int, decisions: int, qos: float | None = None) -> None:
         progress.search(what, simulated, decisions, qos)
         if stop:
-            raise stop.interrupted(f"stopped in the search for a start; begin again: jaxroute train --resume {run}")
+            raise stop.interrupted(f"stopped before the first frame; go on: jaxroute train --resume {run}")
 
     inputs = experiment.env, experiment.training_params, experiment.params_axes
-    report = partial(done, "searching a start", training.start_decisions)
-    weights = jnp.asarray(linear_start(*inputs, training.start_decisions, training.seed, report, first))
+    with SearchLog(run) as log:
+
+        def searched(simulated: int, qos: float, values: np.ndarray) -> None:
+            log.write(simulated, qos, values)
+            report("searching a start", simulated, training.start_decisions, qos)
+
+        found = linear_start(*inputs, training.start_decisions, training.seed, searched, first, log.known)
+    weights = jnp.asarray(found)
     params = with_linear_policy(params, weights)
     yield params
     if training.improvement_decisions:
-        report = partial(done, "comparing actions", training.improvement_decisions)
-        comparisons = compare_actions(*inputs, weights, training.improvement_decisions, training.seed, report)
+
+        def compared(simulated: int) -> None:
+            report("comparing actions", simulated, training.improvement_decisions)
+
+        comparisons = compare_actions(*inputs, weights, training.improvement_decisions, training.seed, compared)
         if comparisons is None:
             progress.say("comparing actions tells too little here; the start stays as it is")
         else:

@@ -196,7 +196,10 @@ def expert_engine(path: Path, where: str, expert: dict[str, Any]) -> EngineParam
         own = {key: expert[key] for key in (*ENGINE_KEYS, "latency", "kv_blocks") if key in expert}
         if own:
             raise UserError(f"{path}: {where}: the profile contains {next(iter(own))}; leave one of them out")
-        config = load_profile(str(expert["profile"]))["engine"]
+        try:
+            config = load_profile(str(expert["profile"]))["engine"]
+        except UserError as error:
+            raise UserError(f"{path}: {where}: {error}") from None
         return engine_from_config(config, f"{path}: {where}")
     for key in ("latency", "kv_blocks"):
         if key not in expert:
