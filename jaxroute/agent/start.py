@@ -82,7 +82,7 @@ def linear_start(
     for generation in range(generations):
         points = search.ask()
         if generation < len(known):
-            search.tell(-np.asarray(known[generation], np.float32))
+            search.tell(-np.asarray(known[generation]))
             continue
         keys = jax.random.split(jax.random.fold_in(key, generation), episodes)
         if differ:

@@ -3,6 +3,7 @@
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +23,9 @@ class SearchLog(ExitStack):
         """The lines before the first damaged one are kept."""
         super().__init__()
         path = run / "search.jsonl"
-        lines = _whole_lines(path)
-        self.known = [json.loads(line)["values"] for line in lines]
-        write_text(path, "".join(line + "\n" for line in lines))
+        records = _whole_records(path)
+        self.known = [record["values"] for record in records]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
         self._lines = self.enter_context(path.open("a", encoding="utf-8"))
 
     def write(self, decisions: int, qos: float, values: np.ndarray) -> None:
@@ -34,14 +35,12 @@ class SearchLog(ExitStack):
         self._lines.flush()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines before the first damaged one of a file, which may be missing."""
-    lines: list[str] = []
+def _whole_records(path: Path) -> list[dict[str, Any]]:
+    """The records before the first damaged line of a file, which may be missing."""
+    records: list[dict[str, Any]] = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            values = json.loads(line)["values"]
-            np.asarray(values, np.float32).reshape(len(values))
-        except (ValueError, TypeError, KeyError):
+            records.append(json.loads(line))
+        except ValueError:
             break
-        lines.append(line.decode())
-    return lines
+    return records
