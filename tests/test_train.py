@@ -69,6 +69,7 @@ def test_a_run_folder_holds_everything(run):
         "learning_curve.png",
         "metrics.jsonl",
         "qos.png",
+        "search.jsonl",
         "tensorboard",
         "versions.json",
     }
