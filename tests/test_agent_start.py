@@ -12,7 +12,7 @@ import pytest
 
 import jaxroute
 from jaxroute.agent.router_network import RouterNetwork, with_linear_policy
-from jaxroute.agent.start import Validator, linear_start
+from jaxroute.agent.start import Validator, linear_start, spread_rows
 from jaxroute.agent.trainer import policy_router
 from jaxroute.environment.observation import EXPERT_FEATURES
 from jaxroute.runs.search_log import SearchLog
@@ -79,6 +79,15 @@ def test_a_stopped_search_goes_on_from_its_log(small, tmp_path):
         assert len(log.known) == 3 and all(len(values) == 24 for values in log.known)
         np.testing.assert_array_equal(linear_start(env, params, None, decisions, 3, log.write, known=log.known), whole)
     assert len(file.read_text().splitlines()) == 6
+
+
+def test_the_generations_of_a_search_have_every_training_environment():
+    """With the same middle ones in each, a policy for 1 to 8 requests/s was never tried at 8."""
+    generations = [spread_rows(64, 5, generation) for generation in range(25)]
+    assert set(np.concatenate(generations)) == set(range(64))
+    for rows in generations:
+        assert len(rows) == 5 and (np.diff(rows) >= 12).all() and rows[-1] < 64  # one of each fifth
+    np.testing.assert_array_equal(spread_rows(1, 2, 3), [0, 0])
 
 
 def test_validation_tells_good_from_bad(small):

@@ -31,7 +31,8 @@ Those of other features and of dropping begin at 0."""
 _SPREAD = 0.1  # standard deviation, in the first generation, of what a feature adds to the value of an action
 _POPULATION, _EPISODES, _LENGTH = 24, 2, 1500  # of a generation; requests of an episode
 _DISTURBED_LENGTH = 3000  # requests of an episode with disturbances, whose effects last for hundreds
-_CLUSTERS, _CLUSTER_LENGTH = 12, 600  # episodes of a generation and their requests where training environments differ
+_CLUSTERS = 12  # episodes of a generation where the engines of training environments differ
+_DIFFERENT_LENGTH = 600  # requests of an episode where training environments differ, of which a generation has more then
 _SEEN_EPISODES, _SEEN_STEPS = 32, 300  # in which the features' standard deviations are measured
 _SMALLEST = 1e-3  # standard deviation at which a feature counts as constant
 _SEARCH_KEY, _VALIDATION_KEY = 0x73746172, 0x76616C69  # no evaluation's keys come from them
@@ -53,9 +54,9 @@ def linear_start(
     The search is CMA-ES with `decisions` simulated decisions in all, on new episodes in each generation. The standard
     deviation of a weight in its first generation is inverse to that of the feature under `FIRST_GUESS`, for which 9,600
     further decisions are simulated: a feature may vary by hundredths in one cluster and by tens in another. `params`
-    and `axes` are those of the training environments; of leaves that differ between them, a generation uses some. Where
-    the engines differ, each generation takes the next clusters in turn, and all of them count alike: a policy's QoS in
-    one is taken relative to the mean and the standard deviation of the generation there.
+    and `axes` are those of the training environments. Where these differ, a generation has some of them, which are
+    spread over all of them (`spread_rows`). Where the engines differ, it has the next clusters in turn, and all of them
+    count alike: a policy's QoS in one is taken relative to the mean and the standard deviation of the generation there.
     `done` is called after each generation with the number of decisions, the generation's mean QoS, and the values by
     which its policies were compared, float32 [P]. `known` are these values of the first generations of a search with
     the same arguments, which are not simulated again. `first`, float [Fe + 1], are weights as this function returns
@@ -63,8 +64,9 @@ def linear_start(
     """
     environments = _rows(params, axes)
     differ = axes is not None and bool(jax.tree.leaves(axes.engines))
-    env, params = for_search(env, params, _CLUSTER_LENGTH if differ else length_of_search(params))
-    episodes = _CLUSTERS if differ else _EPISODES * _LENGTH // length_of_search(params)
+    length = _DIFFERENT_LENGTH if environments > 1 else length_of_search(params)
+    env, params = for_search(env, params, length)
+    episodes = _CLUSTERS if differ else _EPISODES * _LENGTH // length
     per_generation = _POPULATION * episodes * env.episode_length
     names = expert_features(env)
     guess = np.array([*(FIRST_GUESS.get(name, 0.0) for name in names), 0.0])
@@ -76,7 +78,6 @@ def linear_start(
     seen = _feature_spread(seen_env, own_axes, jnp.asarray(origin, jnp.float32), keys, rows)
     spread = np.append(np.maximum(np.asarray(seen, np.float64), _SMALLEST), 1.0)
     search = Search(origin, _SPREAD / spread, _POPULATION, seed)
-    rows, _ = rows_of(params, axes, episodes)
     generations = max(1, decisions // per_generation)
     order = np.random.default_rng(seed).permutation(environments)
     for generation in range(generations):
@@ -91,6 +92,7 @@ def linear_start(
             qos = np.asarray(_linear_qos_in_turn(env, own_axes, weights, keys, jnp.asarray(places), params))
             told = ((qos - qos.mean(1, keepdims=True)) / (qos.std(1, keepdims=True) + _SMALLEST)).mean(0)
         else:
+            rows = picked(own_axes, params, spread_rows(environments, episodes, generation))
             told = qos = np.asarray(_linear_qos(env, own_axes, jnp.asarray(points, jnp.float32), keys, rows))
         search.tell(-told)
         done((generation + 1) * per_generation, float(qos.mean()), told)
@@ -118,6 +120,15 @@ class Validator:
     def qos(self, router: Router) -> float:
         """Mean QoS of the episodes; `router` is a pytree, so that policies of one network share a program."""
         return float(_validate(self._env, self._axes, router, self._keys, self._rows))
+
+
+def spread_rows(environments: int, count: int, generation: int) -> np.ndarray:
+    """Rows, int64 [count], of `environments`: one of each of `count` equal parts, at another place in each generation.
+
+    The places follow the golden ratio, so that some generations have the ends, and all together every row.
+    """
+    place = generation * (np.sqrt(5) - 1) / 2 % 1
+    return ((np.arange(count) + place) / count * environments).astype(int)
 
 
 def rows_of(params: EnvParams, axes: EnvParams | None, count: int) -> tuple[EnvParams, EnvParams]:
